@@ -1,0 +1,340 @@
+"""The low-bit array: how it is specified, made from a float array, and read back."""
+
+import dataclasses
+import math
+import numbers
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_lowbit.quant import codebooks, packing, random_bits, rounding, scaling
+
+Scaling = Literal["tensor", "row", "column", "block", "rank1"]
+Rounding = Literal["nearest", "stochastic"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantSpec:
+    """How a float array is kept in few bits. Hashable, comparable by value, never callable.
+
+    Being neither a number nor a callable it stays a static argument under
+    :func:`optax.inject_hyperparams` and :func:`jax.jit`.
+
+    Raises:
+      ValueError, TypeError: At construction, if a field or a combination of fields is impossible.
+
+    Examples:
+      >>> from optax_lowbit import QuantSpec
+      >>> QuantSpec(codebook="linear", bits=4, signed=False, scaling="rank1").block_size
+      128
+      >>> QuantSpec(codebook=(-1.0, -0.25, 0.25, 1.0), bits=2, signed=True, scaling="row").bits
+      2
+    """
+
+    # A name of `codebooks.NAMES`, or the table itself: code i stands for the i-th value, in [-1, 1].
+    codebook: str | tuple[float, ...]
+    # Bits that a code takes in storage: 2, 3, 4 or 8.
+    bits: int
+    # Whether the table has values of both signs. Unsigned specs are for arrays without negative
+    # values, such as second moments.
+    signed: bool
+    # Which elements share a scale; see `optax_lowbit.quant.scaling`.
+    scaling: Scaling
+    # Elements in a block along the last axis. Codes are packed in groups of this size whatever the
+    # scaling, so it is also the granularity at which the last axis can be sharded without traffic.
+    block_size: int = 128
+    # "stochastic" rounds up or down at random so that the mean is kept; quantizing needs a key then.
+    rounding: Rounding = "nearest"
+    # Let the scale carry the sign of the element with the largest magnitude, which then is always
+    # code +1, exactly: the dynamic-exponent tables have a +1 and no -1.
+    signed_scale: bool = False
+
+    def __post_init__(self):
+        if not isinstance(self.codebook, str | tuple):
+            raise TypeError(
+                f"codebook must be a name or a tuple of floats, got {type(self.codebook).__name__}"
+            )
+        if self.bits not in codebooks.BITS:
+            raise ValueError(f"bits must be one of {codebooks.BITS}, got {self.bits!r}")
+        if not isinstance(self.signed, bool) or not isinstance(self.signed_scale, bool):
+            raise TypeError(
+                "signed and signed_scale must be bools, "
+                f"got signed={self.signed!r}, signed_scale={self.signed_scale!r}"
+            )
+        if self.scaling not in get_args(Scaling):
+            raise ValueError(f"scaling must be one of {get_args(Scaling)}, got {self.scaling!r}")
+        if self.rounding not in get_args(Rounding):
+            raise ValueError(f"rounding must be one of {get_args(Rounding)}, got {self.rounding!r}")
+        if not isinstance(self.block_size, int) or self.block_size < 1:
+            raise ValueError(f"block_size must be a positive int, got {self.block_size!r}")
+        if self.signed_scale and not (self.signed and self.scaling != "rank1"):
+            raise ValueError(
+                "signed_scale=True needs signed=True and a scaling other than 'rank1', "
+                f"got signed={self.signed}, scaling={self.scaling!r}"
+            )
+        self._check_table()
+
+    def _check_table(self):
+        if isinstance(self.codebook, str):
+            codebooks.codebook(self.codebook, self.bits, self.signed)
+            return
+        values = self.codebook
+        if not 2 <= len(values) <= 2**self.bits:
+            raise ValueError(
+                f"a codebook for bits={self.bits} has 2 to {2**self.bits} values, got {len(values)}"
+            )
+        lowest = -1.0 if self.signed else 0.0
+        for value in values:
+            if not isinstance(value, numbers.Real) or not lowest <= value <= 1.0:
+                raise ValueError(
+                    f"codebook values must be numbers in [{lowest:g}, 1] for "
+                    f"signed={self.signed}, got {value!r}"
+                )
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The code table; code ``i`` stands for ``values[i]`` times its scale."""
+        if isinstance(self.codebook, tuple):
+            return self.codebook
+        return tuple(codebooks.codebook(self.codebook, self.bits, self.signed).tolist())
+
+    @property
+    def group_size(self) -> int:
+        """Codes that are packed together: a multiple of ``block_size`` that fills whole bytes."""
+        return packing.group_size(self.bits, self.block_size)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class QuantizedArray:
+    """A float array kept as packed codes and scales; a pytree whose leaves are those arrays.
+
+    Made by :func:`quantize`. Where ``b = spec.bits`` and the array has shape ``(..., n)``:
+
+    1. ``codes`` is uint8 of shape ``(..., ceil(n * b / 8))``; leading axes are the array's own.
+    2. ``scales`` is float32, or a tuple of float32 arrays (``"rank1"``), each of the array's rank;
+       axes that it has no scales along are 1. See :mod:`optax_lowbit.quant.scaling`.
+    3. The static fields hold for any slice of leading axes and for any slice of the last axis at
+       borders of ``spec.group_size``, hence under ``vmap``, ``scan`` and ``shard_map``.
+    4. A 0-d array has 0-d codes (one byte, not packed) and a 0-d scale.
+
+    Attributes:
+      codes: The packed codes.
+      scales: The scales.
+      spec: The :class:`QuantSpec` it was made with.
+      padding: Places for codes in the last bytes that hold none; None where codes are not packed
+        because the array has no axes.
+      dtype: The dtype that :func:`dequantize` gives.
+    """
+
+    codes: jax.Array
+    scales: scaling.Scales
+    spec: QuantSpec = dataclasses.field(metadata={"static": True})
+    padding: int | None = dataclasses.field(metadata={"static": True})
+    dtype: np.dtype = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array that it stands for."""
+        if self.padding is None:
+            return self.codes.shape
+        return (*self.codes.shape[:-1], self.codes.shape[-1] * 8 // self.spec.bits - self.padding)
+
+    @property
+    def last_dim(self) -> int:
+        """Length of the last axis; 1 for an array without axes."""
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return self.codes.ndim
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales, also of abstract ones."""
+        leaves = jax.tree.leaves((self.codes, self.scales))
+        return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
+
+    def __repr__(self) -> str:
+        if not hasattr(self.codes, "shape"):  # a tree of shardings, of booleans, ...
+            return f"QuantizedArray(codes={self.codes}, scales={self.scales})"
+        return f"QuantizedArray(shape={self.shape}, dtype={self.dtype}, spec={self.spec})"
+
+
+def is_quantized(x: Any) -> bool:
+    """Whether ``x`` is a :class:`QuantizedArray`; the ``is_leaf`` to pass to tree functions.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax_lowbit
+      >>> state = optax_lowbit.scale_by_adam4bit().init({"w": jnp.ones((128, 128))})
+      >>> floats = jax.tree.map(
+      ...     lambda x: optax_lowbit.dequantize(x) if optax_lowbit.is_quantized(x) else x,
+      ...     state, is_leaf=optax_lowbit.is_quantized)
+      >>> floats.mu["w"].shape
+      (128, 128)
+    """
+    return isinstance(x, QuantizedArray)
+
+
+def quantize(x: jax.Array, spec: QuantSpec, *, key: jax.Array | int | None = None) -> QuantizedArray:
+    """Keeps a float array in few bits.
+
+    With ``s`` the element's scale and ``q`` the code table, ``code = argmin_i |q[i] - x / s|``, ties
+    to the lower value; or, with stochastic rounding, one of the two neighbours of ``x / s``, drawn
+    so that the mean is ``x / s``. All maths is in float32.
+
+    A zero block stays zero. A finite input never gives NaN. A non-finite element makes the elements
+    that share its scale non-finite, and no others, so that overflow stays visible.
+
+    Args:
+      x: A float array of any shape; under ``spec.signed=False`` without negative values (they would
+        become the least table value).
+      spec: How to store it.
+      key: Needed for ``spec.rounding="stochastic"``: a `jax.random.key` (Threefry) or a seed. The
+        bits of an element depend on its index alone, so they are the same on every mesh.
+
+    Returns:
+      A :class:`QuantizedArray`: ``spec.bits / 8`` bytes an element, and 4 for each scale. Under jit
+      no float32 copy of ``x`` is kept.
+
+    Raises:
+      TypeError: If ``x`` is not a float array.
+      ValueError: If ``key`` is missing.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_lowbit import QuantSpec, dequantize, quantize
+      >>> spec = QuantSpec(codebook="dynamic_exponent", bits=4, signed=True, scaling="block")
+      >>> q = quantize(jnp.linspace(-1.0, 1.0, 256), spec)
+      >>> q.codes.shape, q.scales.shape, q.nbytes
+      ((128,), (2,), 136)
+      >>> float(jnp.abs(dequantize(q) - jnp.linspace(-1.0, 1.0, 256)).max()) < 0.12
+      True
+
+    References:
+      Li et al, `Memory Efficient Optimizers with 4-bit States <https://arxiv.org/abs/2309.01507>`_,
+      2023, Section 2.2. Blocks run along the last axis, not over the flattened array as there;
+      the two agree where the last axis is a multiple of the block.
+    """
+    if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"x must be an array of a float dtype, got {getattr(x, 'dtype', type(x).__name__)}"
+        )
+    if spec.rounding == "stochastic" and key is None:
+        raise ValueError("key must be given for a spec with rounding='stochastic', got None")
+    x = jnp.asarray(x)
+    noise = None
+    if spec.rounding == "stochastic":
+        noise = random_bits.uniform(random_bits.key_words(key), *element_indices(x.shape))
+    values = to_float32(x)
+    return encode(values, compute_scales(values, spec), spec, x.dtype, noise)
+
+
+def dequantize(q: QuantizedArray) -> jax.Array:
+    """The float array, of ``q.shape`` and ``q.dtype``: table value times scale, element by element.
+
+    Raises:
+      TypeError: If ``q`` is not a :class:`QuantizedArray`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_lowbit import QuantSpec, dequantize, quantize
+      >>> spec = QuantSpec(codebook="linear", bits=4, signed=False, scaling="tensor")
+      >>> dequantize(quantize(jnp.array([0.0, 1.0, 3.0, 4.0]), spec))
+      Array([0.25, 1.  , 3.  , 4.  ], dtype=float32)
+    """
+    if not is_quantized(q):
+        raise TypeError(f"q must be a QuantizedArray, got {type(q).__name__}")
+    return decode(q).astype(q.dtype)
+
+
+def decode(q: QuantizedArray) -> jax.Array:
+    """:func:`dequantize` in float32, whatever ``q.dtype``."""
+    spec = q.spec
+    if q.padding is None:
+        return rounding.code_values(q.codes, spec.values) * q.scales
+    codes = packing.unpack(q.codes, spec.bits, spec.group_size, q.last_dim)
+    scale = scaling.expand_scales(q.scales, spec.scaling, spec.block_size, q.shape)
+    return rounding.code_values(codes, spec.values) * scale
+
+
+def encode(
+    x: jax.Array,
+    scales: scaling.Scales,
+    spec: QuantSpec,
+    dtype: np.dtype,
+    noise: jax.Array | None = None,
+) -> QuantizedArray:
+    """Float32 ``x`` as codes under given scales; ``noise`` as in :func:`rounding.stochastic_codes`."""
+
+    def codes_of(x, scale, *noise):
+        normalized = scaling.divide(x, scale)
+        if spec.rounding == "stochastic":
+            return rounding.stochastic_codes(normalized, spec.values, *noise)
+        return rounding.nearest_codes(normalized, spec.values)
+
+    noises = [] if noise is None else [noise]
+    if x.ndim == 0:
+        return QuantizedArray(codes_of(x, scales, *noises), scales, spec, None, np.dtype(dtype))
+    scale = scaling.expand_scales(scales, spec.scaling, spec.block_size, x.shape)
+    scale = jnp.broadcast_to(scale, x.shape)
+    packed = packing.encode_and_pack(codes_of, [x, scale, *noises], spec.bits, spec.group_size)
+    padding = code_padding(x.shape[-1], spec.bits)
+    return QuantizedArray(packed, scales, spec, padding, np.dtype(dtype))
+
+
+def compute_scales(x: jax.Array, spec: QuantSpec, axes: int | None = None) -> scaling.Scales:
+    """The scales of float32 ``x``; ``axes`` as in :func:`scaling.absmax_scales`, default its own."""
+    if x.ndim == 0:
+        return x if spec.signed_scale else jnp.abs(x)
+    if axes is None:
+        axes = scaling.rank1_axes(x.shape, spec.block_size)
+    return scaling.absmax_scales(
+        x, spec.scaling, spec.block_size, signed_scale=spec.signed_scale, axes=axes
+    )
+
+
+def abstract_quantized(shape: tuple[int, ...], dtype: np.dtype, spec: QuantSpec) -> QuantizedArray:
+    """The :class:`QuantizedArray` of `jax.ShapeDtypeStruct` that :func:`quantize` would give."""
+    scales = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s, jnp.float32),
+        scaling.scale_shapes(shape, spec.scaling, spec.block_size),
+        is_leaf=lambda s: all(isinstance(d, int) for d in s),
+    )
+    if not shape:
+        return QuantizedArray(jax.ShapeDtypeStruct((), jnp.uint8), scales, spec, None, np.dtype(dtype))
+    *lead, n = shape
+    codes = jax.ShapeDtypeStruct((*lead, packing.packed_size(n, spec.bits)), jnp.uint8)
+    return QuantizedArray(codes, scales, spec, code_padding(n, spec.bits), np.dtype(dtype))
+
+
+def code_padding(n: int, bits: int) -> int:
+    """Code places left empty in the last byte(s) of ``n`` packed codes."""
+    return packing.packed_size(n, bits) * 8 // bits - n
+
+
+def to_float32(x: jax.Array) -> jax.Array:
+    """``x`` in float32; finite float64 values beyond its range become its largest."""
+    if x.dtype != jnp.float64:
+        return x.astype(jnp.float32)
+    largest = float(jnp.finfo(jnp.float32).max)
+    return jnp.where(jnp.isfinite(x), jnp.clip(x, -largest, largest), x).astype(jnp.float32)
+
+
+def element_indices(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Row (over all leading axes, row-major) and column of every element, uint32 of ``shape``."""
+    row = jnp.zeros(shape, jnp.uint32)
+    for axis, size in enumerate(shape[:-1]):
+        row = row * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    if not shape:
+        return row, row
+    return row, jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
+

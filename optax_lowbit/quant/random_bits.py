@@ -1,0 +1,67 @@
+"""Random bits as a function of an element's index: the Threefry-2x32 block cipher.
+
+`jax.random` draws a whole array at once. Large arrays are processed here in tiles, and an array may
+be laid out over any mesh, so the bits of an element must follow from its row and column alone.
+
+References:
+  Salmon et al, `Parallel Random Numbers: As Easy as 1, 2, 3
+  <https://doi.org/10.1145/2063384.2063405>`_, 2011 (20 rounds, as in `jax.random`).
+"""
+
+import jax
+import jax.numpy as jnp
+
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+
+
+def key_words(key: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    """The two uint32 words of a Threefry key, given as a typed key, raw key data, or a seed.
+
+    Raises:
+      TypeError: If ``key`` is none of these.
+      ValueError: If it is a key of another generator, whose bits may depend on the mesh.
+    """
+    if isinstance(key, int):
+        key = jax.random.key(key, impl="threefry2x32")
+    if jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key):
+        implementation = str(jax.random.key_impl(key))
+        if implementation != "threefry2x32":
+            raise ValueError(
+                "key must be a threefry2x32 key, whose bits are the same on every mesh; "
+                f"got {implementation!r}. Make it with jax.random.key(seed, impl='threefry2x32')."
+            )
+        key = jax.random.key_data(key)
+    if jnp.shape(key) == () and jnp.issubdtype(jnp.result_type(key), jnp.integer):
+        key = jax.random.key_data(jax.random.key(key, impl="threefry2x32"))
+    if jnp.shape(key) != (2,) or jnp.result_type(key) != jnp.uint32:
+        raise TypeError(
+            "key must be a jax.random.key, its data (uint32, shape (2,)) or an integer seed, "
+            f"got {jnp.result_type(key)} of shape {jnp.shape(key)}"
+        )
+    return key[0], key[1]
+
+
+def threefry2x32(
+    key: tuple[jax.Array, jax.Array], x0: jax.Array, x1: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Encrypts the uint32 counters ``(x0, x1)``, elementwise, into two words of random bits."""
+    schedule = (*key, key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA))
+    x0, x1 = x0 + schedule[0], x1 + schedule[1]
+    for i in range(5):
+        for distance in _ROTATIONS[i % 2]:
+            x0 = x0 + x1
+            x1 = (x1 << distance | x1 >> 32 - distance) ^ x0
+        x0 = x0 + schedule[(i + 1) % 3]
+        x1 = x1 + schedule[(i + 2) % 3] + jnp.uint32(i + 1)
+    return x0, x1
+
+
+def fold_in(key: tuple[jax.Array, jax.Array], data: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    """A new key from ``key`` and a number: a counter, or the hash of a leaf's path."""
+    return threefry2x32(key, jnp.uint32(0), jnp.asarray(data).astype(jnp.uint32))
+
+
+def uniform(key: tuple[jax.Array, jax.Array], rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """Float32 uniforms in [0, 1) with 24 bits, one for each (row, column) pair of uint32 indices."""
+    bits, _ = threefry2x32(key, rows, columns)
+    return (bits >> 8).astype(jnp.float32) * jnp.float32(2**-24)

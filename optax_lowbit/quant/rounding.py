@@ -1,0 +1,81 @@
+"""Normalized values to codes and back: nearest and stochastic rounding to a code table."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_lowbit.quant import codebooks
+
+# Up to here one comparison for each boundary, which vectorizes, beats a binary search, which gathers.
+_MOST_COMPARISONS = 16
+
+
+def nearest_codes(x: jax.Array, values: tuple[float, ...]) -> jax.Array:
+    """Codes of the table values nearest to ``x``, float32 of any shape.
+
+    One rule for every backend: the code's rank in the sorted table is the number of boundaries
+    strictly below ``x``, the boundaries being the midpoints rounded to float32. So ties go to the
+    lower value, what lies outside the table goes to its end, and NaN goes to the lowest value.
+    """
+    table = codebooks.decision_table(values)
+    return _to_codes(_count_below(x, table.boundaries), table)
+
+
+def stochastic_codes(x: jax.Array, values: tuple[float, ...], uniform: jax.Array) -> jax.Array:
+    """Codes of one of the two table values around ``x``, drawn so that the mean is ``x``.
+
+    Unbiased within the table's range; outside, ``x`` goes to its end.
+
+    Args:
+      x: float32 of any shape.
+      values: The code table.
+      uniform: float32 in [0, 1), of the shape of ``x``: the upper value is taken where this is
+        below ``(x - lower) / (upper - lower)``.
+    """
+    table = codebooks.decision_table(values)
+    inner_values = table.sorted_values[1:-1]
+    lower = _count_at_or_below(x, inner_values)
+    below = jnp.take(jnp.asarray(table.sorted_values), lower, mode="clip")
+    above = jnp.take(jnp.asarray(table.sorted_values), lower + 1, mode="clip")
+    gap = above - below
+    # Repeated values (a table without zero gives up a code) leave no gap: either code will do.
+    chance = jnp.where(gap > 0, (x - below) / jnp.where(gap > 0, gap, 1.0), 0.0)
+    return _to_codes(lower + (uniform < chance).astype(jnp.int32), table)
+
+
+def code_values(codes: jax.Array, values: tuple[float, ...]) -> jax.Array:
+    """The float32 table values of uint8 ``codes``."""
+    return jnp.take(jnp.asarray(values, jnp.float32), codes.astype(jnp.int32), mode="clip")
+
+
+def _to_codes(rank: jax.Array, table: codebooks.DecisionTable) -> jax.Array:
+    if table.codes is None:
+        return rank.astype(jnp.uint8)
+    return jnp.take(jnp.asarray(table.codes), rank, mode="clip")
+
+
+def _count_at_or_below(x: jax.Array, boundaries: np.ndarray) -> jax.Array:
+    # x >= b is x > the float32 just below b.
+    return _count_below(x, np.nextafter(boundaries, np.float32(-np.inf)))
+
+
+def _count_below(x: jax.Array, boundaries: np.ndarray) -> jax.Array:
+    if boundaries.size <= _MOST_COMPARISONS:
+        count = jnp.zeros(x.shape, jnp.int32)
+        for boundary in boundaries:
+            count = count + (x > boundary).astype(jnp.int32)
+        return count
+    return _binary_search(x, boundaries)
+
+
+def _binary_search(x: jax.Array, boundaries: np.ndarray) -> jax.Array:
+    steps = int(boundaries.size).bit_length()
+    padded = np.full(2**steps - 1, np.inf, np.float32)
+    padded[: boundaries.size] = boundaries
+    # The first step looks at one place; as a gather of zeros XLA would fold it, slowly.
+    count = (x > padded[2 ** (steps - 1) - 1]).astype(jnp.int32) * 2 ** (steps - 1)
+    padded = jnp.asarray(padded)
+    for step in reversed(range(steps - 1)):
+        boundary = jnp.take(padded, count + (2**step - 1), mode="clip")
+        count = count + (x > boundary).astype(jnp.int32) * 2**step
+    return count
