@@ -1,6 +1,7 @@
 """The low-bit array: how it is specified, made from a float array, and read back."""
 
 import dataclasses
+import functools
 import math
 import numbers
 from typing import Any, Literal, get_args
@@ -230,12 +231,8 @@ def quantize(x: jax.Array, spec: QuantSpec, *, key: jax.Array | int | None = Non
         )
     if spec.rounding == "stochastic" and key is None:
         raise ValueError("key must be given for a spec with rounding='stochastic', got None")
-    x = jnp.asarray(x)
-    noise = None
-    if spec.rounding == "stochastic":
-        noise = random_bits.uniform(random_bits.key_words(key), *element_indices(x.shape))
-    values = to_float32(x)
-    return encode(values, compute_scales(values, spec), spec, x.dtype, noise)
+    words = random_bits.key_words(key) if spec.rounding == "stochastic" else None
+    return _quantize(jnp.asarray(x), spec, words)
 
 
 def dequantize(q: QuantizedArray) -> jax.Array:
@@ -253,6 +250,18 @@ def dequantize(q: QuantizedArray) -> jax.Array:
     """
     if not is_quantized(q):
         raise TypeError(f"q must be a QuantizedArray, got {type(q).__name__}")
+    return _dequantize(q)
+
+
+@functools.partial(jax.jit, static_argnames="spec", inline=True)
+def _quantize(x: jax.Array, spec: QuantSpec, key: random_bits.Key | None) -> QuantizedArray:
+    noise = None if key is None else random_bits.uniform(key, *element_indices(x.shape))
+    values = to_float32(x)
+    return encode(values, compute_scales(values, spec), spec, x.dtype, noise)
+
+
+@functools.partial(jax.jit, inline=True)
+def _dequantize(q: QuantizedArray) -> jax.Array:
     return decode(q).astype(q.dtype)
 
 
@@ -274,21 +283,36 @@ def encode(
     noise: jax.Array | None = None,
 ) -> QuantizedArray:
     """Float32 ``x`` as codes under given scales; ``noise`` as in :func:`rounding.stochastic_codes`."""
-
-    def codes_of(x, scale, *noise):
-        normalized = scaling.divide(x, scale)
-        if spec.rounding == "stochastic":
-            return rounding.stochastic_codes(normalized, spec.values, *noise)
-        return rounding.nearest_codes(normalized, spec.values)
-
     noises = [] if noise is None else [noise]
     if x.ndim == 0:
-        return QuantizedArray(codes_of(x, scales, *noises), scales, spec, None, np.dtype(dtype))
-    scale = scaling.expand_scales(scales, spec.scaling, spec.block_size, x.shape)
-    scale = jnp.broadcast_to(scale, x.shape)
-    packed = packing.encode_and_pack(codes_of, [x, scale, *noises], spec.bits, spec.group_size)
+        codes = _codes(spec, x, scales, *noises)
+        return QuantizedArray(codes, scales, spec, None, np.dtype(dtype))
+    scale = _scale_per_element(scales, spec, x.shape)
+    packed = packing.encode_and_pack(
+        functools.partial(_codes, spec), [x, scale, *noises], spec.bits, spec.group_size
+    )
     padding = code_padding(x.shape[-1], spec.bits)
     return QuantizedArray(packed, scales, spec, padding, np.dtype(dtype))
+
+
+def encode_unpacked(
+    x: jax.Array, scales: scaling.Scales, spec: QuantSpec, noise: jax.Array | None = None
+) -> jax.Array:
+    """The codes of :func:`encode` before packing: uint8 of the shape of ``x`` (one axis or more)."""
+    noises = [] if noise is None else [noise]
+    return _codes(spec, x, _scale_per_element(scales, spec, x.shape), *noises)
+
+
+def _scale_per_element(scales: scaling.Scales, spec: QuantSpec, shape: tuple[int, ...]):
+    scale = scaling.expand_scales(scales, spec.scaling, spec.block_size, shape)
+    return jnp.broadcast_to(scale, shape)
+
+
+def _codes(spec: QuantSpec, x: jax.Array, scale: jax.Array, *noise: jax.Array) -> jax.Array:
+    normalized = scaling.divide(x, scale)
+    if spec.rounding == "stochastic":
+        return rounding.stochastic_codes(normalized, spec.values, *noise)
+    return rounding.nearest_codes(normalized, spec.values)
 
 
 def compute_scales(x: jax.Array, spec: QuantSpec, axes: int | None = None) -> scaling.Scales:

@@ -11,10 +11,12 @@ References:
 import jax
 import jax.numpy as jnp
 
+Key = tuple[jax.Array, jax.Array]
+
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
-def key_words(key: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+def key_words(key: jax.Array | int) -> Key:
     """The two uint32 words of a Threefry key, given as a typed key, raw key data, or a seed.
 
     Raises:
@@ -42,7 +44,7 @@ def key_words(key: jax.Array | int) -> tuple[jax.Array, jax.Array]:
 
 
 def threefry2x32(
-    key: tuple[jax.Array, jax.Array], x0: jax.Array, x1: jax.Array
+    key: Key, x0: jax.Array, x1: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Encrypts the uint32 counters ``(x0, x1)``, elementwise, into two words of random bits."""
     schedule = (*key, key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA))
@@ -56,12 +58,12 @@ def threefry2x32(
     return x0, x1
 
 
-def fold_in(key: tuple[jax.Array, jax.Array], data: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+def fold_in(key: Key, data: jax.Array | int) -> Key:
     """A new key from ``key`` and a number: a counter, or the hash of a leaf's path."""
     return threefry2x32(key, jnp.uint32(0), jnp.asarray(data).astype(jnp.uint32))
 
 
-def uniform(key: tuple[jax.Array, jax.Array], rows: jax.Array, columns: jax.Array) -> jax.Array:
+def uniform(key: Key, rows: jax.Array, columns: jax.Array) -> jax.Array:
     """Float32 uniforms in [0, 1) with 24 bits, one for each (row, column) pair of uint32 indices."""
     bits, _ = threefry2x32(key, rows, columns)
     return (bits >> 8).astype(jnp.float32) * jnp.float32(2**-24)

@@ -1,5 +1,7 @@
 """Normalized values to codes and back: nearest and stochastic rounding to a code table."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from optax_lowbit.quant import codebooks
 
 # Up to here one comparison for each boundary, which vectorizes, beats a binary search, which gathers.
 _MOST_COMPARISONS = 16
+_MOST_SELECTS = 16
 
 
 def nearest_codes(x: jax.Array, values: tuple[float, ...]) -> jax.Array:
@@ -45,7 +48,17 @@ def stochastic_codes(x: jax.Array, values: tuple[float, ...], uniform: jax.Array
 
 def code_values(codes: jax.Array, values: tuple[float, ...]) -> jax.Array:
     """The float32 table values of uint8 ``codes``."""
-    return jnp.take(jnp.asarray(values, jnp.float32), codes.astype(jnp.int32), mode="clip")
+    if len(values) > _MOST_SELECTS:
+        return jnp.take(jnp.asarray(values, jnp.float32), codes.astype(jnp.int32), mode="clip")
+    # A tree of selects, one level for each bit of the code: it vectorizes, a gather does not.
+    level = list(np.asarray(values, np.float32))
+    bit = 0
+    while len(level) > 1:
+        is_set = (codes >> bit & 1) != 0
+        pairs = itertools.zip_longest(level[::2], level[1::2])
+        level = [low if high is None else jnp.where(is_set, high, low) for low, high in pairs]
+        bit += 1
+    return level[0]
 
 
 def _to_codes(rank: jax.Array, table: codebooks.DecisionTable) -> jax.Array:

@@ -1,0 +1,338 @@
+"""Runs an optax transform leaf by leaf and tile by tile, its moments kept in few bits in between.
+
+Algorithm 1 of the paper: dequantize the moments, let the optimizer take its own step in float32,
+requantize. The update comes from the unquantized new moments. The step is optax's own, so that what
+is kept in float32 follows optax to the bit.
+
+References:
+  Li et al, `Memory Efficient Optimizers with 4-bit States <https://arxiv.org/abs/2309.01507>`_,
+  2023, Algorithm 1.
+"""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_lowbit.optimizers import storage, tiling
+from optax_lowbit.optimizers.policy import Policy, path_name
+from optax_lowbit.quant import QuantizedArray, QuantSpec, is_quantized, packing, random_bits
+from optax_lowbit.quant.array import (
+    code_padding,
+    compute_scales,
+    decode,
+    element_indices,
+    encode,
+    encode_unpacked,
+)
+from optax_lowbit.quant.scaling import effective_scaling, merge_scales
+
+# (gradient, moments, constants) -> (update, new moments), of one leaf or one tile.
+Step = Callable[[jax.Array, dict[str, jax.Array], Any], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """A field of an optax state that has a value for every element of the parameters."""
+
+    # How it is stored; None for `dtype`.
+    spec: QuantSpec | None
+    # Whether it never has a negative value.
+    nonnegative: bool = False
+    # Whether matrices keep their row and column means instead, and `spec` is for vectors.
+    factored: bool = False
+    # Of leaves that are not quantized; None: float32, or wider if the parameter is.
+    dtype: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _LeafResult:
+    """What became of a leaf; not a pytree, so that it can be a leaf of one."""
+
+    update: jax.Array
+    moments: dict[str, Any]
+
+
+def quantize_moments(
+    inner: optax.GradientTransformation,
+    moments: Mapping[str, Moment],
+    policy: Policy | None,
+    key: jax.Array | int | None,
+) -> optax.GradientTransformationExtraArgs:
+    """``inner``, elementwise, with the named fields of its NamedTuple state kept in few bits.
+
+    Args:
+      inner: A transform whose update of an element depends on that element alone. What its state
+        has beside the moments (a count) must not depend on the parameters.
+      moments: The moments by field name.
+      policy: Decides leaf by leaf; None: the default one.
+      key: For stochastic rounding.
+
+    Returns:
+      A transform with the same state type.
+    """
+    policy = checked_policy(moments, policy, key)
+
+    def init_fn(params):
+        state = inner.init(())
+        return state._replace(
+            **{
+                name: storage.init_moment(name, moment, params, policy)
+                for name, moment in moments.items()
+            }
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+
+        def step(grad, leaf_moments, constants):
+            del constants
+            update, new_state = inner.update(grad, state._replace(**leaf_moments))
+            return update, {name: getattr(new_state, name) for name in moments}
+
+        step_key = None if key is None else noise_key(key, state.count)
+
+        def update_one(path, grad, leaf_moments):
+            leaf_key = None if key is None else fold_in_path(step_key, path)
+            return update_leaf(step, grad, leaf_moments, leaf_key)
+
+        new_updates, new_moments = map_leaves(
+            update_one, updates, {name: getattr(state, name) for name in moments}
+        )
+        empty = state._replace(**{name: () for name in moments})
+        _, new_state = inner.update((), empty)
+        return new_updates, new_state._replace(**new_moments)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def map_leaves(
+    update_one: Callable[[Any, jax.Array, dict[str, Any]], tuple[jax.Array, dict[str, Any]]],
+    updates: optax.Updates,
+    moments: dict[str, Any],
+) -> tuple[optax.Updates, dict[str, Any]]:
+    """``update_one(path, gradient, moments) -> (update, moments)`` on every leaf of the trees."""
+    names = list(moments)
+
+    def update(path, grad, *leaf_moments):
+        return _LeafResult(*update_one(path, grad, dict(zip(names, leaf_moments))))
+
+    results = jax.tree_util.tree_map_with_path(update, updates, *moments.values())
+    new_moments = {
+        name: jax.tree.map(lambda result, name=name: result.moments[name], results)
+        for name in names
+    }
+    return jax.tree.map(lambda result: result.update, results), new_moments
+
+
+def update_leaf(
+    step: Step,
+    grad: jax.Array,
+    moments: dict[str, Any],
+    key: random_bits.Key | None,
+    constants: Any = None,
+) -> tuple[jax.Array, dict[str, Any]]:
+    """``step`` on one leaf, in tiles if it is large.
+
+    Args:
+      step: What the optimizer does to a piece of the leaf in float32.
+      grad: The gradient, of any float dtype.
+      moments: Arrays and :class:`QuantizedArray`.
+      key: For stochastic rounding, or None.
+      constants: Pytree of arrays that broadcast to the leaf and have its rank.
+
+    Returns:
+      The update, in the gradient's dtype, and new moments, stored as the old ones are.
+    """
+    groups = [moment.spec.group_size for moment in moments.values() if is_quantized(moment)]
+    plan = tiling.plan_tiles(grad.shape, math.lcm(*groups), _shards()) if groups else None
+    if plan is None:
+        return _update_whole(step, grad, moments, key, constants)
+    return _update_tiles(plan, step, grad, moments, key, constants)
+
+
+def _update_whole(step, grad, moments, key, constants):
+    floats = {name: _to_float(moment) for name, moment in moments.items()}
+    update, new = step(_widened(grad), floats, constants)
+    indices = element_indices(grad.shape)
+    stored = {}
+    for name, moment in moments.items():
+        if is_quantized(moment):
+            noise = _noise(name, moment, key, indices)
+            scales = _scales_like(new[name], moment)
+            stored[name] = encode(new[name], scales, moment.spec, moment.dtype, noise)
+        else:
+            stored[name] = new[name].astype(moment.dtype)
+    return update.astype(grad.dtype), stored
+
+
+def _update_tiles(plan, step, grad, moments, key, constants):
+    """Two passes where scales span tiles: the scales of the new moments, then everything else."""
+    spanning = [name for name, moment in moments.items() if _spans_tiles(moment)]
+    old_scales = {name: moments[name].scales for name in spanning}
+    stored = {
+        name: _Stored(moment.codes, None if name in spanning else moment.scales)
+        if is_quantized(moment)
+        else _Stored(moment)
+        for name, moment in moments.items()
+    }
+
+    def stepped(grad_tile, tiles, old_scales, constants_tile):
+        n = grad_tile.shape[-1]
+        floats = {
+            name: _to_float(tiles[name].like(moment, n, old_scales.get(name)))
+            for name, moment in moments.items()
+        }
+        return step(_widened(grad_tile), floats, constants_tile)
+
+    new_scales = jax.tree.map(jnp.zeros_like, old_scales)
+    if spanning:
+
+        def scales_body(tile, read_only, scales):
+            del tile
+            _, new = stepped(*read_only)
+            return {
+                name: merge_scales(scales[name], _scales_like(new[name], moments[name]))
+                for name in spanning
+            }
+
+        read_only = (grad, stored, old_scales, constants)
+        new_scales = tiling.over_tiles(plan, scales_body, read_only, new_scales)
+
+    def body(tile, read_only, carry):
+        old_scales, new_scales, constants_tile = read_only
+        grad_tile, tiles = carry
+        update, new = stepped(grad_tile, tiles, old_scales, constants_tile)
+        results = {
+            name: _unpacked(name, new[name], moment, new_scales.get(name), key, tile.indices())
+            for name, moment in moments.items()
+        }
+        return update.astype(grad.dtype), results
+
+    # The update is written over the gradient, tile by tile, so that no third buffer is needed.
+    update, stored = tiling.over_tiles(
+        plan,
+        body,
+        (old_scales, new_scales, constants),
+        (grad, stored),
+        pack=lambda results: (results[0], {n: s.packed(moments[n]) for n, s in results[1].items()}),
+        unpack=lambda tiles: (
+            tiles[0],
+            {n: s.unpacked(moments[n], tiles[0].shape[-1]) for n, s in tiles[1].items()},
+        ),
+    )
+    return update, {
+        name: stored[name].like(moment, grad.shape[-1], new_scales.get(name))
+        for name, moment in moments.items()
+    }
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """The arrays of a stored moment, without the static part, which a tile does not share."""
+
+    values: jax.Array  # packed codes, or floats
+    scales: Any = None  # None also where scales span tiles, and are kept apart
+
+    def like(self, moment, n, scales=None):
+        """As ``moment`` is stored, with a last axis of ``n``."""
+        if not is_quantized(moment):
+            return self.values
+        return dataclasses.replace(
+            moment,
+            codes=self.values,
+            scales=self.scales if scales is None else scales,
+            padding=code_padding(n, moment.spec.bits),
+        )
+
+    def packed(self, moment):
+        if not is_quantized(moment):
+            return self
+        codes = packing.pack(self.values, moment.spec.bits, moment.spec.group_size)
+        return dataclasses.replace(self, values=codes)
+
+    def unpacked(self, moment, n):
+        if not is_quantized(moment):
+            return self
+        codes = packing.unpack(self.values, moment.spec.bits, moment.spec.group_size, n)
+        return dataclasses.replace(self, values=codes)
+
+
+def _unpacked(name, x, moment, scales, key, indices) -> _Stored:
+    """Float32 ``x`` in the way that ``moment`` is stored, its codes not packed yet."""
+    if not is_quantized(moment):
+        return _Stored(x.astype(moment.dtype))
+    noise = _noise(name, moment, key, indices)
+    if scales is not None:
+        return _Stored(encode_unpacked(x, scales, moment.spec, noise))
+    scales = _scales_like(x, moment)
+    return _Stored(encode_unpacked(x, scales, moment.spec, noise), scales)
+
+
+def _spans_tiles(moment) -> bool:
+    return is_quantized(moment) and effective_scaling(moment.spec.scaling, moment.ndim) != "block"
+
+
+def _scales_like(x: jax.Array, moment: QuantizedArray):
+    axes = len(moment.scales) if isinstance(moment.scales, tuple) else None
+    return compute_scales(x, moment.spec, axes)
+
+
+def _noise(name, moment, key, indices) -> jax.Array | None:
+    if moment.spec.rounding != "stochastic":
+        return None
+    return random_bits.uniform(random_bits.fold_in(key, _hash(name)), *indices)
+
+
+def _to_float(moment) -> jax.Array:
+    return decode(moment) if is_quantized(moment) else _widened(moment)
+
+
+def _widened(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _shards() -> int:
+    """Devices that a leaf may be spread over."""
+    return max(jax.device_count(), jax.sharding.get_abstract_mesh().size)
+
+
+def checked_policy(
+    moments: Mapping[str, Moment], policy: Policy | None, key: jax.Array | int | None
+) -> Policy:
+    """The policy, or the default one; raises where low-bit arguments are impossible."""
+    policy = Policy() if policy is None else policy
+    if not isinstance(policy, Policy):
+        raise TypeError(f"policy must be a Policy or None, got {type(policy).__name__}")
+    specs = []
+    for name, moment in moments.items():
+        if moment.spec is not None and not isinstance(moment.spec, QuantSpec):
+            given = type(moment.spec).__name__
+            raise TypeError(f"{name}_spec must be a QuantSpec or None, got {given}")
+        specs.append(moment.spec)
+    for _, choice in policy.rules:
+        specs += [spec for _, spec in choice] if isinstance(choice, tuple) else [choice]
+    if key is None and any(spec and spec.rounding == "stochastic" for spec in specs):
+        raise ValueError("key must be given (a jax.random.key or a seed) for stochastic rounding")
+    return policy
+
+
+def noise_key(key: jax.Array | int, count: jax.Array) -> random_bits.Key:
+    """The key of one step."""
+    return random_bits.fold_in(random_bits.key_words(key), count)
+
+
+def fold_in_path(key: random_bits.Key, path: tuple[Any, ...]) -> random_bits.Key:
+    """The key of one leaf."""
+    return random_bits.fold_in(key, _hash(path_name(path)))
+
+
+def _hash(name: str) -> jax.Array:
+    # Of names, not of positions: adding a leaf leaves the noise of the others alone.
+    return jnp.uint32(zlib.crc32(name.encode()))

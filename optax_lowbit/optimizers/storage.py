@@ -1,0 +1,128 @@
+"""Fresh moments: zeros, in few bits or not, laid out over devices as their parameters are."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_lowbit.optimizers.policy import Decision, Factored, Policy, path_name, record
+from optax_lowbit.quant import QuantizedArray, QuantSpec, quantize
+from optax_lowbit.quant.array import abstract_quantized
+
+if TYPE_CHECKING:
+    from optax_lowbit.optimizers.leafwise import Moment
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FactoredMoment:
+    """The second moment of a matrix ``(..., n, m)``, kept as its row and column means.
+
+    Attributes:
+      rows: float32 ``(..., n, 1)``.
+      columns: float32 ``(..., 1, m)``.
+    """
+
+    rows: jax.Array
+    columns: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the matrix."""
+        return (*self.rows.shape[:-1], self.columns.shape[-1])
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return self.rows.ndim
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Dtype of the means."""
+        return self.rows.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the means."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in (self.rows, self.columns))
+
+
+def init_moment(name: str, moment: "Moment", params: Any, policy: Policy) -> Any:
+    """A tree of zero moments shaped like ``params``, which may be abstract."""
+
+    def init_leaf(path, param):
+        label = path_name(path)
+        default = Factored() if moment.factored and len(param.shape) > 1 else moment.spec
+        spec, reason = policy.choose(name, label, param, default, moment.nonnegative)
+        value = zero_moment(param, spec, moment.dtype)
+        nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(value))
+        record(Decision(label, tuple(param.shape), name, spec, str(value.dtype), nbytes, reason))
+        return value
+
+    return jax.tree_util.tree_map_with_path(init_leaf, params)
+
+
+def zero_moment(param: Any, spec: QuantSpec | Factored | None, dtype: Any) -> Any:
+    """Zeros for one parameter, quantized if there is a spec. Always buffers of their own."""
+    if isinstance(spec, Factored):
+        return FactoredMoment(_zeros_reduced(param, -1), _zeros_reduced(param, -2))
+    if spec is None:
+        if dtype is None:
+            dtype = jnp.promote_types(param.dtype, jnp.float32)
+        return jnp.zeros_like(param, dtype=dtype)
+    if _explicit_sharding(param):
+        # The type carries the sharding then, and must be what an update gives.
+        like = jax.eval_shape(lambda p: _without_key(jnp.zeros_like(p), spec), param)
+        return jax.tree.map(jnp.zeros_like, like)
+    like = abstract_quantized(tuple(param.shape), param.dtype, spec)
+    return jax.tree.map(lambda leaf: _zeros_placed_like(param, leaf), like)
+
+
+def _zeros_reduced(param: Any, axis: int) -> jax.Array:
+    if _explicit_sharding(param):
+        like = jax.eval_shape(
+            lambda p: jnp.sum(p, axis, keepdims=True).astype(jnp.float32), param
+        )
+        return jnp.zeros_like(like)
+    shape = list(param.shape)
+    shape[axis] = 1
+    return _zeros_placed_like(param, jax.ShapeDtypeStruct(tuple(shape), jnp.float32))
+
+
+def _without_key(x: jax.Array, spec: QuantSpec) -> QuantizedArray:
+    key = 0 if spec.rounding == "stochastic" else None
+    return quantize(x, spec, key=key)
+
+
+def _explicit_sharding(param: Any) -> bool:
+    mesh = jax.typeof(param).sharding.mesh if isinstance(param, jax.Array) else None
+    return mesh is not None and not mesh.empty and bool(mesh.explicit_axes)
+
+
+def _zeros_placed_like(param: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    sharding = None
+    if not isinstance(param, jax.core.Tracer):
+        sharding = getattr(param, "sharding", None)
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        sharding = jax.sharding.NamedSharding(
+            sharding.mesh,
+            _divisible_spec(sharding, leaf.shape),
+            memory_kind=sharding.memory_kind,
+        )
+    return jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
+
+
+def _divisible_spec(
+    sharding: jax.sharding.NamedSharding, shape: tuple[int, ...]
+) -> jax.sharding.PartitionSpec:
+    """The parameter's spec, without the mesh axes that do not divide ``shape``."""
+    entries = []
+    for size, entry in zip(shape, sharding.spec):
+        names = entry if isinstance(entry, tuple) else (entry,) if entry is not None else ()
+        parts = 1
+        for name in names:
+            parts *= sharding.mesh.shape[name]
+        entries.append(entry if size % parts == 0 else None)
+    return jax.sharding.PartitionSpec(*entries)

@@ -1,0 +1,252 @@
+"""Cutting a leaf into tiles, so that a step never holds more than a tile of it in float32.
+
+XLA keeps the float32 moments of every leaf of a tree at once (8 bytes a parameter), whatever the
+order of the program and whatever barriers stand in it. A loop with its state updated in place is
+what bounds them.
+
+A tile must not cross shards, or every turn of the loop would gather the leaf. Where an axis can be
+sharded ``g`` ways it is therefore seen as ``(g, n / g)`` and cut along the second part: a tile takes
+a piece of each shard. Nothing of the result depends on that: rounding sees elements and blocks.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Elements of a tile on each device. Small enough that some float32 temporaries of this size are
+# 1 MiB, large enough that the loop's own cost does not show (1 to 2 per cent on a CPU).
+TILE_ELEMENTS = 2**15
+
+
+@dataclasses.dataclass(frozen=True)
+class _Axis:
+    size: int  # elements
+    unit: int  # elements that may not be parted
+    shards: int  # equal parts, each of which is cut the same way
+    length: int  # units of a tile in each part; 0 if the axis is not cut
+
+    @property
+    def turns(self) -> int:
+        """Tiles of full length along the axis."""
+        return self.size // self.shards // self.unit // self.length if self.length else 1
+
+    @property
+    def has_rest(self) -> bool:
+        """Whether the full tiles leave something over."""
+        full = self.turns * self.length * self.unit * self.shards
+        return bool(self.length) and full < self.size
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a tile lies along one axis: the units before it, and its own (None: all the rest)."""
+
+    start: jax.Array | int
+    length: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """One tile of a leaf: reads and writes it in any array laid out like the leaf."""
+
+    axes: tuple[_Axis, ...]
+    places: tuple[_Place, ...]
+
+    def read(self, view: jax.Array) -> jax.Array:
+        """The tile of an array given as :meth:`Tiling.view`."""
+        starts, sizes = self._window(view)
+        piece = jax.lax.dynamic_slice(view, starts, sizes)
+        return piece.reshape(self._tile_shape(view, sizes))
+
+    def write(self, view: jax.Array, tile: jax.Array) -> jax.Array:
+        """``view`` with the tile in its place."""
+        starts, sizes = self._window(view)
+        return jax.lax.dynamic_update_slice(view, tile.reshape(sizes), starts)
+
+    def indices(self) -> tuple[jax.Array, jax.Array]:
+        """Row (over all leading axes) and column in the leaf of each element, uint32."""
+        along = []
+        for axis, place in zip(self.axes, self.places):
+            part = axis.size // axis.shards
+            start, size = _extent(axis, place, part)
+            within = jnp.arange(size, dtype=jnp.uint32) + jnp.asarray(start).astype(jnp.uint32)
+            shard = jnp.arange(axis.shards, dtype=jnp.uint32) * jnp.uint32(part)
+            along.append((shard[:, None] + within[None, :]).reshape(-1))
+        shape = tuple(index.size for index in along)
+        spread = [
+            jax.lax.broadcast_in_dim(index, shape, (axis,)) for axis, index in enumerate(along)
+        ]
+        row = jnp.zeros(shape, jnp.uint32)
+        for axis, index in zip(self.axes[:-1], spread[:-1]):
+            row = row * jnp.uint32(axis.size) + index
+        return row, spread[-1]
+
+    def _window(self, view: jax.Array) -> tuple[list[Any], list[int]]:
+        starts, sizes = [], []
+        dimensions = iter(view.shape)
+        for axis, place, is_split in zip(self.axes, self.places, _split_axes(self.axes, view)):
+            if is_split:
+                shards = next(dimensions)
+                starts.append(0)
+                sizes.append(shards)
+            part = next(dimensions)
+            start, size = _extent(axis, place, part)
+            starts.append(start)
+            sizes.append(size)
+        return starts, sizes
+
+    def _tile_shape(self, view: jax.Array, sizes: list[int]) -> list[int]:
+        remaining = iter(sizes)
+        return [
+            next(remaining) * next(remaining) if is_split else next(remaining)
+            for is_split in _split_axes(self.axes, view)
+        ]
+
+
+def _extent(axis: _Axis, place: _Place, part: int) -> tuple[jax.Array | int, int]:
+    """First element and number of elements along one axis of an array with ``part`` per shard."""
+    if not axis.length or part == 1:
+        return 0, part
+    # Codes and scales have fewer elements in a unit than the leaf has.
+    unit = part * axis.unit * axis.shards // axis.size
+    if place.length is None:
+        start = int(place.start) * unit
+        return start, part - start
+    return place.start * unit, place.length * unit
+
+
+def _split_axes(axes: tuple[_Axis, ...], view: jax.Array) -> list[bool]:
+    """Which axes of a leaf are two dimensions of a view; an axis of size 1 never is."""
+    flags, dimension = [], 0
+    for axis in axes:
+        split = axis.shards > 1 and view.shape[dimension] != 1
+        flags.append(split)
+        dimension += 1 + split
+    return flags
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How a leaf is cut into tiles."""
+
+    axes: tuple[_Axis, ...]
+
+    def view(self, x: jax.Array) -> jax.Array:
+        """An array laid out like the leaf, with its sharded axes in two parts."""
+        shape = []
+        for axis, size in zip(self.axes, x.shape):
+            shape += [size] if axis.shards == 1 or size == 1 else [axis.shards, size // axis.shards]
+        return x.reshape(shape)
+
+    def regions(self) -> Iterator[tuple[int, Callable[[jax.Array], Tile]]]:
+        """Groups of equal tiles: how many, and the tile of a number below that."""
+        kinds = [(True, False) if axis.has_rest else (True,) for axis in self.axes]
+        for kind in itertools.product(*kinds):
+            turns = [axis.turns if full else 1 for axis, full in zip(self.axes, kind)]
+            if math.prod(turns):
+                yield math.prod(turns), lambda i, kind=kind, turns=turns: self._tile(i, kind, turns)
+
+    def _tile(self, number: jax.Array | int, kind: tuple[bool, ...], turns: list[int]) -> Tile:
+        places = []
+        for axis, full, count in reversed(list(zip(self.axes, kind, turns))):
+            turn = number % count if count > 1 else 0
+            number = number // count
+            if full:
+                places.append(_Place(turn * axis.length, axis.length))
+            else:
+                places.append(_Place(axis.turns * axis.length, None))
+        return Tile(self.axes, tuple(reversed(places)))
+
+
+def plan_tiles(
+    shape: tuple[int, ...], unit: int, shards: int, tile_elements: int = TILE_ELEMENTS
+) -> Tiling | None:
+    """A tiling of a leaf, or None if it is small enough to be one tile.
+
+    Args:
+      shape: The leaf's global shape.
+      unit: Elements along the last axis that share a scale or bytes, and so stay together.
+      shards: Devices that the leaf may be spread over.
+      tile_elements: Elements of a tile on each device.
+    """
+    if math.prod(shape) <= tile_elements * shards:
+        return None
+    units = [1] * (len(shape) - 1) + [unit]
+    kept = [
+        math.gcd(size // u, shards) if size % u == 0 else 1 for size, u in zip(shape, units)
+    ]
+    budget = max(tile_elements * shards // math.prod(kept) // unit, 1)
+    axes = []
+    for size, u, parts in reversed(list(zip(shape, units, kept))):
+        count = size // parts // u
+        length = _tile_length(count, budget)
+        axes.append(_Axis(size, u, parts, length if length < count else 0))
+        budget = max(budget // max(length, 1), 1)
+    if not any(axis.length for axis in axes):
+        return None
+    return Tiling(tuple(reversed(axes)))
+
+
+def over_tiles(
+    tiling: Tiling,
+    body: Callable[[Tile, Any, Any], Any],
+    constants: Any,
+    carry: Any,
+    *,
+    pack: Callable[[Any], Any] = lambda tiles: tiles,
+    unpack: Callable[[Any], Any] = lambda tiles: tiles,
+) -> Any:
+    """Runs ``body(tile, constants, carry) -> results`` on every tile, the carry updated in place.
+
+    Args:
+      tiling: From :func:`plan_tiles`.
+      body: Gets the tile and its parts of all arrays; ``pack`` of what it gives becomes the new part
+        of the carry.
+      constants: Pytree of arrays laid out like the leaf: of its rank, each axis as long as the
+        leaf's, in proportion to it (codes, block scales), or 1.
+      carry: The same.
+      pack: What is left to do until the results can be written: slices and shifts, no arithmetic.
+      unpack: Its inverse.
+
+    Returns:
+      The new carry.
+    """
+    constants = jax.tree.map(tiling.view, constants)
+    views = jax.tree.map(tiling.view, carry)
+    for count, tile_at in tiling.regions():
+
+        def written(views, tile, results):
+            return jax.tree.map(tile.write, views, pack(results))
+
+        # Each turn first writes what the one before has computed. So all that is written comes out
+        # of a buffer of the loop, and is read after the write: XLA then neither fuses arithmetic
+        # into packing and the in-place write, where it does not vectorize, nor copies the array to
+        # be safe.
+        def turn(i, state, tile_at=tile_at, count=count, written=written):
+            views, results = state
+            views = written(views, tile_at((i + count - 1) % count), results)
+            tile = tile_at(i)
+            return views, body(
+                tile, jax.tree.map(tile.read, constants), jax.tree.map(tile.read, views)
+            )
+
+        last = tile_at(count - 1)
+        state = views, unpack(jax.tree.map(last.read, views))
+        views, results = jax.lax.fori_loop(0, count, turn, state)
+        views = written(views, last, results)
+    return jax.tree.map(lambda view, x: view.reshape(x.shape), views, carry)
+
+
+def _tile_length(count: int, budget: int) -> int:
+    """Units of a tile: a divisor of ``count`` if one is near the budget, so that nothing is left."""
+    if count <= budget:
+        return count
+    for length in range(budget, budget // 2, -1):
+        if count % length == 0:
+            return length
+    return budget
