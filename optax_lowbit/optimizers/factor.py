@@ -11,6 +11,7 @@ from optax_lowbit.optimizers.leafwise import (
     fold_in_path,
     map_leaves,
     noise_key,
+    under_standard_promotion,
     update_leaf,
 )
 from optax_lowbit.optimizers.policy import Policy
@@ -87,7 +88,9 @@ def scale_by_factor4bit(
         "nu": Moment(nu_spec, nonnegative=True, factored=True),
     }
     policy = checked_policy(moments, policy, key)
-    full = optax.scale_by_adam(b1, b2, eps, eps_root, nesterov=nesterov)
+    full = under_standard_promotion(
+        optax.scale_by_adam(b1, b2, eps, eps_root, nesterov=nesterov)
+    )
 
     def init_fn(params):
         trees = {name: init_moment(name, m, params, policy) for name, m in moments.items()}
@@ -106,7 +109,7 @@ def scale_by_factor4bit(
             row_shares, columns = factors
             mu = optax.tree.update_moment(grad, leaf_moments["mu"], b1, 1)
             mu_hat = _first_moment_estimate(grad, mu, b1, new_state.count, nesterov)
-            nu_hat = optax.tree.bias_correction(row_shares * columns, b2, new_state.count)
+            nu_hat = _bias_corrected(row_shares * columns, b2, new_state.count)
             return mu_hat / (jnp.sqrt(nu_hat + eps_root) + eps), {"mu": mu}
 
         step_key = None if key is None else noise_key(key, state.count)
@@ -179,9 +182,14 @@ def factor4bit(
 def _first_moment_estimate(grad, mu, b1, count, nesterov):
     """Adam's bias-corrected first moment, with or without Nesterov's look ahead (as in optax)."""
     if not nesterov:
-        return optax.tree.bias_correction(mu, b1, count)
-    ahead = optax.tree.bias_correction(mu, b1, optax.safe_increment(count))
-    return b1 * ahead + (1 - b1) * optax.tree.bias_correction(grad, b1, count)
+        return _bias_corrected(mu, b1, count)
+    ahead = _bias_corrected(mu, b1, optax.safe_increment(count))
+    return b1 * ahead + (1 - b1) * _bias_corrected(grad, b1, count)
+
+
+def _bias_corrected(moment: jax.Array, decay, count: jax.Array) -> jax.Array:
+    with jax.numpy_dtype_promotion("standard"):
+        return optax.tree.bias_correction(moment, decay, count)
 
 
 def _update_means(grad: jax.Array, nu: FactoredMoment, b2, eps1) -> FactoredMoment:

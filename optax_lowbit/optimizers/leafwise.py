@@ -77,6 +77,7 @@ def quantize_moments(
       A transform with the same state type.
     """
     policy = checked_policy(moments, policy, key)
+    inner = under_standard_promotion(inner)
 
     def init_fn(params):
         state = inner.init(())
@@ -109,6 +110,16 @@ def quantize_moments(
         return new_updates, new_state._replace(**new_moments)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def under_standard_promotion(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """``inner``, whose powers of a float and an int32 count strict dtype promotion would refuse."""
+
+    def update_fn(updates, state, params=None):
+        with jax.numpy_dtype_promotion("standard"):
+            return inner.update(updates, state, params)
+
+    return optax.GradientTransformation(inner.init, update_fn)
 
 
 def map_leaves(

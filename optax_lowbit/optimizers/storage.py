@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_lowbit.optimizers.policy import Decision, Factored, Policy, path_name, record
-from optax_lowbit.quant import QuantizedArray, QuantSpec, quantize
+from optax_lowbit.quant import QuantizedArray, QuantSpec, flax_serialization, quantize
 from optax_lowbit.quant.array import abstract_quantized
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class FactoredMoment:
 
 def init_moment(name: str, moment: "Moment", params: Any, policy: Policy) -> Any:
     """A tree of zero moments shaped like ``params``, which may be abstract."""
+    flax_serialization.ensure_registered(QuantizedArray, FactoredMoment)
 
     def init_leaf(path, param):
         label = path_name(path)
