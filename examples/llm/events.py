@@ -1,0 +1,70 @@
+"""What the process of one optimizer is asked to do and what it tells meanwhile."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from examples.llm.settings import Settings
+
+
+@dataclass(frozen=True)
+class Job:
+    """One optimizer's part of a comparison.
+
+    Attributes:
+      optimizer: name in `OPTIMIZERS`.
+      settings: the comparison's settings.
+      model: the GGUF file.
+    """
+
+    optimizer: str
+    settings: Settings
+    model: Path
+
+    @property
+    def folder(self) -> Path:
+        """Where this optimizer's results and checkpoints go."""
+        return self.settings.output.absolute() / self.optimizer
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The process begins something that takes a while."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """A training step has ended; `step` counts from 1."""
+
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What one optimizer's run measured.
+
+    Attributes:
+      optimizer: its name.
+      loss_before: held-out loss of the weights it started from.
+      loss_after: held-out loss at the end.
+      losses: training loss of every step.
+      step_seconds: wall time of every step.
+      state_bytes: bytes in the buffers of the optimizer state.
+      peak_bytes: highest resident memory of the process during its training steps.
+      continuation: the model's continuation of the prompt, empty without a prompt.
+    """
+
+    optimizer: str
+    loss_before: float
+    loss_after: float
+    losses: list[float]
+    step_seconds: list[float]
+    state_bytes: int
+    peak_bytes: int
+    continuation: str
+
+
+Report = Callable[[Stage | StepDone], None]

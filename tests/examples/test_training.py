@@ -1,0 +1,129 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from examples.llm.errors import UsageError
+from examples.llm.events import Job, StepDone
+from examples.llm.memory import buffer_bytes, peak_memory_bytes, reset_peak_memory
+from examples.llm.optimizers import OPTIMIZERS, build_optimizer, learning_rate_schedule
+from examples.llm.settings import Settings
+from examples.llm.training import TrainState, abstract_decoder, make_train_step
+from examples.llm.worker import fine_tune
+from tests.examples.conftest import TINY
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Optax's own optimizers raise a float to an integer power."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def tiny_job(model, output):
+    settings = Settings(
+        steps=4, sequence_length=16, learning_rate=1e-3, eval_batches=1, output=output
+    )
+    return Job("adamw", settings, model)
+
+
+@pytest.fixture
+def job(tiny_gguf, tmp_path):
+    return tiny_job(tiny_gguf, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def saved_run(tiny_gguf, tmp_path_factory):
+    job = changed(tiny_job(tiny_gguf, tmp_path_factory.mktemp("saved")), checkpoint_every=2)
+    with jax.numpy_dtype_promotion("standard"):
+        return job, fine_tune(job, lambda _: None)
+
+
+def changed(job, **changes):
+    return dataclasses.replace(job, settings=dataclasses.replace(job.settings, **changes))
+
+
+def test_the_step_donates_parameters_and_optimizer_state():
+    graph, parameters = abstract_decoder(TINY)
+    optimizer = optax.adamw(1e-3)
+    state = TrainState(parameters, jax.eval_shape(optimizer.init, parameters))
+    windows = jax.ShapeDtypeStruct((2, 17), jnp.int32)
+    memory = make_train_step(graph, optimizer).lower(state, windows).compile().memory_analysis()
+    state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert memory.alias_size_in_bytes == state_bytes
+
+
+def test_fine_tuning_lowers_the_held_out_loss(job):
+    events = []
+    result = fine_tune(changed(job, steps=30, learning_rate=1e-2), events.append)
+    assert result.loss_after < result.loss_before - 0.1
+    assert [event.step for event in events if isinstance(event, StepDone)] == list(range(1, 31))
+    assert len(result.losses) == len(result.step_seconds) == 30
+    parameter_count = sum(leaf.size for leaf in jax.tree.leaves(abstract_decoder(TINY)[1]))
+    assert result.state_bytes >= 8 * parameter_count
+    assert result.peak_bytes > 0
+    assert result.continuation == ""
+
+
+def test_the_prompt_is_continued(job):
+    assert fine_tune(changed(job, steps=1, prompt="We"), lambda _: None).continuation
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_moves_the_parameters(name):
+    optimizer = build_optimizer(name, OPTIMIZERS[name].learning_rate, steps=10)
+    parameters = {"kernel": jnp.ones((16, 32), jnp.float32)}
+    updates, _ = optimizer.update(parameters, optimizer.init(parameters), parameters)
+    assert np.all(np.asarray(updates["kernel"]) < 0)
+
+
+def test_checkpoints_are_not_overwritten_without_resume(saved_run):
+    with pytest.raises(UsageError, match="already holds checkpoints: add --resume"):
+        fine_tune(saved_run[0], lambda _: None)
+
+
+def test_resuming_a_finished_run_gives_its_result_again(saved_run):
+    job, result = saved_run
+    assert fine_tune(changed(job, resume=True), lambda _: None) == result
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 3}, "made with batch-size 2, this run has 3"),
+        ({"learning_rate": 2e-3}, "made with learning-rate 0.001, this run has 0.002"),
+        ({"steps": 8}, "made with steps 4, this run has 8"),
+        ({"seed": 1}, "made with seed 0, this run has 1"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(saved_run, changes, message):
+    with pytest.raises(UsageError, match=message):
+        fine_tune(changed(saved_run[0], resume=True, **changes), lambda _: None)
+
+
+def test_a_sequence_longer_than_the_context_is_refused(job):
+    with pytest.raises(UsageError, match="--sequence-length: the model takes at most 64 tokens"):
+        fine_tune(changed(job, sequence_length=65), lambda _: None)
+
+
+def test_the_schedule_warms_up_and_decays():
+    rates = [float(learning_rate_schedule(1.0, 20)(step)) for step in range(20)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[2] == pytest.approx(1.0)
+    assert rates[-1] == pytest.approx(0.1, abs=0.02)
+    build_optimizer("adamw", 1.0, 1)
+
+
+def test_buffer_bytes_counts_what_is_allocated():
+    assert buffer_bytes({"a": jnp.zeros((3, 5), jnp.float32), "b": jnp.zeros(7, jnp.uint8)}) == 67
+
+
+def test_peak_memory_sees_an_allocation():
+    reset_peak_memory()
+    before = peak_memory_bytes()
+    block = np.ones(2**26, np.uint8)
+    assert peak_memory_bytes() - before > 2**25
+    del block
