@@ -1,5 +1,8 @@
 """AdamW with a 4-bit first moment and a factored second moment."""
 
+import math
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,14 +17,16 @@ from optax_lowbit.optimizers.leafwise import (
     under_standard_promotion,
     update_leaf,
 )
+from optax_lowbit.optimizers.placement import is_explicit, most_shards
 from optax_lowbit.optimizers.policy import Policy
 from optax_lowbit.optimizers.presets import FIRST_MOMENT_4BIT, SECOND_MOMENT_4BIT
 from optax_lowbit.optimizers.storage import FactoredMoment, init_moment
 from optax_lowbit.quant import QuantSpec
 from optax_lowbit.quant.scaling import divide
 
-# Elements summed within a shard before sums are added up in an order that no mesh changes.
-_SUM_BLOCK = 128
+# Elements of a block of a sum, at most, and of a turn of its loop.
+_SUM_BLOCK = 64
+_SUM_STRIDE = 8
 
 
 def scale_by_factor4bit(
@@ -88,9 +93,7 @@ def scale_by_factor4bit(
         "nu": Moment(nu_spec, nonnegative=True, factored=True),
     }
     policy = checked_policy(moments, policy, key)
-    full = under_standard_promotion(
-        optax.scale_by_adam(b1, b2, eps, eps_root, nesterov=nesterov)
-    )
+    full = under_standard_promotion(optax.scale_by_adam(b1, b2, eps, eps_root, nesterov=nesterov))
 
     def init_fn(params):
         trees = {name: init_moment(name, m, params, policy) for name, m in moments.items()}
@@ -125,9 +128,7 @@ def scale_by_factor4bit(
             update, new = update_leaf(factored_step, grad, mu_alone, leaf_key, factors)
             return update, {**new, "nu": nu}
 
-        updates, new_moments = map_leaves(
-            update_one, updates, {"mu": state.mu, "nu": state.nu}
-        )
+        updates, new_moments = map_leaves(update_one, updates, {"mu": state.mu, "nu": state.nu})
         return updates, new_state._replace(**new_moments)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -193,36 +194,57 @@ def _bias_corrected(moment: jax.Array, decay, count: jax.Array) -> jax.Array:
 
 
 def _update_means(grad: jax.Array, nu: FactoredMoment, b2, eps1) -> FactoredMoment:
-    square = jnp.square(grad.astype(jnp.float32)) + eps1
+    def square(x):
+        return jnp.square(x.astype(jnp.float32)) + eps1
+
+    def decayed(old, mean):
+        # One product only: of the two in b2 * old + (1 - b2) * mean the compiler may fuse either
+        # one with the sum, and which one depends on how the means were exchanged.
+        return old + (1 - b2) * (mean - old)
+
     return FactoredMoment(
-        optax.tree.update_moment(_mean(square, -1), nu.rows, b2, 1),
-        optax.tree.update_moment(_mean(square, -2), nu.columns, b2, 1),
+        decayed(nu.rows, _mean(square, grad, -1)), decayed(nu.columns, _mean(square, grad, -2))
     )
 
 
 def _shares(rows: jax.Array) -> jax.Array:
     """Row means over their mean; 0 if that is 0."""
-    return divide(rows, _mean(rows, -2))
+    return divide(rows, _mean(lambda x: x, rows, -2))
 
 
-def _mean(x: jax.Array, axis: int) -> jax.Array:
-    """Mean along -1 or -2, kept as an axis of 1, with one order of summation on every mesh.
+def _mean(f: Callable[[jax.Array], jax.Array], x: jax.Array, axis: int) -> jax.Array:
+    """Mean of ``f(x)`` along -1 or -2, kept as an axis of 1, with the same bits on every mesh.
 
-    Sums of blocks are local to a shard; the few that remain are added up pairwise, elementwise.
+    XLA adds up in an order that depends on the shape of a shard. Here blocks, which lie within a
+    shard, are added up one element after the other, and their sums pairwise; no ``f(x)`` is kept.
     """
     size = x.shape[axis]
-    if size % _SUM_BLOCK:
-        return jnp.sum(x, axis, keepdims=True) / size
-    shape = list(x.shape)
+    block = math.gcd(size // math.gcd(size, most_shards()), _SUM_BLOCK)
+    stride = math.gcd(block, _SUM_STRIDE)
     position = x.ndim + axis
-    shape[position : position + 1] = [size // _SUM_BLOCK, _SUM_BLOCK]
-    sums = jnp.sum(x.reshape(shape), axis=position + 1)
-    while sums.shape[position] > 1:
-        count = sums.shape[position]
-        half = count // 2
-        pairs = jax.lax.slice_in_dim(sums, 0, half, axis=position) + jax.lax.slice_in_dim(
-            sums, half, 2 * half, axis=position
-        )
-        odd = jax.lax.slice_in_dim(sums, 2 * half, count, axis=position)
-        sums = jnp.concatenate([pairs, odd], axis=position) if count % 2 else pairs
-    return sums / size
+    shape = [*x.shape[:position], size // block, block, *x.shape[position + 1 :]]
+    blocks = x.reshape(shape)
+
+    def add(i, sums):
+        piece = f(jax.lax.dynamic_slice_in_dim(blocks, i * stride, stride, position + 1))
+        for j in range(stride):
+            sums = sums + jax.lax.index_in_dim(piece, j, position + 1, keepdims=False)
+        return sums
+
+    first = f(jax.lax.index_in_dim(blocks, 0, position + 1, keepdims=False))
+    sums = jax.lax.fori_loop(0, block // stride, add, jnp.zeros_like(first))
+    return _pairwise_sum(sums, position) / size
+
+
+def _pairwise_sum(x: jax.Array, axis: int) -> jax.Array:
+    if is_explicit(x):
+        spec = [*jax.typeof(x).sharding.spec]
+        spec[axis] = None
+        x = jax.sharding.reshard(x, jax.sharding.PartitionSpec(*spec))
+    while x.shape[axis] > 1:
+        half, is_odd = divmod(x.shape[axis], 2)
+        low = jax.lax.slice_in_dim(x, 0, half, axis=axis)
+        high = jax.lax.slice_in_dim(x, half, 2 * half, axis=axis)
+        rest = jax.lax.slice_in_dim(x, 2 * half, None, axis=axis)
+        x = jnp.concatenate([low + high, rest], axis=axis) if is_odd else low + high
+    return x

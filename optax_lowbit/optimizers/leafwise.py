@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_lowbit.optimizers import storage, tiling
+from optax_lowbit.optimizers.placement import axis_shards
 from optax_lowbit.optimizers.policy import Policy, path_name
 from optax_lowbit.quant import QuantizedArray, QuantSpec, is_quantized, packing, random_bits
 from optax_lowbit.quant.array import (
@@ -161,7 +162,7 @@ def update_leaf(
       The update, in the gradient's dtype, and new moments, stored as the old ones are.
     """
     groups = [moment.spec.group_size for moment in moments.values() if is_quantized(moment)]
-    plan = tiling.plan_tiles(grad.shape, math.lcm(*groups), _shards()) if groups else None
+    plan = tiling.plan_tiles(grad.shape, math.lcm(*groups), axis_shards(grad)) if groups else None
     if plan is None:
         return _update_whole(step, grad, moments, key, constants)
     return _update_tiles(plan, step, grad, moments, key, constants)
@@ -307,11 +308,6 @@ def _to_float(moment) -> jax.Array:
 
 def _widened(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _shards() -> int:
-    """Devices that a leaf may be spread over."""
-    return max(jax.device_count(), jax.sharding.get_abstract_mesh().size)
 
 
 def checked_policy(

@@ -18,7 +18,6 @@ from optax_lowbit.quant.array import abstract_quantized
 MAX_OVERHEAD = 1 / 8
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Factored:
     """In place of a spec: the second moment of a matrix is kept as its row and column means."""
@@ -68,7 +67,12 @@ class Policy:
         object.__setattr__(self, "rules", tuple(_checked_rule(rule) for rule in self.rules))
 
     def choose(
-        self, moment: str, path: str, leaf: Any, default: QuantSpec | Factored | None, nonnegative: bool
+        self,
+        moment: str,
+        path: str,
+        leaf: Any,
+        default: QuantSpec | Factored | None,
+        nonnegative: bool,
     ) -> tuple[QuantSpec | Factored | None, str]:
         """The spec of one moment of one leaf, or None and why it stays in float32."""
         spec, reason = self._from_rules(moment, path, leaf, default, nonnegative)
@@ -138,8 +142,10 @@ def record(decision: Decision) -> None:
 def path_name(path: tuple[Any, ...]) -> str:
     """A tree path as ``a/b/0``, without the field that holds a Flax variable's value."""
     names = [_key_name(key) for key in path]
-    if names and names[-1] in ("value", "raw_value") and isinstance(
-        path[-1], jax.tree_util.GetAttrKey
+    if (
+        names
+        and names[-1] in ("value", "raw_value")
+        and isinstance(path[-1], jax.tree_util.GetAttrKey)
     ):
         names.pop()
     return "/".join(names)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_lowbit.optimizers.placement import check_alignment, is_explicit, zeros_placed_like
 from optax_lowbit.optimizers.policy import Decision, Factored, Policy, path_name, record
 from optax_lowbit.quant import QuantizedArray, QuantSpec, flax_serialization, quantize
 from optax_lowbit.quant.array import abstract_quantized
@@ -57,6 +58,8 @@ def init_moment(name: str, moment: "Moment", params: Any, policy: Policy) -> Any
         label = path_name(path)
         default = Factored() if moment.factored and len(param.shape) > 1 else moment.spec
         spec, reason = policy.choose(name, label, param, default, moment.nonnegative)
+        if isinstance(spec, QuantSpec) and is_explicit(param):
+            check_alignment(label, param, spec.group_size)
         value = zero_moment(param, spec, moment.dtype)
         nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(value))
         record(Decision(label, tuple(param.shape), name, spec, str(value.dtype), nbytes, reason))
@@ -73,57 +76,23 @@ def zero_moment(param: Any, spec: QuantSpec | Factored | None, dtype: Any) -> An
         if dtype is None:
             dtype = jnp.promote_types(param.dtype, jnp.float32)
         return jnp.zeros_like(param, dtype=dtype)
-    if _explicit_sharding(param):
+    if is_explicit(param):
         # The type carries the sharding then, and must be what an update gives.
         like = jax.eval_shape(lambda p: _without_key(jnp.zeros_like(p), spec), param)
         return jax.tree.map(jnp.zeros_like, like)
     like = abstract_quantized(tuple(param.shape), param.dtype, spec)
-    return jax.tree.map(lambda leaf: _zeros_placed_like(param, leaf), like)
+    return jax.tree.map(lambda leaf: zeros_placed_like(param, leaf), like)
 
 
 def _zeros_reduced(param: Any, axis: int) -> jax.Array:
-    if _explicit_sharding(param):
-        like = jax.eval_shape(
-            lambda p: jnp.sum(p, axis, keepdims=True).astype(jnp.float32), param
-        )
+    if is_explicit(param):
+        like = jax.eval_shape(lambda p: jnp.sum(p, axis, keepdims=True).astype(jnp.float32), param)
         return jnp.zeros_like(like)
     shape = list(param.shape)
     shape[axis] = 1
-    return _zeros_placed_like(param, jax.ShapeDtypeStruct(tuple(shape), jnp.float32))
+    return zeros_placed_like(param, jax.ShapeDtypeStruct(tuple(shape), jnp.float32))
 
 
 def _without_key(x: jax.Array, spec: QuantSpec) -> QuantizedArray:
     key = 0 if spec.rounding == "stochastic" else None
     return quantize(x, spec, key=key)
-
-
-def _explicit_sharding(param: Any) -> bool:
-    mesh = jax.typeof(param).sharding.mesh if isinstance(param, jax.Array) else None
-    return mesh is not None and not mesh.empty and bool(mesh.explicit_axes)
-
-
-def _zeros_placed_like(param: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    sharding = None
-    if not isinstance(param, jax.core.Tracer):
-        sharding = getattr(param, "sharding", None)
-    if isinstance(sharding, jax.sharding.NamedSharding):
-        sharding = jax.sharding.NamedSharding(
-            sharding.mesh,
-            _divisible_spec(sharding, leaf.shape),
-            memory_kind=sharding.memory_kind,
-        )
-    return jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
-
-
-def _divisible_spec(
-    sharding: jax.sharding.NamedSharding, shape: tuple[int, ...]
-) -> jax.sharding.PartitionSpec:
-    """The parameter's spec, without the mesh axes that do not divide ``shape``."""
-    entries = []
-    for size, entry in zip(shape, sharding.spec):
-        names = entry if isinstance(entry, tuple) else (entry,) if entry is not None else ()
-        parts = 1
-        for name in names:
-            parts *= sharding.mesh.shape[name]
-        entries.append(entry if size % parts == 0 else None)
-    return jax.sharding.PartitionSpec(*entries)

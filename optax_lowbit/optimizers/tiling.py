@@ -60,13 +60,12 @@ class Tile:
     def read(self, view: jax.Array) -> jax.Array:
         """The tile of an array given as :meth:`Tiling.view`."""
         starts, sizes = self._window(view)
-        piece = jax.lax.dynamic_slice(view, starts, sizes)
-        return piece.reshape(self._tile_shape(view, sizes))
+        return _merged(jax.lax.dynamic_slice(view, starts, sizes), _split_axes(self.axes, view))
 
     def write(self, view: jax.Array, tile: jax.Array) -> jax.Array:
         """``view`` with the tile in its place."""
-        starts, sizes = self._window(view)
-        return jax.lax.dynamic_update_slice(view, tile.reshape(sizes), starts)
+        starts, _ = self._window(view)
+        return jax.lax.dynamic_update_slice(view, _split(tile, self.axes), starts)
 
     def indices(self) -> tuple[jax.Array, jax.Array]:
         """Row (over all leading axes) and column in the leaf of each element, uint32."""
@@ -100,13 +99,6 @@ class Tile:
             sizes.append(size)
         return starts, sizes
 
-    def _tile_shape(self, view: jax.Array, sizes: list[int]) -> list[int]:
-        remaining = iter(sizes)
-        return [
-            next(remaining) * next(remaining) if is_split else next(remaining)
-            for is_split in _split_axes(self.axes, view)
-        ]
-
 
 def _extent(axis: _Axis, place: _Place, part: int) -> tuple[jax.Array | int, int]:
     """First element and number of elements along one axis of an array with ``part`` per shard."""
@@ -130,6 +122,27 @@ def _split_axes(axes: tuple[_Axis, ...], view: jax.Array) -> list[bool]:
     return flags
 
 
+# One axis at a time: the most that reshape understands of a sharding that is part of the type.
+def _split(x: jax.Array, axes: tuple[_Axis, ...]) -> jax.Array:
+    """Axes with shards, but those of size 1, as two dimensions."""
+    dimension = 0
+    for axis in axes:
+        if axis.shards > 1 and x.shape[dimension] != 1:
+            parts = [axis.shards, x.shape[dimension] // axis.shards]
+            x = x.reshape(*x.shape[:dimension], *parts, *x.shape[dimension + 1 :])
+            dimension += 1
+        dimension += 1
+    return x
+
+
+def _merged(x: jax.Array, is_split: list[bool]) -> jax.Array:
+    """The inverse of :func:`_split`."""
+    for dimension, split in enumerate(is_split):
+        if split:
+            x = x.reshape(*x.shape[:dimension], -1, *x.shape[dimension + 2 :])
+    return x
+
+
 @dataclasses.dataclass(frozen=True)
 class Tiling:
     """How a leaf is cut into tiles."""
@@ -138,10 +151,11 @@ class Tiling:
 
     def view(self, x: jax.Array) -> jax.Array:
         """An array laid out like the leaf, with its sharded axes in two parts."""
-        shape = []
-        for axis, size in zip(self.axes, x.shape):
-            shape += [size] if axis.shards == 1 or size == 1 else [axis.shards, size // axis.shards]
-        return x.reshape(shape)
+        return _split(x, self.axes)
+
+    def unview(self, view: jax.Array) -> jax.Array:
+        """The inverse of :meth:`view`."""
+        return _merged(view, _split_axes(self.axes, view))
 
     def regions(self) -> Iterator[tuple[int, Callable[[jax.Array], Tile]]]:
         """Groups of equal tiles: how many, and the tile of a number below that."""
@@ -164,23 +178,28 @@ class Tiling:
 
 
 def plan_tiles(
-    shape: tuple[int, ...], unit: int, shards: int, tile_elements: int = TILE_ELEMENTS
+    shape: tuple[int, ...],
+    unit: int,
+    shards: tuple[int, ...],
+    tile_elements: int = TILE_ELEMENTS,
 ) -> Tiling | None:
     """A tiling of a leaf, or None if it is small enough to be one tile.
 
     Args:
       shape: The leaf's global shape.
       unit: Elements along the last axis that share a scale or bytes, and so stay together.
-      shards: Devices that the leaf may be spread over.
+      shards: Devices that each axis may be spread over.
       tile_elements: Elements of a tile on each device.
     """
-    if math.prod(shape) <= tile_elements * shards:
-        return None
     units = [1] * (len(shape) - 1) + [unit]
     kept = [
-        math.gcd(size // u, shards) if size % u == 0 else 1 for size, u in zip(shape, units)
+        math.gcd(size // u, parts) if size % u == 0 else 1
+        for size, u, parts in zip(shape, units, shards)
     ]
-    budget = max(tile_elements * shards // math.prod(kept) // unit, 1)
+    elements = tile_elements * max(shards, default=1)
+    if math.prod(shape) <= elements:
+        return None
+    budget = max(elements // math.prod(kept) // unit, 1)
     axes = []
     for size, u, parts in reversed(list(zip(shape, units, kept))):
         count = size // parts // u
@@ -239,7 +258,7 @@ def over_tiles(
         state = views, unpack(jax.tree.map(last.read, views))
         views, results = jax.lax.fori_loop(0, count, turn, state)
         views = written(views, last, results)
-    return jax.tree.map(lambda view, x: view.reshape(x.shape), views, carry)
+    return jax.tree.map(tiling.unview, views)
 
 
 def _tile_length(count: int, budget: int) -> int:

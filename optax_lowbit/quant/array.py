@@ -185,7 +185,9 @@ def is_quantized(x: Any) -> bool:
     return isinstance(x, QuantizedArray)
 
 
-def quantize(x: jax.Array, spec: QuantSpec, *, key: jax.Array | int | None = None) -> QuantizedArray:
+def quantize(
+    x: jax.Array, spec: QuantSpec, *, key: jax.Array | int | None = None
+) -> QuantizedArray:
     """Keeps a float array in few bits.
 
     With ``s`` the element's scale and ``q`` the code table, ``code = argmin_i |q[i] - x / s|``, ties
@@ -334,7 +336,9 @@ def abstract_quantized(shape: tuple[int, ...], dtype: np.dtype, spec: QuantSpec)
         is_leaf=lambda s: all(isinstance(d, int) for d in s),
     )
     if not shape:
-        return QuantizedArray(jax.ShapeDtypeStruct((), jnp.uint8), scales, spec, None, np.dtype(dtype))
+        return QuantizedArray(
+            jax.ShapeDtypeStruct((), jnp.uint8), scales, spec, None, np.dtype(dtype)
+        )
     *lead, n = shape
     codes = jax.ShapeDtypeStruct((*lead, packing.packed_size(n, spec.bits)), jnp.uint8)
     return QuantizedArray(codes, scales, spec, code_padding(n, spec.bits), np.dtype(dtype))
@@ -361,4 +365,3 @@ def element_indices(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     if not shape:
         return row, row
     return row, jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
-

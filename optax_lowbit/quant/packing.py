@@ -79,7 +79,10 @@ def _pack_group(encode: Callable, arrays: Sequence[jax.Array], bits: int) -> jax
     # over (fewer than eight codes) is one little-endian word of just the bytes that it needs.
     codes = encode(*arrays)
     left_over = codes.shape[-1] % 8
-    head, rest = codes[..., : codes.shape[-1] - left_over], codes[..., codes.shape[-1] - left_over :]
+    head, rest = (
+        codes[..., : codes.shape[-1] - left_over],
+        codes[..., codes.shape[-1] - left_over :],
+    )
     parts = [
         _pack_slices(lambda part: part & 3, [head], 2),
         _pack_slices(lambda part: part >> 2, [head], 1),

@@ -43,9 +43,7 @@ def key_words(key: jax.Array | int) -> Key:
     return key[0], key[1]
 
 
-def threefry2x32(
-    key: Key, x0: jax.Array, x1: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def threefry2x32(key: Key, x0: jax.Array, x1: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Encrypts the uint32 counters ``(x0, x1)``, elementwise, into two words of random bits."""
     schedule = (*key, key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA))
     x0, x1 = x0 + schedule[0], x1 + schedule[1]

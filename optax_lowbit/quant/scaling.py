@@ -85,7 +85,9 @@ def merge_scales(a: Scales, b: Scales) -> Scales:
     return jax.tree.map(larger, a, b)
 
 
-def expand_scales(scales: Scales, scaling: str, block_size: int, shape: tuple[int, ...]) -> jax.Array:
+def expand_scales(
+    scales: Scales, scaling: str, block_size: int, shape: tuple[int, ...]
+) -> jax.Array:
     """One scale for each element of an array of ``shape``, or an array that broadcasts to that."""
     if isinstance(scales, tuple):
         smallest = scales[0]

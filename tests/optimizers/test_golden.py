@@ -194,8 +194,9 @@ def test_adamw_reproduces_torchao(golden, bits):
         mu_spec=block("dynamic_exponent", bits, True, size), nu_spec=nu,
     )  # fmt: skip
     names = [n for n in ("w_b", "vec", "bias", "scalar") if f"{n}/param" in golden(file)]
-    # Ties in the first steps (gradients are float16) go the other way there.
-    compare(golden, file, tx, ADAM, names, flat_unless_multiple_of(size), flips=0.02)
+    # Gradients with few significant bits lie on boundaries often, and go the other way there: after
+    # the first step 8 of the 312 recorded 8-bit first moments of w_b differ, all of them exact ties.
+    compare(golden, file, tx, ADAM, names, flat_unless_multiple_of(size), flips=8 / 312)
 
 
 def test_adamw8bit_reproduces_bitsandbytes(golden):

@@ -1,0 +1,78 @@
+"""Where the arrays of a state lie: on the devices of their parameters, in the same way."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def is_explicit(param: Any) -> bool:
+    """Whether the sharding is part of the array's type."""
+    mesh = jax.typeof(param).sharding.mesh if isinstance(param, jax.Array) else None
+    return mesh is not None and not mesh.empty and bool(mesh.explicit_axes)
+
+
+def axis_shards(x: jax.Array) -> tuple[int, ...]:
+    """Devices that each axis may be spread over: known from the type, or all there are."""
+    sharding = jax.typeof(x).sharding
+    if sharding.mesh.explicit_axes and not sharding.mesh.auto_axes:
+        return tuple(
+            math.prod(sharding.mesh.shape[name] for name in mesh_axes(entry))
+            for entry in sharding.spec
+        )
+    return (most_shards(),) * x.ndim
+
+
+def most_shards() -> int:
+    """Devices that any axis may be spread over, whatever the mesh makes of them."""
+    return max(jax.device_count(), jax.sharding.get_abstract_mesh().size)
+
+
+def check_alignment(path: str, param: jax.Array, group: int) -> None:
+    """Raises ValueError if shards of the last axis do not hold whole groups of codes.
+
+    On an Explicit mesh no array is moved unasked, so it could only fail later.
+    """
+    sharding = jax.typeof(param).sharding
+    entry = sharding.spec[-1] if param.ndim else None
+    parts = math.prod(sharding.mesh.shape[name] for name in mesh_axes(entry))
+    if parts > 1 and param.shape[-1] % (parts * group):
+        raise ValueError(
+            f"the last axis of parameter {path!r}, of {param.shape[-1]} elements, is sharded "
+            f"{parts} ways over {entry!r}, so it must be a multiple of {parts} x "
+            f"{group} for its state to be kept in groups of {group}; shard "
+            "another axis, or give this parameter a smaller block_size or None in policy.rules"
+        )
+
+
+def zeros_placed_like(param: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """Zeros of the leaf's shape and dtype, on the devices of a concrete parameter."""
+    sharding = None
+    if not isinstance(param, jax.core.Tracer):
+        sharding = getattr(param, "sharding", None)
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        sharding = jax.sharding.NamedSharding(
+            sharding.mesh,
+            _divisible_spec(sharding, leaf.shape),
+            memory_kind=sharding.memory_kind,
+        )
+    return jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
+
+
+def _divisible_spec(
+    sharding: jax.sharding.NamedSharding, shape: tuple[int, ...]
+) -> jax.sharding.PartitionSpec:
+    """The parameter's spec, without the mesh axes that do not divide ``shape``."""
+    entries = []
+    for size, entry in zip(shape, sharding.spec):
+        parts = math.prod(sharding.mesh.shape[name] for name in mesh_axes(entry))
+        entries.append(entry if size % parts == 0 else None)
+    return jax.sharding.PartitionSpec(*entries)
+
+
+def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one entry of a partition spec."""
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
