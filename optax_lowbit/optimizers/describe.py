@@ -76,7 +76,8 @@ def describe(tx: optax.GradientTransformation, params: Any) -> Description:
       total: 1,049,600 parameters, 1,097,732 bytes of state, 1.046 bytes a parameter
     """
     with recorded_decisions() as decisions:
-        state = jax.eval_shape(tx.init, params)
+        # A function of its own: eval_shape remembers what it has seen, and would not run it again.
+        state = jax.eval_shape(lambda params: tx.init(params), params)
     low_bit = sum(decision.nbytes for decision in decisions)
     total = sum(_nbytes(leaf) for leaf in jax.tree.leaves(state))
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

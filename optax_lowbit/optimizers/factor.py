@@ -17,16 +17,16 @@ from optax_lowbit.optimizers.leafwise import (
     under_standard_promotion,
     update_leaf,
 )
-from optax_lowbit.optimizers.placement import is_explicit, most_shards
+from optax_lowbit.optimizers.placement import axis_shards, is_explicit, most_shards
 from optax_lowbit.optimizers.policy import Policy
 from optax_lowbit.optimizers.presets import FIRST_MOMENT_4BIT, SECOND_MOMENT_4BIT
 from optax_lowbit.optimizers.storage import FactoredMoment, init_moment
+from optax_lowbit.optimizers.tiling import over_tiles, plan_tiles
 from optax_lowbit.quant import QuantSpec
 from optax_lowbit.quant.scaling import divide
 
-# Elements of a block of a sum, at most, and of a turn of its loop.
-_SUM_BLOCK = 64
-_SUM_STRIDE = 8
+# Elements of a block of a sum, at most.
+_SUM_BLOCK = 256
 
 
 def scale_by_factor4bit(
@@ -220,20 +220,31 @@ def _mean(f: Callable[[jax.Array], jax.Array], x: jax.Array, axis: int) -> jax.A
     """
     size = x.shape[axis]
     block = math.gcd(size // math.gcd(size, most_shards()), _SUM_BLOCK)
-    stride = math.gcd(block, _SUM_STRIDE)
+    # Whole rows at a time: a block along a row is a few cache lines, which one turn should use up.
+    plan = plan_tiles(x.shape, size, axis_shards(x)) if axis == -1 else None
+    if plan is None:
+        sums = _block_sums(f, x, axis, block)
+    else:
+        sums = over_tiles(
+            plan,
+            lambda tile, rows, sums: _block_sums(f, rows, axis, block),
+            x,
+            jnp.zeros_like(jax.eval_shape(lambda x: _block_sums(f, x, axis, block), x)),
+        )
+    return _pairwise_sum(sums, x.ndim + axis) / size
+
+
+def _block_sums(f, x: jax.Array, axis: int, block: int) -> jax.Array:
     position = x.ndim + axis
-    shape = [*x.shape[:position], size // block, block, *x.shape[position + 1 :]]
+    shape = [*x.shape[:position], x.shape[axis] // block, block, *x.shape[position + 1 :]]
     blocks = x.reshape(shape)
 
     def add(i, sums):
-        piece = f(jax.lax.dynamic_slice_in_dim(blocks, i * stride, stride, position + 1))
-        for j in range(stride):
-            sums = sums + jax.lax.index_in_dim(piece, j, position + 1, keepdims=False)
-        return sums
+        piece = jax.lax.dynamic_index_in_dim(blocks, i, position + 1, keepdims=False)
+        return sums + f(piece)
 
     first = f(jax.lax.index_in_dim(blocks, 0, position + 1, keepdims=False))
-    sums = jax.lax.fori_loop(0, block // stride, add, jnp.zeros_like(first))
-    return _pairwise_sum(sums, position) / size
+    return jax.lax.fori_loop(1, block, add, first)
 
 
 def _pairwise_sum(x: jax.Array, axis: int) -> jax.Array:

@@ -1,6 +1,7 @@
 """Fresh moments: zeros, in few bits or not, laid out over devices as their parameters are."""
 
 import dataclasses
+import sys
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -54,18 +55,27 @@ def init_moment(name: str, moment: "Moment", params: Any, policy: Policy) -> Any
     """A tree of zero moments shaped like ``params``, which may be abstract."""
     flax_serialization.ensure_registered(QuantizedArray, FactoredMoment)
 
-    def init_leaf(path, param):
+    variable_type = getattr(sys.modules.get("flax.nnx"), "Variable", ())
+
+    def init_leaf(path, leaf):
+        is_variable = isinstance(leaf, variable_type)
+        param = leaf.get_value() if is_variable else leaf
         label = path_name(path)
         default = Factored() if moment.factored and len(param.shape) > 1 else moment.spec
         spec, reason = policy.choose(name, label, param, default, moment.nonnegative)
         if isinstance(spec, QuantSpec) and is_explicit(param):
             check_alignment(label, param, spec.group_size)
         value = zero_moment(param, spec, moment.dtype)
-        nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(value))
-        record(Decision(label, tuple(param.shape), name, spec, str(value.dtype), nbytes, reason))
-        return value
+        nbytes = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(value))
+        dtype = str(value.dtype)
+        record(Decision(label, tuple(param.shape), name, spec, dtype, nbytes, reason))
+        # nnx.Optimizer takes a Variable for one array, laid out as its metadata say. Low-bit arrays
+        # are several, with shapes of their own, so they do without.
+        return jax.tree.map(lambda _: value, leaf) if is_variable and spec is None else value
 
-    return jax.tree_util.tree_map_with_path(init_leaf, params)
+    return jax.tree_util.tree_map_with_path(
+        init_leaf, params, is_leaf=lambda leaf: isinstance(leaf, variable_type)
+    )
 
 
 def zero_moment(param: Any, spec: QuantSpec | Factored | None, dtype: Any) -> Any:

@@ -195,8 +195,10 @@ def test_adamw_reproduces_torchao(golden, bits):
     )  # fmt: skip
     names = [n for n in ("w_b", "vec", "bias", "scalar") if f"{n}/param" in golden(file)]
     # Gradients with few significant bits lie on boundaries often, and go the other way there: after
-    # the first step 8 of the 312 recorded 8-bit first moments of w_b differ, all of them exact ties.
-    compare(golden, file, tx, ADAM, names, flat_unless_multiple_of(size), flips=8 / 312)
+    # the first step 8 of the 312 recorded 8-bit first moments of w_b differ and 31 of the second,
+    # all of them exact ties.
+    flips = 0.02 if bits == 4 else 31 / 312
+    compare(golden, file, tx, ADAM, names, flat_unless_multiple_of(size), flips=flips)
 
 
 def test_adamw8bit_reproduces_bitsandbytes(golden):
