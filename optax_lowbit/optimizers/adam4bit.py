@@ -202,7 +202,7 @@ def adamw4bit(
 def descend(
     direction: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
-    weight_decay: jax.typing.ArrayLike | None = None,
+    weight_decay: Any | None = None,
     mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     """``direction``, then decoupled weight decay unless it is None, then the learning rate."""

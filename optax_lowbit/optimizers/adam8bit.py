@@ -42,8 +42,8 @@ def scale_by_adam8bit(
 
     References:
       Dettmers et al, `8-bit Optimizers via Block-wise Quantization
-      <https://arxiv.org/abs/2110.02861>`_, 2022, Section 2. Differs from bitsandbytes in that blocks
-      run along the last axis and that new moments are rounded to the nearest value without moving
+      <https://arxiv.org/abs/2110.02861>`_, 2022, Section 2. Differs from bitsandbytes: blocks
+      run along the last axis and new moments are rounded to the nearest value without moving
       those whose sign is lost.
     """
     return scale_by_adam4bit(

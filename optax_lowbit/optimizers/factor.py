@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,19 +55,18 @@ def scale_by_factor4bit(
       v_t &= \frac{r_t}{\mathrm{mean}(r_t)}\, c_t, \qquad
       u_t = \hat m_t / \left(\sqrt{\hat v_t + \bar\varepsilon} + \varepsilon\right)
 
-    where :math:`v_t = 0` if :math:`\mathrm{mean}(r_t) = 0`. Vectors, and leaves that a policy's rule
+    where :math:`v_t = 0` if :math:`\mathrm{mean}(r_t) = 0`. Vectors, and leaves that a rule
     gives a spec for ``nu``, have their second moment as in :func:`scale_by_adam4bit`.
 
-    **Memory.** ``0.5 + 4/128`` bytes an element for the first moment and one float32 for each row and
-    each column: 0.533 on a 4096x4096 leaf, against 8 for Adam in float32.
+    **Memory.** ``0.5 + 4/128`` bytes an element for the first moment and one float32 for each row
+    and column: 0.533 on a 4096x4096 leaf, against 8 for Adam in float32.
 
     Args:
       b1, b2, eps, eps_root, mu_dtype, nesterov: As in :func:`optax.scale_by_adam`.
       eps1: Added to squared gradients, as in Adafactor.
       mu_spec: How the first moment is stored; None: not quantized.
       nu_spec: How second moments of large vectors are stored; None: not quantized.
-      policy: As in :func:`scale_by_adam4bit`; leaves that are too small to quantize are not factored
-        either.
+      policy: As in :func:`scale_by_adam4bit`; leaves too small to quantize are not factored either.
       key: A `jax.random.key` or a seed; needed if a spec rounds stochastically.
 
     Returns:
@@ -108,17 +108,17 @@ def scale_by_factor4bit(
             update, new = full.update(grad, state._replace(**leaf_moments))
             return update, {"mu": new.mu, "nu": new.nu}
 
-        def factored_step(grad, leaf_moments, factors):
+        def factored_step(grad, leaf_moments, factors) -> tuple[Any, dict[str, Any]]:
             row_shares, columns = factors
             mu = optax.tree.update_moment(grad, leaf_moments["mu"], b1, 1)
             mu_hat = _first_moment_estimate(grad, mu, b1, new_state.count, nesterov)
             nu_hat = _bias_corrected(row_shares * columns, b2, new_state.count)
             return mu_hat / (jnp.sqrt(nu_hat + eps_root) + eps), {"mu": mu}
 
-        step_key = None if key is None else noise_key(key, state.count)
+        step_key = noise_key(key, state.count)
 
         def update_one(path, grad, leaf_moments):
-            leaf_key = None if key is None else fold_in_path(step_key, path)
+            leaf_key = fold_in_path(step_key, path)
             nu = leaf_moments["nu"]
             if not isinstance(nu, FactoredMoment):
                 return update_leaf(adam_step, grad, leaf_moments, leaf_key)
@@ -188,7 +188,7 @@ def _first_moment_estimate(grad, mu, b1, count, nesterov):
     return b1 * ahead + (1 - b1) * _bias_corrected(grad, b1, count)
 
 
-def _bias_corrected(moment: jax.Array, decay, count: jax.Array) -> jax.Array:
+def _bias_corrected(moment: jax.Array, decay, count: Any) -> jax.Array:
     with jax.numpy_dtype_promotion("standard"):
         return optax.tree.bias_correction(moment, decay, count)
 

@@ -13,7 +13,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,10 +78,10 @@ def quantize_moments(
       A transform with the same state type.
     """
     policy = checked_policy(moments, policy, key)
-    inner = under_standard_promotion(inner)
+    transform = under_standard_promotion(inner)
 
     def init_fn(params):
-        state = inner.init(())
+        state = transform.init(())
         return state._replace(
             **{
                 name: storage.init_moment(name, moment, params, policy)
@@ -94,33 +94,40 @@ def quantize_moments(
 
         def step(grad, leaf_moments, constants):
             del constants
-            update, new_state = inner.update(grad, state._replace(**leaf_moments))
+            update, new_state = transform.update(grad, state._replace(**leaf_moments))
             return update, {name: getattr(new_state, name) for name in moments}
 
-        step_key = None if key is None else noise_key(key, state.count)
+        step_key = noise_key(key, state.count)
 
         def update_one(path, grad, leaf_moments):
-            leaf_key = None if key is None else fold_in_path(step_key, path)
+            leaf_key = fold_in_path(step_key, path)
             return update_leaf(step, grad, leaf_moments, leaf_key)
 
         new_updates, new_moments = map_leaves(
             update_one, updates, {name: getattr(state, name) for name in moments}
         )
         empty = state._replace(**{name: () for name in moments})
-        _, new_state = inner.update((), empty)
+        _, new_state = transform.update((), empty)
         return new_updates, new_state._replace(**new_moments)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def under_standard_promotion(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+class Inner(NamedTuple):
+    """An optax transform whose state is known to be a NamedTuple (optax's types do not say so)."""
+
+    init: Callable[..., Any]
+    update: Callable[..., Any]
+
+
+def under_standard_promotion(inner: optax.GradientTransformation) -> Inner:
     """``inner``, whose powers of a float and an int32 count strict dtype promotion would refuse."""
 
-    def update_fn(updates, state, params=None):
+    def update_fn(updates, state):
         with jax.numpy_dtype_promotion("standard"):
-            return inner.update(updates, state, params)
+            return inner.update(updates, state)
 
-    return optax.GradientTransformation(inner.init, update_fn)
+    return Inner(inner.init, update_fn)
 
 
 def map_leaves(
@@ -330,14 +337,14 @@ def checked_policy(
     return policy
 
 
-def noise_key(key: jax.Array | int, count: jax.Array) -> random_bits.Key:
+def noise_key(key: jax.Array | int | None, count: Any) -> random_bits.Key | None:
     """The key of one step."""
-    return random_bits.fold_in(random_bits.key_words(key), count)
+    return None if key is None else random_bits.fold_in(random_bits.key_words(key), count)
 
 
-def fold_in_path(key: random_bits.Key, path: tuple[Any, ...]) -> random_bits.Key:
+def fold_in_path(key: random_bits.Key | None, path: tuple[Any, ...]) -> random_bits.Key | None:
     """The key of one leaf."""
-    return random_bits.fold_in(key, _hash(path_name(path)))
+    return None if key is None else random_bits.fold_in(key, _hash(path_name(path)))
 
 
 def _hash(name: str) -> jax.Array:

@@ -24,7 +24,7 @@ class Factored:
 
 
 Predicate = Callable[[str, Any], bool]
-Rule = tuple[str | Predicate, QuantSpec | Mapping[str, QuantSpec | None] | None]
+Rule = tuple[str | Predicate, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,8 +54,8 @@ class Policy:
     # Leaves of this many elements or fewer keep their state in float32.
     min_size: int = 4096
     # (pattern, choice) pairs. A pattern is a regular expression, searched for in the path, or a
-    # predicate of (path, leaf). A choice is None (float32); a spec for all of the leaf's moments, of
-    # which non-negative ones use the unsigned form; or a dict of specs by moment ("mu", "nu",
+    # predicate of (path, leaf). A choice is None (float32); a spec for all of a leaf's moments, of
+    # which non-negative ones use the unsigned form; or a dict of these by moment ("mu", "nu",
     # "trace"), the moments it leaves out keeping the optimizer's own.
     rules: tuple[Rule, ...] = ()
 
@@ -87,7 +87,7 @@ class Policy:
             return spec, ""
         return _within_overhead(spec, leaf.shape)
 
-    def _from_rules(self, moment, path, leaf, default, nonnegative):
+    def _from_rules(self, moment, path, leaf, default, nonnegative) -> tuple[Any, str]:
         for index, (pattern, choice) in enumerate(self.rules):
             if not _matches(pattern, path, leaf):
                 continue
@@ -96,7 +96,7 @@ class Policy:
                 if moment not in by_moment:
                     break
                 choice = by_moment[moment]
-            elif choice is not None and nonnegative and choice.signed:
+            elif isinstance(choice, QuantSpec) and nonnegative and choice.signed:
                 choice = dataclasses.replace(choice, signed=False, signed_scale=False)
             return choice, f"rule {index}" if choice is None else ""
         return default, "no spec" if default is None else ""
@@ -177,7 +177,7 @@ def _overhead(spec: QuantSpec, shape: tuple[int, ...]) -> float:
     return nbytes / math.prod(shape) - spec.bits / 8
 
 
-def _checked_rule(rule: Any) -> Rule:
+def _checked_rule(rule: Any) -> Any:
     if not isinstance(rule, tuple | list) or len(rule) != 2:
         raise TypeError(f"each of rules must be a pair (pattern, choice), got {rule!r}")
     pattern, choice = rule
@@ -198,7 +198,7 @@ def _checked_rule(rule: Any) -> Rule:
         choice = tuple(sorted(choice.items()))  # hashable
     elif not isinstance(choice, tuple):
         _check_spec("a rule's choice", choice)
-    return pattern, choice
+    return (pattern, choice)
 
 
 def _check_spec(name: str, spec: Any) -> None:

@@ -67,14 +67,15 @@ def trace4bit(
 
 
 def _counted_trace(decay: jax.typing.ArrayLike, nesterov: bool) -> optax.GradientTransformation:
-    inner = optax.trace(decay, nesterov)
+    inner: Any = optax.trace(decay, nesterov)
 
     def init_fn(params):
-        return Trace4bitState(jnp.zeros([], jnp.int32), inner.init(params).trace)
+        (trace,) = inner.init(params)
+        return Trace4bitState(jnp.zeros([], jnp.int32), trace)
 
     def update_fn(updates, state, params=None):
-        updates, new = inner.update(updates, optax.TraceState(state.trace), params)
-        return updates, Trace4bitState(optax.safe_increment(state.count), new.trace)
+        updates, (trace,) = inner.update(updates, optax.TraceState(state.trace), params)
+        return updates, Trace4bitState(optax.safe_increment(state.count), trace)
 
     return optax.GradientTransformation(init_fn, update_fn)
 

@@ -5,8 +5,8 @@ order of the program and whatever barriers stand in it. A loop with its state up
 what bounds them.
 
 A tile must not cross shards, or every turn of the loop would gather the leaf. Where an axis can be
-sharded ``g`` ways it is therefore seen as ``(g, n / g)`` and cut along the second part: a tile takes
-a piece of each shard. Nothing of the result depends on that: rounding sees elements and blocks.
+sharded ``g`` ways it is therefore seen as ``(g, n / g)`` and cut along the second part: a tile
+takes a piece of each shard. The result does not depend on that: rounding sees elements and blocks.
 """
 
 import dataclasses
@@ -157,7 +157,7 @@ class Tiling:
         """The inverse of :meth:`view`."""
         return _merged(view, _split_axes(self.axes, view))
 
-    def regions(self) -> Iterator[tuple[int, Callable[[jax.Array], Tile]]]:
+    def regions(self) -> Iterator[tuple[int, Callable[[Any], Tile]]]:
         """Groups of equal tiles: how many, and the tile of a number below that."""
         kinds = [(True, False) if axis.has_rest else (True,) for axis in self.axes]
         for kind in itertools.product(*kinds):
@@ -224,8 +224,8 @@ def over_tiles(
 
     Args:
       tiling: From :func:`plan_tiles`.
-      body: Gets the tile and its parts of all arrays; ``pack`` of what it gives becomes the new part
-        of the carry.
+      body: Gets the tile and its parts of all arrays; ``pack`` of what it gives becomes the new
+        part of the carry.
       constants: Pytree of arrays laid out like the leaf: of its rank, each axis as long as the
         leaf's, in proportion to it (codes, block scales), or 1.
       carry: The same.
@@ -262,7 +262,7 @@ def over_tiles(
 
 
 def _tile_length(count: int, budget: int) -> int:
-    """Units of a tile: a divisor of ``count`` if one is near the budget, so that nothing is left."""
+    """Units of a tile: a divisor of ``count`` if one is near the budget, so that none is left."""
     if count <= budget:
         return count
     for length in range(budget, budget // 2, -1):

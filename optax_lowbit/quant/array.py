@@ -34,7 +34,7 @@ class QuantSpec:
       2
     """
 
-    # A name of `codebooks.NAMES`, or the table itself: code i stands for the i-th value, in [-1, 1].
+    # A name of `codebooks.NAMES`, or the table: code i stands for the i-th value, in [-1, 1].
     codebook: str | tuple[float, ...]
     # Bits that a code takes in storage: 2, 3, 4 or 8.
     bits: int
@@ -46,7 +46,7 @@ class QuantSpec:
     # Elements in a block along the last axis. Codes are packed in groups of this size whatever the
     # scaling, so it is also the granularity at which the last axis can be sharded without traffic.
     block_size: int = 128
-    # "stochastic" rounds up or down at random so that the mean is kept; quantizing needs a key then.
+    # "stochastic" rounds up or down at random so that the mean is kept; quantizing needs a key.
     rounding: Rounding = "nearest"
     # Let the scale carry the sign of the element with the largest magnitude, which then is always
     # code +1, exactly: the dynamic-exponent tables have a +1 and no -1.
@@ -190,7 +190,7 @@ def quantize(
 ) -> QuantizedArray:
     """Keeps a float array in few bits.
 
-    With ``s`` the element's scale and ``q`` the code table, ``code = argmin_i |q[i] - x / s|``, ties
+    With ``s`` the element's scale and ``q`` the code table, ``code = argmin_i |q[i] - x/s|``, ties
     to the lower value; or, with stochastic rounding, one of the two neighbours of ``x / s``, drawn
     so that the mean is ``x / s``. All maths is in float32.
 
@@ -233,7 +233,9 @@ def quantize(
         )
     if spec.rounding == "stochastic" and key is None:
         raise ValueError("key must be given for a spec with rounding='stochastic', got None")
-    words = random_bits.key_words(key) if spec.rounding == "stochastic" else None
+    words = None
+    if spec.rounding == "stochastic" and key is not None:
+        words = random_bits.key_words(key)
     return _quantize(jnp.asarray(x), spec, words)
 
 
@@ -267,7 +269,7 @@ def _dequantize(q: QuantizedArray) -> jax.Array:
     return decode(q).astype(q.dtype)
 
 
-def decode(q: QuantizedArray) -> jax.Array:
+def decode(q: QuantizedArray) -> Any:
     """:func:`dequantize` in float32, whatever ``q.dtype``."""
     spec = q.spec
     if q.padding is None:
@@ -284,7 +286,7 @@ def encode(
     dtype: np.dtype,
     noise: jax.Array | None = None,
 ) -> QuantizedArray:
-    """Float32 ``x`` as codes under given scales; ``noise`` as in :func:`rounding.stochastic_codes`."""
+    """Float32 ``x`` as codes under given scales; ``noise`` is that of stochastic rounding."""
     noises = [] if noise is None else [noise]
     if x.ndim == 0:
         codes = _codes(spec, x, scales, *noises)
@@ -300,7 +302,7 @@ def encode(
 def encode_unpacked(
     x: jax.Array, scales: scaling.Scales, spec: QuantSpec, noise: jax.Array | None = None
 ) -> jax.Array:
-    """The codes of :func:`encode` before packing: uint8 of the shape of ``x`` (one axis or more)."""
+    """The codes of :func:`encode` before packing: uint8 of the shape of ``x``, not 0-d."""
     noises = [] if noise is None else [noise]
     return _codes(spec, x, _scale_per_element(scales, spec, x.shape), *noises)
 
@@ -310,7 +312,7 @@ def _scale_per_element(scales: scaling.Scales, spec: QuantSpec, shape: tuple[int
     return jnp.broadcast_to(scale, shape)
 
 
-def _codes(spec: QuantSpec, x: jax.Array, scale: jax.Array, *noise: jax.Array) -> jax.Array:
+def _codes(spec: QuantSpec, x: jax.Array, scale: Any, *noise: jax.Array) -> jax.Array:
     normalized = scaling.divide(x, scale)
     if spec.rounding == "stochastic":
         return rounding.stochastic_codes(normalized, spec.values, *noise)
@@ -318,7 +320,7 @@ def _codes(spec: QuantSpec, x: jax.Array, scale: jax.Array, *noise: jax.Array) -
 
 
 def compute_scales(x: jax.Array, spec: QuantSpec, axes: int | None = None) -> scaling.Scales:
-    """The scales of float32 ``x``; ``axes`` as in :func:`scaling.absmax_scales`, default its own."""
+    """The scales of float32 ``x``; ``axes`` as in :func:`scaling.absmax_scales`."""
     if x.ndim == 0:
         return x if spec.signed_scale else jnp.abs(x)
     if axes is None:
@@ -330,15 +332,14 @@ def compute_scales(x: jax.Array, spec: QuantSpec, axes: int | None = None) -> sc
 
 def abstract_quantized(shape: tuple[int, ...], dtype: np.dtype, spec: QuantSpec) -> QuantizedArray:
     """The :class:`QuantizedArray` of `jax.ShapeDtypeStruct` that :func:`quantize` would give."""
-    scales = jax.tree.map(
+    scales: Any = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s, jnp.float32),
         scaling.scale_shapes(shape, spec.scaling, spec.block_size),
         is_leaf=lambda s: all(isinstance(d, int) for d in s),
     )
     if not shape:
-        return QuantizedArray(
-            jax.ShapeDtypeStruct((), jnp.uint8), scales, spec, None, np.dtype(dtype)
-        )
+        codes: Any = jax.ShapeDtypeStruct((), jnp.uint8)
+        return QuantizedArray(codes, scales, spec, None, np.dtype(dtype))
     *lead, n = shape
     codes = jax.ShapeDtypeStruct((*lead, packing.packed_size(n, spec.bits)), jnp.uint8)
     return QuantizedArray(codes, scales, spec, code_padding(n, spec.bits), np.dtype(dtype))

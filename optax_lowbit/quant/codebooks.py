@@ -64,13 +64,13 @@ def _linspace(start: float, stop: float, num: int) -> np.ndarray:
 
 def _dynamic_exponent(bits: int, signed: bool) -> np.ndarray:
     levels = bits - 1
-    values = [np.zeros(1, np.float32), np.ones(1, np.float32)]
+    values: list[np.ndarray] = [np.zeros(1, np.float32), np.ones(1, np.float32)]
     for level in range(levels):
         edges = _linspace(0.1, 1.0, 2 ** (level + (not signed)) + 1)
         midpoints = (edges[:-1] + edges[1:]) / np.float32(2)
         # Float32 times float32, as in the references: another order moves the last bit.
         magnitudes = np.float32(10.0 ** (level - levels + 1)) * midpoints
-        values.extend([magnitudes, -magnitudes] if signed else [magnitudes])
+        values += [magnitudes, -magnitudes] if signed else [magnitudes]
     return np.sort(np.concatenate(values))
 
 
@@ -118,8 +118,8 @@ def codebook(name: str, bits: int, signed: bool) -> np.ndarray:
     """The values that the codes ``0 .. 2**bits - 1`` of a named table stand for.
 
     Args:
-      name: One of ``"dynamic_exponent"``, ``"dynamic_exponent_nozero"``, ``"linear"``, ``"power2"``,
-        ``"power3"``, ``"integer"``, ``"nf4"``, ``"fp4"``.
+      name: One of ``"dynamic_exponent"``, ``"dynamic_exponent_nozero"``, ``"linear"``,
+        ``"power2"``, ``"power3"``, ``"integer"``, ``"nf4"``, ``"fp4"``.
       bits: 2, 3, 4 or 8; 4 for ``"nf4"`` and ``"fp4"``.
       signed: Whether the table covers [-1, 1] or [0, 1]; True for ``"nf4"`` and ``"fp4"``.
 

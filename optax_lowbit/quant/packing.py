@@ -57,7 +57,7 @@ def encode_and_pack(
 
 
 def unpack(packed: jax.Array, bits: int, group: int, n: int) -> jax.Array:
-    """Inverse of :func:`pack`: uint8 bytes ``(..., ceil(n*bits/8))`` to uint8 codes ``(..., n)``."""
+    """Inverse of :func:`pack`: bytes ``(..., ceil(n*bits/8))`` to uint8 codes ``(..., n)``."""
     if bits == 8:
         return packed
     *lead, _ = packed.shape
@@ -113,7 +113,7 @@ def _unpack_group(packed: jax.Array, bits: int, n: int) -> jax.Array:
 
 
 def _pack_slices(encode: Callable, arrays: Sequence[jax.Array], bits: int) -> jax.Array:
-    """Byte ``i`` holds the codes ``i, i + h, i + 2h, ...``, lowest bits first; ``h`` bytes in all."""
+    """Byte ``i`` of ``h`` holds the codes ``i, i + h, i + 2h, ...``, lowest bits first."""
     size = packed_size(arrays[0].shape[-1], bits)
     packed = encode(*(a[..., :size] for a in arrays))
     for j in range(1, 8 // bits):

@@ -62,6 +62,6 @@ def fold_in(key: Key, data: jax.Array | int) -> Key:
 
 
 def uniform(key: Key, rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """Float32 uniforms in [0, 1) with 24 bits, one for each (row, column) pair of uint32 indices."""
+    """Float32 uniforms in [0, 1) with 24 bits, one for each pair of uint32 indices."""
     bits, _ = threefry2x32(key, rows, columns)
     return (bits >> 8).astype(jnp.float32) * jnp.float32(2**-24)

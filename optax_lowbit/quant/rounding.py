@@ -8,7 +8,7 @@ import numpy as np
 
 from optax_lowbit.quant import codebooks
 
-# Up to here one comparison for each boundary, which vectorizes, beats a binary search, which gathers.
+# Up to here one comparison for each boundary beats a binary search: it vectorizes.
 _MOST_COMPARISONS = 16
 _MOST_SELECTS = 16
 

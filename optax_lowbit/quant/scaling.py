@@ -31,7 +31,7 @@ NAMES = ("block", "column", "rank1", "row", "tensor")
 def rank1_axes(shape: tuple[int, ...], block_size: int) -> int:
     """How many trailing axes have maxima of their own under ``"rank1"``; the others are batch axes.
 
-    The fewest, and at least two, whose scales take no more bytes than those of ``block_size`` would;
+    The fewest, and at least two, whose scales take no more bytes than blocks' would;
     all axes (the paper's rule) where no choice achieves that, as in a small convolution kernel.
     """
     for axes in range(2, len(shape)):
@@ -49,7 +49,7 @@ def effective_scaling(scaling: str, ndim: int) -> str:
 def absmax_scales(
     x: jax.Array, scaling: str, block_size: int, *, signed_scale: bool = False, axes: int = 0
 ) -> Scales:
-    """The largest magnitudes of float32 ``x`` (one axis or more), as laid out in the module's table.
+    """The largest magnitudes of float32 ``x``, not 0-d, as laid out in the module's table.
 
     Args:
       x: float32.

@@ -1,7 +1,7 @@
 """Twenty steps of lpmm's, torchao's and bitsandbytes' optimizers, reproduced.
 
-What is left out, and why: lpmm's ``scalar`` (its test for "not initialized" is ``numel <= 1``, so it
-resets the moments of a scalar in every step; ours are asserted to follow optax instead).
+What is left out: lpmm's ``scalar``. Its test for "not initialized" is ``numel <= 1``, which resets
+the moments of a scalar in every step; ours are asserted to follow optax instead.
 """
 
 import jax

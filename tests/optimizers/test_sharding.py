@@ -164,5 +164,5 @@ def test_explicit_mesh_refuses_misaligned_shards_at_init():
         params = {
             "w": jax.device_put(jnp.ones((128, 512)), NamedSharding(mesh, PartitionSpec(None, "x")))
         }
-        with pytest.raises(ValueError, match="last axis of parameter 'w'.*multiple of 8 x 128"):
+        with pytest.raises(ValueError, match=r"last axis of parameter 'w'.*multiple of 8 x 128"):
             optax_lowbit.adamw4bit(1e-3).init(params)

@@ -1,4 +1,4 @@
-"""Invariants of the low-bit array: layout, transformations, odd shapes, zeros and non-finite values."""
+"""Invariants of the low-bit array: layout, transformations, odd shapes, zeros, NaN and infinity."""
 
 import dataclasses
 import functools

@@ -198,7 +198,6 @@ def test_quantizer_equals_bitsandbytes_4bit(golden, name):
         spec = QuantSpec(codebook=name, bits=4, signed=True, scaling="block", block_size=64)
         q = quant.quantize(jnp.asarray(x), spec)
         np.testing.assert_array_equal(np.asarray(q.scales), vectors[f"{case}/absmax"])
-        values = np.asarray(spec.values, np.float32)
         theirs = np.stack([packed >> 4, packed & 15], axis=-1).reshape(-1)[: x.size]
         check_equal_but_for_reciprocal(x, q, unpacked_codes(q), theirs)
         checked += 1
