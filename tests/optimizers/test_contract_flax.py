@@ -22,11 +22,6 @@ from tests.optimizers.cases import (
 BLOCK_NU = QuantSpec(codebook="linear", bits=4, signed=False, scaling="block")
 
 
-NNX_VARIABLES = expected_to_fail(
-    "nnx.Optimizer.update turns a variable around a QuantizedArray into an nnx.State",
-)
-
-
 def inputs():
     return normal_tree({"x": (4, 64)})["x"]
 
@@ -89,7 +84,6 @@ def optimizer_variables(optimizer):
     return [variable for _, variable in nnx.to_flat_state(state)]
 
 
-@NNX_VARIABLES
 @each_family
 def test_nnx_optimizer_follows_optax(case):
     model = nnx.Linear(64, 128, rngs=nnx.Rngs(0))
@@ -104,6 +98,9 @@ def test_nnx_optimizer_follows_optax(case):
     assert jnp.dtype(jnp.uint8) in dtypes
 
 
+@expected_to_fail(
+    "gradients in nnx variables do not match a state whose arrays are plain", ValueError
+)
 @each_family
 def test_nnx_state_passed_to_the_transform_itself(case):
     model = nnx.Linear(64, 128, rngs=nnx.Rngs(0))
@@ -158,9 +155,15 @@ def sharded_training(tx, axis_type, **metadata):
     return model, optimizer
 
 
-@NNX_VARIABLES
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda a: a.name)
-@pytest.mark.parametrize("name", BLOCKED)
+def sharded_cases():
+    take = expected_to_fail("a gather of table values needs out_sharding")
+    for name in BLOCKED:
+        for axis_type in (AxisType.Auto, AxisType.Explicit):
+            marks = [take] if name == "adamw8bit" and axis_type == AxisType.Explicit else []
+            yield pytest.param(name, axis_type, marks=marks, id=f"{name}-{axis_type.name}")
+
+
+@pytest.mark.parametrize(("name", "axis_type"), list(sharded_cases()))
 def test_nnx_optimizer_shards_block_scaled_states_as_parameters(name, axis_type):
     _, optimizer = sharded_training(BLOCKED[name](), axis_type)
     codes = [v for v in optimizer_variables(optimizer) if v.get_value().dtype == jnp.uint8]
@@ -169,10 +172,12 @@ def test_nnx_optimizer_shards_block_scaled_states_as_parameters(name, axis_type)
         assert variable.get_value().sharding.spec == PartitionSpec("data", "model")
 
 
-@NNX_VARIABLES
+@pytest.mark.parametrize(
+    "metadata", [{}, {"optimizer_sharding": ()}], ids=["as-parameter", "optimizer-sharding"]
+)
 @pytest.mark.parametrize("name", WITHOUT_BLOCKS)
-def test_nnx_optimizer_sharding_metadata_can_be_turned_off(name):
-    # Scales with an axis of length 1 cannot be sharded as the parameter is.
-    _, optimizer = sharded_training(WITHOUT_BLOCKS[name](), AxisType.Auto, optimizer_sharding=())
-    dtypes = [variable.get_value().dtype for variable in optimizer_variables(optimizer)]
-    assert jnp.dtype(jnp.uint8) in dtypes
+def test_nnx_optimizer_takes_scales_that_are_not_laid_out_as_the_parameter(name, metadata):
+    # Row and column scales have an axis of length 1, which the parameter's spec does not divide.
+    _, optimizer = sharded_training(WITHOUT_BLOCKS[name](), AxisType.Auto, **metadata)
+    codes = [v for v in optimizer_variables(optimizer) if v.get_value().dtype == jnp.uint8]
+    assert codes

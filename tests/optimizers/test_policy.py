@@ -138,7 +138,6 @@ def test_description_prints_a_line_a_leaf_and_the_reasons():
             "key must be given",
         ),
     ],
-    ids=str,
 )  # fmt: skip
 def test_impossible_arguments_are_refused_at_construction(make, error, message):
     with pytest.raises(error, match=message):
