@@ -467,6 +467,8 @@ def evaluator(evaluate: Callable[[Params, Data], dict[str, jax.Array]]) -> Calla
 def sweep(task: Task, optimizer: Optimizer) -> dict[str, Any]:
     """Validation values of ``task.metric`` by learning rate, and the best rate, of another seed."""
     rates = task.sweeps[optimizer.family]
+    if len(rates) == 1:
+        return {"best": rates[0], "tried": {}}
     start = start_runs(task, [SWEEP_SEED] * len(rates))
     values = measure(task, optimizer, task.validation, start, rates)[task.metric]
     sign = 1 if higher_is_better(task.metric) else -1

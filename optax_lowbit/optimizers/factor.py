@@ -12,11 +12,9 @@ from optax_lowbit.optimizers.adam4bit import Mask, descend
 from optax_lowbit.optimizers.leafwise import (
     Moment,
     checked_policy,
-    fold_in_path,
-    map_leaves,
-    noise_key,
     under_standard_promotion,
     update_leaf,
+    update_state,
 )
 from optax_lowbit.optimizers.placement import axis_shards, is_explicit, most_shards
 from optax_lowbit.optimizers.policy import Policy
@@ -101,24 +99,17 @@ def scale_by_factor4bit(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        _, new_state = full.update((), state._replace(mu=(), nu=()))
-
-        def adam_step(grad, leaf_moments, constants):
-            del constants
-            update, new = full.update(grad, state._replace(**leaf_moments))
-            return update, {"mu": new.mu, "nu": new.nu}
+        count = optax.safe_increment(state.count)
 
         def factored_step(grad, leaf_moments, factors) -> tuple[Any, dict[str, Any]]:
             row_shares, columns = factors
-            mu = optax.tree.update_moment(grad, leaf_moments["mu"], b1, 1)
-            mu_hat = _first_moment_estimate(grad, mu, b1, new_state.count, nesterov)
-            nu_hat = _bias_corrected(row_shares * columns, b2, new_state.count)
-            return mu_hat / (jnp.sqrt(nu_hat + eps_root) + eps), {"mu": mu}
+            with jax.numpy_dtype_promotion("standard"):  # as in optax: float64 gradients stay so
+                mu = optax.tree.update_moment(grad, leaf_moments["mu"], b1, 1)
+                mu_hat = _first_moment_estimate(grad, mu, b1, count, nesterov)
+                nu_hat = optax.tree.bias_correction(row_shares * columns, b2, count)
+                return mu_hat / (jnp.sqrt(nu_hat + eps_root) + eps), {"mu": mu}
 
-        step_key = noise_key(key, state.count)
-
-        def update_one(path, grad, leaf_moments):
-            leaf_key = fold_in_path(step_key, path)
+        def update_one(adam_step, grad, leaf_moments, leaf_key):
             nu = leaf_moments["nu"]
             if not isinstance(nu, FactoredMoment):
                 return update_leaf(adam_step, grad, leaf_moments, leaf_key)
@@ -128,8 +119,7 @@ def scale_by_factor4bit(
             update, new = update_leaf(factored_step, grad, mu_alone, leaf_key, factors)
             return update, {**new, "nu": nu}
 
-        updates, new_moments = map_leaves(update_one, updates, {"mu": state.mu, "nu": state.nu})
-        return updates, new_state._replace(**new_moments)
+        return update_state(full, updates, state, ("mu", "nu"), key, update_one)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -183,14 +173,9 @@ def factor4bit(
 def _first_moment_estimate(grad, mu, b1, count, nesterov):
     """Adam's bias-corrected first moment, with or without Nesterov's look ahead (as in optax)."""
     if not nesterov:
-        return _bias_corrected(mu, b1, count)
-    ahead = _bias_corrected(mu, b1, optax.safe_increment(count))
-    return b1 * ahead + (1 - b1) * _bias_corrected(grad, b1, count)
-
-
-def _bias_corrected(moment: jax.Array, decay, count: Any) -> jax.Array:
-    with jax.numpy_dtype_promotion("standard"):
-        return optax.tree.bias_correction(moment, decay, count)
+        return optax.tree.bias_correction(mu, b1, count)
+    ahead = optax.tree.bias_correction(mu, b1, optax.safe_increment(count))
+    return b1 * ahead + (1 - b1) * optax.tree.bias_correction(grad, b1, count)
 
 
 def _update_means(grad: jax.Array, nu: FactoredMoment, b2, eps1) -> FactoredMoment:

@@ -20,8 +20,10 @@ import jax.numpy as jnp
 import optax
 
 from optax_lowbit.optimizers import storage, tiling
+from optax_lowbit.optimizers.flax_variables import is_variable, unwrapped, wrapped_like
 from optax_lowbit.optimizers.placement import axis_shards
 from optax_lowbit.optimizers.policy import Policy, path_name
+from optax_lowbit.optimizers.storage import FactoredMoment
 from optax_lowbit.quant import QuantizedArray, QuantSpec, is_quantized, packing, random_bits
 from optax_lowbit.quant.array import (
     code_padding,
@@ -30,6 +32,7 @@ from optax_lowbit.quant.array import (
     element_indices,
     encode,
     encode_unpacked,
+    to_float32,
 )
 from optax_lowbit.quant.scaling import effective_scaling, merge_scales
 
@@ -49,14 +52,6 @@ class Moment:
     factored: bool = False
     # Of leaves that are not quantized; None: float32, or wider if the parameter is.
     dtype: Any = None
-
-
-@dataclasses.dataclass(frozen=True)
-class _LeafResult:
-    """What became of a leaf; not a pytree, so that it can be a leaf of one."""
-
-    update: jax.Array
-    moments: dict[str, Any]
 
 
 def quantize_moments(
@@ -91,26 +86,75 @@ def quantize_moments(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-
-        def step(grad, leaf_moments, constants):
-            del constants
-            update, new_state = transform.update(grad, state._replace(**leaf_moments))
-            return update, {name: getattr(new_state, name) for name in moments}
-
-        step_key = noise_key(key, state.count)
-
-        def update_one(path, grad, leaf_moments):
-            leaf_key = fold_in_path(step_key, path)
-            return update_leaf(step, grad, leaf_moments, leaf_key)
-
-        new_updates, new_moments = map_leaves(
-            update_one, updates, {name: getattr(state, name) for name in moments}
-        )
-        empty = state._replace(**{name: () for name in moments})
-        _, new_state = transform.update((), empty)
-        return new_updates, new_state._replace(**new_moments)
+        new_updates, new_state = update_state(transform, updates, state, tuple(moments), key)
+        return new_updates, new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def update_state(
+    transform: "Inner",
+    updates: optax.Updates,
+    state: Any,
+    names: tuple[str, ...],
+    key: jax.Array | int | None,
+    update_one: Callable[..., tuple[jax.Array, dict[str, Any]]] | None = None,
+) -> tuple[Any, Any]:
+    """One step of ``transform`` on all leaves, its moments in whatever way each is stored.
+
+    Args:
+      transform: The elementwise optax transform.
+      updates: Gradients.
+      state: The transform's state, with low-bit moments.
+      names: The state's fields that are moments.
+      key: For stochastic rounding.
+      update_one: ``(step, gradient, moments, key) -> (update, moments)`` for a leaf with low-bit
+        moments; default :func:`update_leaf`.
+    """
+    step_key = noise_key(key, state.count)
+
+    def step(grad, leaf_moments, constants):
+        del constants
+        update, new_state = transform.update(grad, state._replace(**leaf_moments))
+        return update, {name: getattr(new_state, name) for name in names}
+
+    paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_variable)
+    columns = {name: treedef.flatten_up_to(getattr(state, name)) for name in names}
+    rows = [dict(zip(names, row)) for row in zip(*columns.values())]
+    results: list[Any] = [None] * len(rows)
+
+    # Leaves in floats go through optax together: the program is optax's own, so its bits are too.
+    plain = [i for i, row in enumerate(rows) if not any(map(is_low_bit, row.values()))]
+    grads = [unwrapped(paths_and_leaves[i][1]) for i in plain]
+    floats = {name: [_widened(unwrapped(rows[i][name])) for i in plain] for name in names}
+    plain_updates, new_state = transform.update(
+        [_widened(grad) for grad in grads], state._replace(**floats)
+    )
+    for position, i in enumerate(plain):
+        new = {name: getattr(new_state, name)[position] for name in names}
+        stored = {name: x.astype(unwrapped(rows[i][name]).dtype) for name, x in new.items()}
+        results[i] = plain_updates[position].astype(grads[position].dtype), stored
+
+    for i, row in enumerate(rows):
+        if results[i] is None:
+            path, leaf = paths_and_leaves[i]
+            row = {name: x if is_low_bit(x) else unwrapped(x) for name, x in row.items()}
+            leaf_key = fold_in_path(step_key, path)
+            results[i] = (update_one or update_leaf)(step, unwrapped(leaf), row, leaf_key)
+
+    new_updates = [wrapped_like(leaf, u) for (_, leaf), (u, _) in zip(paths_and_leaves, results)]
+    new_moments = {
+        name: treedef.unflatten(
+            wrapped_like(row[name], new[name]) for row, (_, new) in zip(rows, results)
+        )
+        for name in names
+    }
+    return treedef.unflatten(new_updates), new_state._replace(**new_moments)
+
+
+def is_low_bit(moment: Any) -> bool:
+    """Whether a moment is stored as something else than one array."""
+    return isinstance(moment, QuantizedArray | FactoredMoment)
 
 
 class Inner(NamedTuple):
@@ -128,25 +172,6 @@ def under_standard_promotion(inner: optax.GradientTransformation) -> Inner:
             return inner.update(updates, state)
 
     return Inner(inner.init, update_fn)
-
-
-def map_leaves(
-    update_one: Callable[[Any, jax.Array, dict[str, Any]], tuple[jax.Array, dict[str, Any]]],
-    updates: optax.Updates,
-    moments: dict[str, Any],
-) -> tuple[optax.Updates, dict[str, Any]]:
-    """``update_one(path, gradient, moments) -> (update, moments)`` on every leaf of the trees."""
-    names = list(moments)
-
-    def update(path, grad, *leaf_moments):
-        return _LeafResult(*update_one(path, grad, dict(zip(names, leaf_moments))))
-
-    results = jax.tree_util.tree_map_with_path(update, updates, *moments.values())
-    new_moments = {
-        name: jax.tree.map(lambda result, name=name: result.moments[name], results)
-        for name in names
-    }
-    return jax.tree.map(lambda result: result.update, results), new_moments
 
 
 def update_leaf(
@@ -182,9 +207,10 @@ def _update_whole(step, grad, moments, key, constants):
     stored = {}
     for name, moment in moments.items():
         if is_quantized(moment):
+            values = to_float32(new[name])
+            scales = _scales_like(values, moment)
             noise = _noise(name, moment, key, indices)
-            scales = _scales_like(new[name], moment)
-            stored[name] = encode(new[name], scales, moment.spec, moment.dtype, noise)
+            stored[name] = encode(values, scales, moment.spec, moment.dtype, noise)
         else:
             stored[name] = new[name].astype(moment.dtype)
     return update.astype(grad.dtype), stored
@@ -216,7 +242,7 @@ def _update_tiles(plan, step, grad, moments, key, constants):
             del tile
             _, new = stepped(*read_only)
             return {
-                name: merge_scales(scales[name], _scales_like(new[name], moments[name]))
+                name: merge_scales(scales[name], _scales_like(to_float32(new[name]), moments[name]))
                 for name in spanning
             }
 
@@ -287,6 +313,7 @@ def _unpacked(name, x, moment, scales, key, indices) -> _Stored:
     """Float32 ``x`` in the way that ``moment`` is stored, its codes not packed yet."""
     if not is_quantized(moment):
         return _Stored(x.astype(moment.dtype))
+    x = to_float32(x)
     noise = _noise(name, moment, key, indices)
     if scales is not None:
         return _Stored(encode_unpacked(x, scales, moment.spec, noise))
@@ -314,7 +341,7 @@ def _to_float(moment) -> jax.Array:
 
 
 def _widened(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(storage.float_dtype(x.dtype))
 
 
 def checked_policy(

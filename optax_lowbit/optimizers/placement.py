@@ -58,7 +58,11 @@ def zeros_placed_like(param: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
             _divisible_spec(sharding, leaf.shape),
             memory_kind=sharding.memory_kind,
         )
-    return jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
+        return jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
+    # Left to JAX where it is one device: naming it would commit the array, which an update does
+    # not, and the second update would compile again.
+    on_default = sharding is None or sharding.device_set == {jax.local_devices()[0]}
+    return jnp.zeros(leaf.shape, leaf.dtype, device=None if on_default else sharding)
 
 
 def _divisible_spec(

@@ -1,13 +1,13 @@
 """Fresh moments: zeros, in few bits or not, laid out over devices as their parameters are."""
 
 import dataclasses
-import sys
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_lowbit.optimizers.flax_variables import is_variable, unwrapped, wrapped_like
 from optax_lowbit.optimizers.placement import check_alignment, is_explicit, zeros_placed_like
 from optax_lowbit.optimizers.policy import Decision, Factored, Policy, path_name, record
 from optax_lowbit.quant import QuantizedArray, QuantSpec, flax_serialization, quantize
@@ -55,11 +55,8 @@ def init_moment(name: str, moment: "Moment", params: Any, policy: Policy) -> Any
     """A tree of zero moments shaped like ``params``, which may be abstract."""
     flax_serialization.ensure_registered(QuantizedArray, FactoredMoment)
 
-    variable_type = getattr(sys.modules.get("flax.nnx"), "Variable", ())
-
     def init_leaf(path, leaf):
-        is_variable = isinstance(leaf, variable_type)
-        param = leaf.get_value() if is_variable else leaf
+        param = unwrapped(leaf)
         label = path_name(path)
         default = Factored() if moment.factored and len(param.shape) > 1 else moment.spec
         spec, reason = policy.choose(name, label, param, default, moment.nonnegative)
@@ -69,13 +66,14 @@ def init_moment(name: str, moment: "Moment", params: Any, policy: Policy) -> Any
         nbytes = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(value))
         dtype = str(value.dtype)
         record(Decision(label, tuple(param.shape), name, spec, dtype, nbytes, reason))
-        # nnx.Optimizer takes a Variable for one array, laid out as its metadata say. Low-bit arrays
-        # are several, with shapes of their own, so they do without.
-        return jax.tree.map(lambda _: value, leaf) if is_variable and spec is None else value
+        return wrapped_like(leaf, value) if spec is None else value
 
-    return jax.tree_util.tree_map_with_path(
-        init_leaf, params, is_leaf=lambda leaf: isinstance(leaf, variable_type)
-    )
+    return jax.tree_util.tree_map_with_path(init_leaf, params, is_leaf=is_variable)
+
+
+def float_dtype(dtype: Any) -> np.dtype:
+    """The dtype of maths, and of moments that are not quantized: float32, or ``dtype`` if wider."""
+    return np.promote_types(dtype, np.float32)
 
 
 def zero_moment(param: Any, spec: QuantSpec | Factored | None, dtype: Any) -> Any:
@@ -84,7 +82,7 @@ def zero_moment(param: Any, spec: QuantSpec | Factored | None, dtype: Any) -> An
         return FactoredMoment(_zeros_reduced(param, -1), _zeros_reduced(param, -2))
     if spec is None:
         if dtype is None:
-            dtype = jnp.promote_types(param.dtype, jnp.float32)
+            dtype = float_dtype(param.dtype)
         return jnp.zeros_like(param, dtype=dtype)
     if is_explicit(param):
         # The type carries the sharding then, and must be what an update gives.

@@ -38,8 +38,8 @@ def stochastic_codes(x: jax.Array, values: tuple[float, ...], uniform: jax.Array
     table = codebooks.decision_table(values)
     inner_values = table.sorted_values[1:-1]
     lower = _count_at_or_below(x, inner_values)
-    below = jnp.take(jnp.asarray(table.sorted_values), lower, mode="clip")
-    above = jnp.take(jnp.asarray(table.sorted_values), lower + 1, mode="clip")
+    below = _take(table.sorted_values, lower)
+    above = _take(table.sorted_values, lower + 1)
     gap = above - below
     # Repeated values (a table without zero gives up a code) leave no gap: either code will do.
     chance = jnp.where(gap > 0, (x - below) / jnp.where(gap > 0, gap, 1.0), 0.0)
@@ -49,7 +49,7 @@ def stochastic_codes(x: jax.Array, values: tuple[float, ...], uniform: jax.Array
 def code_values(codes: jax.Array, values: tuple[float, ...]) -> jax.Array:
     """The float32 table values of uint8 ``codes``."""
     if len(values) > _MOST_SELECTS:
-        return jnp.take(jnp.asarray(values, jnp.float32), codes.astype(jnp.int32), mode="clip")
+        return _take(np.asarray(values, np.float32), codes.astype(jnp.int32))
     # A tree of selects, one level for each bit of the code: it vectorizes, a gather does not.
     level = list(np.asarray(values, np.float32))
     bit = 0
@@ -64,7 +64,7 @@ def code_values(codes: jax.Array, values: tuple[float, ...]) -> jax.Array:
 def _to_codes(rank: jax.Array, table: codebooks.DecisionTable) -> jax.Array:
     if table.codes is None:
         return rank.astype(jnp.uint8)
-    return jnp.take(jnp.asarray(table.codes), rank, mode="clip")
+    return _take(table.codes, rank)
 
 
 def _count_at_or_below(x: jax.Array, boundaries: np.ndarray) -> jax.Array:
@@ -87,8 +87,14 @@ def _binary_search(x: jax.Array, boundaries: np.ndarray) -> jax.Array:
     padded[: boundaries.size] = boundaries
     # The first step looks at one place; as a gather of zeros XLA would fold it, slowly.
     count = (x > padded[2 ** (steps - 1) - 1]).astype(jnp.int32) * 2 ** (steps - 1)
-    padded = jnp.asarray(padded)
     for step in reversed(range(steps - 1)):
-        boundary = jnp.take(padded, count + (2**step - 1), mode="clip")
+        boundary = _take(padded, count + (2**step - 1))
         count = count + (x > boundary).astype(jnp.int32) * 2**step
     return count
+
+
+def _take(table: np.ndarray, index: jax.Array) -> jax.Array:
+    """``table[index]``, laid out as ``index`` is; an index beyond the end takes the last entry."""
+    sharding = jax.typeof(index).sharding
+    out_sharding = sharding if sharding.mesh.explicit_axes else None
+    return jnp.asarray(table).at[index].get(mode="clip", out_sharding=out_sharding)

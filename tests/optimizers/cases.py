@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.dtypes import TypePromotionError
 
 import optax_lowbit
 from optax_lowbit import is_quantized
@@ -75,14 +74,6 @@ each_optimizer = pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: ca
 each_family = pytest.mark.parametrize("case", FAMILIES, ids=lambda case: case.name)
 
 
-def expected_to_fail(reason, raises=Exception):
-    """Marks what the library does not do yet; strict, so that the mark goes when it does."""
-    return pytest.mark.xfail(strict=True, reason=reason, raises=raises)
-
-
-STRICT_PROMOTION = expected_to_fail(
-    "promote_types(float16, float32) raises under strict dtype promotion", TypePromotionError
-)
 # Leaves that are quantized by default, one of every rank, and leaves that are not.
 SHAPES = {
     "matrix": (64, 128),

@@ -14,7 +14,6 @@ import optax_lowbit
 from optax_lowbit import QuantSpec
 from tests.optimizers.cases import (
     each_family,
-    expected_to_fail,
     normal_tree,
     quantized_leaves,
 )
@@ -98,9 +97,6 @@ def test_nnx_optimizer_follows_optax(case):
     assert jnp.dtype(jnp.uint8) in dtypes
 
 
-@expected_to_fail(
-    "gradients in nnx variables do not match a state whose arrays are plain", ValueError
-)
 @each_family
 def test_nnx_state_passed_to_the_transform_itself(case):
     model = nnx.Linear(64, 128, rngs=nnx.Rngs(0))
@@ -156,11 +152,9 @@ def sharded_training(tx, axis_type, **metadata):
 
 
 def sharded_cases():
-    take = expected_to_fail("a gather of table values needs out_sharding")
     for name in BLOCKED:
         for axis_type in (AxisType.Auto, AxisType.Explicit):
-            marks = [take] if name == "adamw8bit" and axis_type == AxisType.Explicit else []
-            yield pytest.param(name, axis_type, marks=marks, id=f"{name}-{axis_type.name}")
+            yield pytest.param(name, axis_type, id=f"{name}-{axis_type.name}")
 
 
 @pytest.mark.parametrize(("name", "axis_type"), list(sharded_cases()))

@@ -15,14 +15,12 @@ from tests.optimizers.cases import (
     OPTIMIZERS,
     SHAPES,
     SMALL_SHAPES,
-    STRICT_PROMOTION,
     abstract_tree,
     assert_bit_equal,
     assert_equal_up_to_rounding,
     assert_same_types,
     each_case,
     each_family,
-    expected_to_fail,
     jitted_update,
     normal_tree,
     quantized_leaves,
@@ -50,10 +48,6 @@ def test_two_steps_with_an_unexpected_argument(case):
     assert optax.tree.get(state, "count") == 2
 
 
-@expected_to_fail(
-    "quantized leaves of a fresh state are committed to a device, those of a new one are not",
-    AssertionError,
-)
 @each_family
 def test_the_second_update_does_not_compile(case, caplog):
     tx = case.make()
@@ -226,12 +220,7 @@ def test_specs_and_policies_stay_static_under_inject_hyperparams(case):
 
 
 def dtypes(*names):
-    return [
-        pytest.param(
-            jnp.dtype(name), marks=[] if name == "float32" else [STRICT_PROMOTION], id=name
-        )
-        for name in names
-    ]
+    return [pytest.param(jnp.dtype(name), id=name) for name in names]
 
 
 @pytest.mark.parametrize("dtype", dtypes("bfloat16", "float16", "float32"))
@@ -243,7 +232,6 @@ def test_updates_have_the_dtype_of_gradients(case, dtype):
     assert_same_types(updates, grads)
 
 
-@STRICT_PROMOTION
 @each_family
 def test_multi_steps_accumulates(case):
     tx = optax.MultiSteps(case.make(), every_k_schedule=2)
@@ -282,7 +270,6 @@ def test_state_types_are_stable(case, dtype):
         assert_same_types(updates, params)
 
 
-@STRICT_PROMOTION
 @pytest.mark.parametrize("case", OPTIMIZERS[:3:2], ids=lambda case: case.name)
 def test_float64_leaves_keep_their_precision_unless_quantized(case):
     with jax.enable_x64(True):
@@ -303,11 +290,9 @@ LAYOUTS = {
 
 
 def explicit_mesh_cases():
-    take = expected_to_fail("a gather of table values needs out_sharding")
     for case in FAMILIES:
         for layout in LAYOUTS:
-            marks = [take] if case.name == "adamw8bit" else []
-            yield pytest.param(case, layout, marks=marks, id=f"{case.name}-{layout}")
+            yield pytest.param(case, layout, id=f"{case.name}-{layout}")
 
 
 @pytest.mark.parametrize(("case", "layout"), list(explicit_mesh_cases()))
@@ -330,7 +315,6 @@ def test_state_types_are_stable_on_an_explicit_mesh(case, layout):
         assert jax.typeof(codes).sharding.spec == LAYOUTS[layout]
 
 
-@STRICT_PROMOTION
 @each_case
 def test_abstract_parameters_give_an_abstract_state(case):
     tx = case.make()

@@ -19,7 +19,6 @@ from tests.optimizers.cases import (
     assert_same_types,
     each_case,
     each_family,
-    expected_to_fail,
     jitted_update,
     normal_tree,
     quantized_leaves,
@@ -252,13 +251,9 @@ COUNTERPARTS = {
 
 
 def counterpart_cases():
-    several = expected_to_fail(
-        "leaf by leaf, XLA divides by the bias correction in another way", AssertionError
-    )
     for name in COUNTERPARTS:
         yield pytest.param(name, {"matrix": (64, 128)}, id=f"{name}-one-leaf")
-        marks = [several] if name.startswith("adam") else []
-        yield pytest.param(name, {**SMALL_SHAPES, "scalar": ()}, marks=marks, id=f"{name}-tree")
+        yield pytest.param(name, {**SMALL_SHAPES, "scalar": ()}, id=f"{name}-tree")
 
 
 @pytest.mark.parametrize(("name", "shapes"), list(counterpart_cases()))
