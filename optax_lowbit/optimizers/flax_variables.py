@@ -1,0 +1,26 @@
+"""Flax NNX variables among the leaves of a tree, handled without importing Flax.
+
+`jax.tree.map` goes through a variable, which keeps its metadata (a sharding, say) for whatever
+takes its value's place. A low-bit array is several arrays with shapes of their own, so it takes the
+place of the variable itself.
+"""
+
+import sys
+from typing import Any
+
+import jax
+
+
+def is_variable(x: Any) -> bool:
+    """Whether ``x`` is an `nnx.Variable`; the ``is_leaf`` under which trees are mapped here."""
+    return isinstance(x, getattr(sys.modules.get("flax.nnx"), "Variable", ()))
+
+
+def unwrapped(x: Any) -> Any:
+    """The array in a variable; anything else as it is."""
+    return jax.tree.leaves(x)[0] if is_variable(x) else x
+
+
+def wrapped_like(x: Any, value: jax.Array) -> Any:
+    """``value`` in a variable with the metadata of ``x``, if ``x`` is one."""
+    return jax.tree.map(lambda _: value, x) if is_variable(x) else value
