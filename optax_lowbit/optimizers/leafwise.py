@@ -356,8 +356,17 @@ def checked_policy(
         if moment.spec is not None and not isinstance(moment.spec, QuantSpec):
             given = type(moment.spec).__name__
             raise TypeError(f"{name}_spec must be a QuantSpec or None, got {given}")
+        if moment.spec is not None and not moment.nonnegative and not moment.spec.signed:
+            raise ValueError(f"{name}_spec must be signed, as {name} has values of both signs")
         specs.append(moment.spec)
+    if key is not None:
+        random_bits.key_words(key)
     for _, choice in policy.rules:
+        named = {moment for moment, _ in choice} if isinstance(choice, tuple) else set()
+        if not named <= moments.keys():
+            raise ValueError(
+                f"policy.rules name the moments {sorted(named)}, and there are {sorted(moments)}"
+            )
         specs += [spec for _, spec in choice] if isinstance(choice, tuple) else [choice]
     if key is None and any(spec and spec.rounding == "stochastic" for spec in specs):
         raise ValueError("key must be given (a jax.random.key or a seed) for stochastic rounding")

@@ -84,7 +84,15 @@ class Policy:
         if size <= self.min_size:
             return None, f"{size} elements, min_size {self.min_size}"
         if isinstance(spec, Factored):
+            rows_and_columns = sum(leaf.shape[-2:]) / math.prod(leaf.shape[-2:])
+            if rows_and_columns > MAX_OVERHEAD:
+                return None, "too few rows or columns for their means to pay"
             return spec, ""
+        if not nonnegative and not spec.signed:
+            raise ValueError(
+                f"the spec of {moment!r} of {path!r} must be signed, as it has values of both "
+                f"signs; got {spec}"
+            )
         return _within_overhead(spec, leaf.shape)
 
     def _from_rules(self, moment, path, leaf, default, nonnegative) -> tuple[Any, str]:
@@ -96,7 +104,7 @@ class Policy:
                 if moment not in by_moment:
                     break
                 choice = by_moment[moment]
-            elif isinstance(choice, QuantSpec) and nonnegative and choice.signed:
+            elif isinstance(choice, QuantSpec) and nonnegative and _has_unsigned_form(choice):
                 choice = dataclasses.replace(choice, signed=False, signed_scale=False)
             return choice, f"rule {index}" if choice is None else ""
         return default, "no spec" if default is None else ""
@@ -162,6 +170,11 @@ def _matches(pattern: str | Predicate, path: str, leaf: Any) -> bool:
     return bool(re.search(pattern, path) if isinstance(pattern, str) else pattern(path, leaf))
 
 
+def _has_unsigned_form(spec: QuantSpec) -> bool:
+    """Whether the spec's table is one of a family, and not made for both signs (NF4, a user's)."""
+    return spec.signed and spec.codebook not in ("nf4", "fp4") and isinstance(spec.codebook, str)
+
+
 def _within_overhead(spec: QuantSpec, shape: tuple[int, ...]) -> tuple[QuantSpec | None, str]:
     """The spec, or the nearest layout whose scales cost little enough, or None."""
     if _overhead(spec, shape) < MAX_OVERHEAD:
@@ -192,11 +205,19 @@ def _checked_rule(rule: Any) -> Any:
         raise TypeError(
             f"a rule's pattern must be a regular expression or a predicate, got {pattern!r}"
         )
+    if isinstance(choice, tuple):
+        # Sorted items, as they are kept; here again through dataclasses.replace.
+        try:
+            choice = dict(choice)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"a rule's choice must be a QuantSpec, a dict or None, got {choice!r}"
+            ) from error
     if isinstance(choice, Mapping):
         for moment, spec in choice.items():
             _check_spec(f"the rule's {moment!r}", spec)
         choice = tuple(sorted(choice.items()))  # hashable
-    elif not isinstance(choice, tuple):
+    else:
         _check_spec("a rule's choice", choice)
     return (pattern, choice)
 

