@@ -86,8 +86,7 @@ def quantize_moments(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        new_updates, new_state = update_state(transform, updates, state, tuple(moments), key)
-        return new_updates, new_state
+        return update_state(transform, updates, state, tuple(moments), key)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
