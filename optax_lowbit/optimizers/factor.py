@@ -20,12 +20,12 @@ from optax_lowbit.optimizers.placement import axis_shards, is_explicit, most_sha
 from optax_lowbit.optimizers.policy import Policy
 from optax_lowbit.optimizers.presets import FIRST_MOMENT_4BIT, SECOND_MOMENT_4BIT
 from optax_lowbit.optimizers.storage import FactoredMoment, init_moment
-from optax_lowbit.optimizers.tiling import over_tiles, plan_tiles
+from optax_lowbit.optimizers.tiling import as_bits, from_bits, over_tiles, plan_tiles
 from optax_lowbit.quant import QuantSpec
 from optax_lowbit.quant.scaling import divide
 
-# Elements of a block of a sum, at most.
-_SUM_BLOCK = 256
+# Pieces of an axis that are added up one after the other.
+_PIECES = 256
 
 
 def scale_by_factor4bit(
@@ -200,36 +200,44 @@ def _shares(rows: jax.Array) -> jax.Array:
 def _mean(f: Callable[[jax.Array], jax.Array], x: jax.Array, axis: int) -> jax.Array:
     """Mean of ``f(x)`` along -1 or -2, kept as an axis of 1, with the same bits on every mesh.
 
-    XLA adds up in an order that depends on the shape of a shard. Here blocks, which lie within a
-    shard, are added up one element after the other, and their sums pairwise; no ``f(x)`` is kept.
+    XLA adds up in an order that depends on the shape of a shard. Here pieces, which lie within a
+    shard, are added up one after the other, and their sums pairwise; no ``f(x)`` is kept.
     """
     size = x.shape[axis]
-    block = math.gcd(size // math.gcd(size, most_shards()), _SUM_BLOCK)
-    # Whole rows at a time: a block along a row is a few cache lines, which one turn should use up.
+
+    def piece_sums(x):
+        return _piece_sums(f, x, axis)
+
+    # Whole rows at a time: what one turn reads of a row is a few cache lines, to be used up.
     plan = plan_tiles(x.shape, size, axis_shards(x)) if axis == -1 else None
     if plan is None:
-        sums = _block_sums(f, x, axis, block)
+        sums = piece_sums(x)
     else:
-        sums = over_tiles(
-            plan,
-            lambda tile, rows, sums: _block_sums(f, rows, axis, block),
-            x,
-            jnp.zeros_like(jax.eval_shape(lambda x: _block_sums(f, x, axis, block), x)),
-        )
+        sums = jnp.zeros_like(jax.eval_shape(piece_sums, x))
+        sums = over_tiles(plan, lambda tile, rows, sums: piece_sums(rows), x, sums)
     return _pairwise_sum(sums, x.ndim + axis) / size
 
 
-def _block_sums(f, x: jax.Array, axis: int, block: int) -> jax.Array:
+def _piece_sums(f, x: jax.Array, axis: int) -> jax.Array:
+    """Sums over about ``_PIECES`` equal pieces of an axis, and ``f`` of what is left over."""
     position = x.ndim + axis
-    shape = [*x.shape[:position], x.shape[axis] // block, block, *x.shape[position + 1 :]]
-    blocks = x.reshape(shape)
+    parts = math.gcd(x.shape[axis], most_shards())
+    part = x.shape[axis] // parts
+    length = max(part // _PIECES, 1)
+    turns = part // length
+    bits = as_bits(x).reshape(*x.shape[:position], parts, part, *x.shape[position + 1 :])
 
-    def add(i, sums):
-        piece = jax.lax.dynamic_index_in_dim(blocks, i, position + 1, keepdims=False)
-        return sums + f(piece)
+    def piece(start, length):
+        window = jax.lax.dynamic_slice_in_dim(bits, start, length, position + 1)
+        return f(from_bits(window, x.dtype))
 
-    first = f(jax.lax.index_in_dim(blocks, 0, position + 1, keepdims=False))
-    return jax.lax.fori_loop(1, block, add, first)
+    sums = jax.lax.fori_loop(
+        1, turns, lambda i, sums: sums + piece(i * length, length), piece(0, length)
+    )
+    if turns * length < part:
+        left = piece(turns * length, part - turns * length)
+        sums = jnp.concatenate([sums, left], axis=position + 1)
+    return sums.reshape(*x.shape[:position], -1, *x.shape[position + 1 :])
 
 
 def _pairwise_sum(x: jax.Array, axis: int) -> jax.Array:

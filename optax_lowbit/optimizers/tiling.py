@@ -235,30 +235,43 @@ def over_tiles(
     Returns:
       The new carry.
     """
-    constants = jax.tree.map(tiling.view, constants)
-    views = jax.tree.map(tiling.view, carry)
-    for count, tile_at in tiling.regions():
+    dtypes = jax.tree.map(lambda x: x.dtype, (constants, carry))
 
-        def written(views, tile, results):
-            return jax.tree.map(tile.write, views, pack(results))
+    def read(tile, views, dtypes):
+        return jax.tree.map(lambda view, dtype: from_bits(tile.read(view), dtype), views, dtypes)
+
+    constants, views = jax.tree.map(lambda x: tiling.view(as_bits(x)), (constants, carry))
+    for count, tile_at in tiling.regions():
 
         # Each turn first writes what the one before has computed. So all that is written comes out
         # of a buffer of the loop, and is read after the write: XLA then neither fuses arithmetic
         # into packing and the in-place write, where it does not vectorize, nor copies the array to
-        # be safe.
-        def turn(i, state, tile_at=tile_at, count=count, written=written):
+        # be safe. The first turn writes back what is there already; what the last one computes is
+        # not used.
+        def turn(i, state, tile_at=tile_at, count=count):
             views, results = state
-            views = written(views, tile_at((i + count - 1) % count), results)
-            tile = tile_at(i)
-            return views, body(
-                tile, jax.tree.map(tile.read, constants), jax.tree.map(tile.read, views)
+            before = tile_at((i + count - 1) % count)
+            views = jax.tree.map(
+                lambda view, tile: before.write(view, as_bits(tile)), views, pack(results)
             )
+            tile = tile_at(i % count)
+            return views, body(tile, read(tile, constants, dtypes[0]), read(tile, views, dtypes[1]))
 
-        last = tile_at(count - 1)
-        state = views, unpack(jax.tree.map(last.read, views))
-        views, results = jax.lax.fori_loop(0, count, turn, state)
-        views = written(views, last, results)
-    return jax.tree.map(tiling.unview, views)
+        state = views, unpack(read(tile_at(count - 1), views, dtypes[1]))
+        views, _ = jax.lax.fori_loop(0, count + 1, turn, state)
+    return jax.tree.map(
+        lambda view, dtype: from_bits(tiling.unview(view), dtype), views, dtypes[1]
+    )
+
+
+def as_bits(x: jax.Array) -> jax.Array:
+    """``x``, a bfloat16 array as uint16: a CPU widens all of it, in every turn, to slice it."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def from_bits(bits: jax.Array, dtype: Any) -> jax.Array:
+    """The inverse of :func:`as_bits` for an array of that dtype."""
+    return jax.lax.bitcast_convert_type(bits, dtype) if dtype == jnp.bfloat16 else bits
 
 
 def _tile_length(count: int, budget: int) -> int:
