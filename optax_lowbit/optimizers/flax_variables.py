@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def is_variable(x: Any) -> bool:
@@ -17,8 +18,10 @@ def is_variable(x: Any) -> bool:
 
 
 def unwrapped(x: Any) -> Any:
-    """The array in a variable; anything else as it is."""
-    return jax.tree.leaves(x)[0] if is_variable(x) else x
+    """The array in a variable, or of a Python number; anything else as it is."""
+    if is_variable(x):
+        return jax.tree.leaves(x)[0]
+    return jnp.asarray(x) if isinstance(x, bool | int | float | complex) else x
 
 
 def wrapped_like(x: Any, value: jax.Array) -> Any:

@@ -57,7 +57,7 @@ class QuantSpec:
             raise TypeError(
                 f"codebook must be a name or a tuple of floats, got {type(self.codebook).__name__}"
             )
-        if self.bits not in codebooks.BITS:
+        if type(self.bits) is not int or self.bits not in codebooks.BITS:
             raise ValueError(f"bits must be one of {codebooks.BITS}, got {self.bits!r}")
         if not isinstance(self.signed, bool) or not isinstance(self.signed_scale, bool):
             raise TypeError(
@@ -68,7 +68,7 @@ class QuantSpec:
             raise ValueError(f"scaling must be one of {get_args(Scaling)}, got {self.scaling!r}")
         if self.rounding not in get_args(Rounding):
             raise ValueError(f"rounding must be one of {get_args(Rounding)}, got {self.rounding!r}")
-        if not isinstance(self.block_size, int) or self.block_size < 1:
+        if type(self.block_size) is not int or self.block_size < 1:
             raise ValueError(f"block_size must be a positive int, got {self.block_size!r}")
         if self.signed_scale and not (self.signed and self.scaling != "rank1"):
             raise ValueError(
@@ -194,8 +194,9 @@ def quantize(
     to the lower value; or, with stochastic rounding, one of the two neighbours of ``x / s``, drawn
     so that the mean is ``x / s``. All maths is in float32.
 
-    A zero block stays zero. A finite input never gives NaN. A non-finite element makes the elements
-    that share its scale non-finite, and no others, so that overflow stays visible.
+    A zero block stays zero. A finite input never gives NaN. A non-finite element makes itself and
+    elements that it gives their scale non-finite, and no others, so that overflow stays visible;
+    the sign of an infinity is not kept.
 
     Args:
       x: A float array of any shape; under ``spec.signed=False`` without negative values (they would

@@ -180,6 +180,15 @@ def test_odd_trees_keep_their_structure(case, tree):
         assert (jnp.sign(update) == -jnp.sign(param)).all()
 
 
+def test_python_numbers_are_parameters_as_in_optax():
+    params, grads = {"a": 1.0, "b": jnp.ones((96, 128))}, {"a": 2.0, "b": jnp.ones((96, 128))}
+    theirs, ours = optax.adamw(0.1), optax_lowbit.adamw4bit(0.1)
+    with jax.numpy_dtype_promotion("standard"):  # optax's bias correction needs it
+        expected, _ = theirs.update(grads, theirs.init(params), params)
+    updates, _ = ours.update(grads, ours.init(params), params)
+    assert updates["a"] == expected["a"]
+
+
 def test_a_single_array_is_a_tree_too():
     param = normal_tree()["matrix"]
     tx = optax_lowbit.adamw4bit(1e-2)
