@@ -8,19 +8,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_lowbit.kernels.meshes import axis_shards, is_explicit, most_shards
+from optax_lowbit.kernels.reference import update_leaf
+from optax_lowbit.kernels.tiling import as_bits, from_bits, over_tiles, plan_tiles
 from optax_lowbit.optimizers.adam4bit import Mask, descend
 from optax_lowbit.optimizers.leafwise import (
     Moment,
     checked_policy,
     under_standard_promotion,
-    update_leaf,
     update_state,
 )
-from optax_lowbit.optimizers.placement import axis_shards, is_explicit, most_shards
 from optax_lowbit.optimizers.policy import Policy
 from optax_lowbit.optimizers.presets import FIRST_MOMENT_4BIT, SECOND_MOMENT_4BIT
 from optax_lowbit.optimizers.storage import FactoredMoment, init_moment
-from optax_lowbit.optimizers.tiling import as_bits, from_bits, over_tiles, plan_tiles
 from optax_lowbit.quant import QuantSpec
 from optax_lowbit.quant.scaling import divide
 

@@ -7,27 +7,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
-
-def is_explicit(param: Any) -> bool:
-    """Whether the sharding is part of the array's type."""
-    mesh = jax.typeof(param).sharding.mesh if isinstance(param, jax.Array) else None
-    return mesh is not None and not mesh.empty and bool(mesh.explicit_axes)
-
-
-def axis_shards(x: jax.Array) -> tuple[int, ...]:
-    """Devices that each axis may be spread over: known from the type, or all there are."""
-    sharding = jax.typeof(x).sharding
-    if sharding.mesh.explicit_axes and not sharding.mesh.auto_axes:
-        return tuple(
-            math.prod(sharding.mesh.shape[name] for name in mesh_axes(entry))
-            for entry in sharding.spec
-        )
-    return (most_shards(),) * x.ndim
-
-
-def most_shards() -> int:
-    """Devices that any axis may be spread over, whatever the mesh makes of them."""
-    return max(jax.device_count(), jax.sharding.get_abstract_mesh().size)
+from optax_lowbit.kernels.meshes import mesh_axes
 
 
 def check_alignment(path: str, param: jax.Array, group: int) -> None:
@@ -74,10 +54,3 @@ def _divisible_spec(
         parts = math.prod(sharding.mesh.shape[name] for name in mesh_axes(entry))
         entries.append(entry if size % parts == 0 else None)
     return jax.sharding.PartitionSpec(*entries)
-
-
-def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes of one entry of a partition spec."""
-    if entry is None:
-        return ()
-    return entry if isinstance(entry, tuple) else (entry,)

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_lowbit.kernels.meshes import is_explicit
+from optax_lowbit.kernels.reference import float_dtype
 from optax_lowbit.optimizers.flax_variables import is_variable, unwrapped, wrapped_like
-from optax_lowbit.optimizers.placement import check_alignment, is_explicit, zeros_placed_like
+from optax_lowbit.optimizers.placement import check_alignment, zeros_placed_like
 from optax_lowbit.optimizers.policy import Decision, Factored, Policy, path_name, record
 from optax_lowbit.quant import QuantizedArray, QuantSpec, flax_serialization, quantize
 from optax_lowbit.quant.array import abstract_quantized
@@ -69,13 +71,6 @@ def init_moment(name: str, moment: "Moment", params: Any, policy: Policy) -> Any
         return wrapped_like(leaf, value) if spec is None else value
 
     return jax.tree_util.tree_map_with_path(init_leaf, params, is_leaf=is_variable)
-
-
-def float_dtype(dtype: Any) -> np.dtype:
-    """The dtype of maths, and of moments that are not quantized: float32, or ``dtype`` if wider."""
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        return np.dtype(dtype)
-    return np.promote_types(dtype, np.float32)
 
 
 def zero_moment(param: Any, spec: QuantSpec | Factored | None, dtype: Any) -> Any:

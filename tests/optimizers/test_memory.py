@@ -59,7 +59,7 @@ TRANSFORMS = {
 
 def temporaries(name, tx):
     if name == "whole":
-        from optax_lowbit.optimizers import tiling
+        from optax_lowbit.kernels import tiling
         tiling.plan_tiles = lambda *args: None
     def step(grads, state, params):
         updates, state = tx.update(grads, state, params)

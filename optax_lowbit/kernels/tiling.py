@@ -242,7 +242,6 @@ def over_tiles(
 
     constants, views = jax.tree.map(lambda x: tiling.view(as_bits(x)), (constants, carry))
     for count, tile_at in tiling.regions():
-
         # Each turn first writes what the one before has computed. So all that is written comes out
         # of a buffer of the loop, and is read after the write: XLA then neither fuses arithmetic
         # into packing and the in-place write, where it does not vectorize, nor copies the array to
@@ -259,9 +258,7 @@ def over_tiles(
 
         state = views, unpack(read(tile_at(count - 1), views, dtypes[1]))
         views, _ = jax.lax.fori_loop(0, count + 1, turn, state)
-    return jax.tree.map(
-        lambda view, dtype: from_bits(tiling.unview(view), dtype), views, dtypes[1]
-    )
+    return jax.tree.map(lambda view, dtype: from_bits(tiling.unview(view), dtype), views, dtypes[1])
 
 
 def as_bits(x: jax.Array) -> jax.Array:

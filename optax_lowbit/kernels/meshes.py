@@ -1,0 +1,35 @@
+"""How an array is spread over devices, as far as its type and the mesh tell."""
+
+import math
+from typing import Any
+
+import jax
+
+
+def is_explicit(param: Any) -> bool:
+    """Whether the sharding is part of the array's type."""
+    mesh = jax.typeof(param).sharding.mesh if isinstance(param, jax.Array) else None
+    return mesh is not None and not mesh.empty and bool(mesh.explicit_axes)
+
+
+def axis_shards(x: jax.Array) -> tuple[int, ...]:
+    """Devices that each axis may be spread over: known from the type, or all there are."""
+    sharding = jax.typeof(x).sharding
+    if sharding.mesh.explicit_axes and not sharding.mesh.auto_axes:
+        return tuple(
+            math.prod(sharding.mesh.shape[name] for name in mesh_axes(entry))
+            for entry in sharding.spec
+        )
+    return (most_shards(),) * x.ndim
+
+
+def most_shards() -> int:
+    """Devices that any axis may be spread over, whatever the mesh makes of them."""
+    return max(jax.device_count(), jax.sharding.get_abstract_mesh().size)
+
+
+def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one entry of a partition spec."""
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
