@@ -17,7 +17,7 @@ PACKAGES = [
     *(
         module.name
         for module in pkgutil.walk_packages(optax_lowbit.__path__, "optax_lowbit.")
-        if module.ispkg
+        if module.ispkg and not module.name.startswith("optax_lowbit.kernels.")
     ),
 ]
 NAMES = [
@@ -37,7 +37,7 @@ COUNTERPARTS = {
     "sgd8bit": optax.sgd,
     "trace4bit": optax.trace,
 }
-LOW_BIT = {"eps1", "key", "mu_spec", "nu_spec", "policy", "trace_spec"}
+LOW_BIT = {"backend", "eps1", "key", "mu_spec", "nu_spec", "policy", "trace_spec"}
 
 
 def import_order(name):

@@ -1,5 +1,6 @@
 from optax_lowbit.optimizers.adam4bit import adam4bit, adamw4bit, scale_by_adam4bit
 from optax_lowbit.optimizers.adam8bit import adam8bit, adamw8bit, scale_by_adam8bit
+from optax_lowbit.optimizers.descent import fused_apply
 from optax_lowbit.optimizers.describe import Description, describe
 from optax_lowbit.optimizers.factor import factor4bit, scale_by_factor4bit
 from optax_lowbit.optimizers.policy import Policy
@@ -17,6 +18,7 @@ __all__ = (
     "adamw8bit",
     "describe",
     "factor4bit",
+    "fused_apply",
     "scale_by_adam4bit",
     "scale_by_adam8bit",
     "scale_by_factor4bit",

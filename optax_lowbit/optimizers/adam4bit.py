@@ -1,11 +1,11 @@
 """Adam and AdamW with 4-bit moments."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import optax
 
+from optax_lowbit.kernels.backends import Backend
+from optax_lowbit.kernels.steps import FusedAdam
+from optax_lowbit.optimizers.descent import Mask, descend
 from optax_lowbit.optimizers.leafwise import Moment, quantize_moments
 from optax_lowbit.optimizers.policy import Policy
 from optax_lowbit.optimizers.presets import (
@@ -13,8 +13,6 @@ from optax_lowbit.optimizers.presets import (
     SECOND_MOMENT_4BIT,
 )
 from optax_lowbit.quant import QuantSpec
-
-Mask = Any | Callable[[optax.Params], Any] | None
 
 
 def scale_by_adam4bit(
@@ -29,6 +27,7 @@ def scale_by_adam4bit(
     nu_spec: QuantSpec | None = SECOND_MOMENT_4BIT,
     policy: Policy | None = None,
     key: jax.Array | int | None = None,
+    backend: Backend = "auto",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales updates by Adam, with both moments kept in 4 bits.
 
@@ -63,6 +62,9 @@ def scale_by_adam4bit(
       policy: Which leaves are quantized at all, and exceptions; None: those of more than 4096
         elements.
       key: A `jax.random.key` or a seed; needed if a spec rounds stochastically.
+      backend: ``"auto"``: the platform's kernel where it takes a leaf, else the reference, which is
+        Optax's own step in tiles; or that of one of ``"reference"``, ``"cpu"``, ``"pallas_tpu"``,
+        ``"pallas_gpu"`` and ``"interpret"`` (the TPU's, interpreted). :func:`describe` tells.
 
     Returns:
       The corresponding :class:`optax.GradientTransformationExtraArgs`. Its state is an
@@ -70,7 +72,8 @@ def scale_by_adam4bit(
       :class:`~optax_lowbit.QuantizedArray` leaves.
 
     Raises:
-      TypeError, ValueError: If a spec or the policy is none, or a key is missing.
+      TypeError, ValueError: If a spec or the policy is none, or a key is missing; at init, if a
+        backend was named that cannot take a leaf.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_lowbit
@@ -95,7 +98,8 @@ def scale_by_adam4bit(
         "nu": Moment(nu_spec, nonnegative=True),
     }
     inner = optax.scale_by_adam(b1, b2, eps, eps_root, nesterov=nesterov)
-    return quantize_moments(inner, moments, policy, key)
+    fused = FusedAdam(b1, b2, eps, eps_root, nesterov)
+    return quantize_moments(inner, moments, policy, key, fused, backend)
 
 
 def adam4bit(
@@ -111,13 +115,14 @@ def adam4bit(
     nu_spec: QuantSpec | None = SECOND_MOMENT_4BIT,
     policy: Policy | None = None,
     key: jax.Array | int | None = None,
+    backend: Backend = "auto",
 ) -> optax.GradientTransformationExtraArgs:
     """Adam with 4-bit moments: :func:`optax.adam`, in an eighth of its memory.
 
     Args:
       learning_rate: A fixed learning rate or a schedule.
       b1, b2, eps, eps_root, mu_dtype, nesterov: As in :func:`optax.adam`.
-      mu_spec, nu_spec, policy, key: As in :func:`scale_by_adam4bit`.
+      mu_spec, nu_spec, policy, key, backend: As in :func:`scale_by_adam4bit`.
 
     Returns:
       The corresponding :class:`optax.GradientTransformationExtraArgs`.
@@ -140,7 +145,8 @@ def adam4bit(
     return descend(
         scale_by_adam4bit(
             b1, b2, eps, eps_root, mu_dtype,
-            nesterov=nesterov, mu_spec=mu_spec, nu_spec=nu_spec, policy=policy, key=key,
+            nesterov=nesterov, mu_spec=mu_spec, nu_spec=nu_spec,
+            policy=policy, key=key, backend=backend,
         ),
         learning_rate,
     )  # fmt: skip
@@ -161,6 +167,7 @@ def adamw4bit(
     nu_spec: QuantSpec | None = SECOND_MOMENT_4BIT,
     policy: Policy | None = None,
     key: jax.Array | int | None = None,
+    backend: Backend = "auto",
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW with 4-bit moments: :func:`optax.adamw`, in an eighth of its memory.
 
@@ -170,7 +177,7 @@ def adamw4bit(
     Args:
       learning_rate: A fixed learning rate or a schedule.
       b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov: As in :func:`optax.adamw`.
-      mu_spec, nu_spec, policy, key: As in :func:`scale_by_adam4bit`.
+      mu_spec, nu_spec, policy, key, backend: As in :func:`scale_by_adam4bit`.
 
     Returns:
       The corresponding :class:`optax.GradientTransformationExtraArgs`.
@@ -191,21 +198,10 @@ def adamw4bit(
     return descend(
         scale_by_adam4bit(
             b1, b2, eps, eps_root, mu_dtype,
-            nesterov=nesterov, mu_spec=mu_spec, nu_spec=nu_spec, policy=policy, key=key,
+            nesterov=nesterov, mu_spec=mu_spec, nu_spec=nu_spec,
+            policy=policy, key=key, backend=backend,
         ),
         learning_rate,
         weight_decay,
         mask,
     )  # fmt: skip
-
-
-def descend(
-    direction: optax.GradientTransformation,
-    learning_rate: optax.ScalarOrSchedule,
-    weight_decay: Any | None = None,
-    mask: Mask = None,
-) -> optax.GradientTransformationExtraArgs:
-    """``direction``, then decoupled weight decay unless it is None, then the learning rate."""
-    decay = [] if weight_decay is None else [optax.add_decayed_weights(weight_decay, mask)]
-    chain = optax.chain(direction, *decay, optax.scale_by_learning_rate(learning_rate))
-    return optax.with_extra_args_support(chain)

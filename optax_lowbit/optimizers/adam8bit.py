@@ -3,7 +3,9 @@
 import jax
 import optax
 
-from optax_lowbit.optimizers.adam4bit import Mask, descend, scale_by_adam4bit
+from optax_lowbit.kernels.backends import Backend
+from optax_lowbit.optimizers.adam4bit import scale_by_adam4bit
+from optax_lowbit.optimizers.descent import Mask, descend
 from optax_lowbit.optimizers.policy import Policy
 from optax_lowbit.optimizers.presets import FIRST_MOMENT_8BIT, SECOND_MOMENT_8BIT
 from optax_lowbit.quant import QuantSpec
@@ -21,6 +23,7 @@ def scale_by_adam8bit(
     nu_spec: QuantSpec | None = SECOND_MOMENT_8BIT,
     policy: Policy | None = None,
     key: jax.Array | int | None = None,
+    backend: Backend = "auto",
 ) -> optax.GradientTransformationExtraArgs:
     """Rescales updates by Adam, with both moments kept in 8 bits.
 
@@ -29,7 +32,7 @@ def scale_by_adam8bit(
 
     Args:
       b1, b2, eps, eps_root, mu_dtype, nesterov: As in :func:`optax.scale_by_adam`.
-      mu_spec, nu_spec, policy, key: As in :func:`scale_by_adam4bit`.
+      mu_spec, nu_spec, policy, key, backend: As in :func:`scale_by_adam4bit`.
 
     Returns:
       The corresponding :class:`optax.GradientTransformationExtraArgs`.
@@ -48,7 +51,8 @@ def scale_by_adam8bit(
     """
     return scale_by_adam4bit(
         b1, b2, eps, eps_root, mu_dtype,
-        nesterov=nesterov, mu_spec=mu_spec, nu_spec=nu_spec, policy=policy, key=key,
+        nesterov=nesterov, mu_spec=mu_spec, nu_spec=nu_spec,
+        policy=policy, key=key, backend=backend,
     )  # fmt: skip
 
 
@@ -65,13 +69,14 @@ def adam8bit(
     nu_spec: QuantSpec | None = SECOND_MOMENT_8BIT,
     policy: Policy | None = None,
     key: jax.Array | int | None = None,
+    backend: Backend = "auto",
 ) -> optax.GradientTransformationExtraArgs:
     """Adam with 8-bit moments: :func:`optax.adam`, in a quarter of its memory.
 
     Args:
       learning_rate: A fixed learning rate or a schedule.
       b1, b2, eps, eps_root, mu_dtype, nesterov: As in :func:`optax.adam`.
-      mu_spec, nu_spec, policy, key: As in :func:`scale_by_adam4bit`.
+      mu_spec, nu_spec, policy, key, backend: As in :func:`scale_by_adam4bit`.
 
     Returns:
       The corresponding :class:`optax.GradientTransformationExtraArgs`.
@@ -89,7 +94,8 @@ def adam8bit(
     return descend(
         scale_by_adam8bit(
             b1, b2, eps, eps_root, mu_dtype,
-            nesterov=nesterov, mu_spec=mu_spec, nu_spec=nu_spec, policy=policy, key=key,
+            nesterov=nesterov, mu_spec=mu_spec, nu_spec=nu_spec,
+            policy=policy, key=key, backend=backend,
         ),
         learning_rate,
     )  # fmt: skip
@@ -110,13 +116,14 @@ def adamw8bit(
     nu_spec: QuantSpec | None = SECOND_MOMENT_8BIT,
     policy: Policy | None = None,
     key: jax.Array | int | None = None,
+    backend: Backend = "auto",
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW with 8-bit moments: :func:`optax.adamw`, in a quarter of its memory.
 
     Args:
       learning_rate: A fixed learning rate or a schedule.
       b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov: As in :func:`optax.adamw`.
-      mu_spec, nu_spec, policy, key: As in :func:`scale_by_adam4bit`.
+      mu_spec, nu_spec, policy, key, backend: As in :func:`scale_by_adam4bit`.
 
     Returns:
       The corresponding :class:`optax.GradientTransformationExtraArgs`.
@@ -134,7 +141,8 @@ def adamw8bit(
     return descend(
         scale_by_adam8bit(
             b1, b2, eps, eps_root, mu_dtype,
-            nesterov=nesterov, mu_spec=mu_spec, nu_spec=nu_spec, policy=policy, key=key,
+            nesterov=nesterov, mu_spec=mu_spec, nu_spec=nu_spec,
+            policy=policy, key=key, backend=backend,
         ),
         learning_rate,
         weight_decay,

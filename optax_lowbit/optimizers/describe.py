@@ -8,7 +8,12 @@ import jax
 import numpy as np
 import optax
 
-from optax_lowbit.optimizers.policy import Decision, Factored, recorded_decisions
+from optax_lowbit.optimizers.policy import (
+    Decision,
+    Factored,
+    KernelChoice,
+    recorded_decisions,
+)
 from optax_lowbit.quant import QuantSpec
 
 
@@ -18,12 +23,15 @@ class Description:
 
     Attributes:
       decisions: One for each moment of each leaf, in the order of the leaves.
+      kernels: One for each leaf with low-bit moments: the backend that steps it on this process's
+        platform, and why it is the reference where it is.
       parameters: Number of parameters.
       other_bytes: Bytes of the state that belong to no low-bit moment: counters, and the states of
         other transforms in the chain.
     """
 
     decisions: tuple[Decision, ...]
+    kernels: tuple[KernelChoice, ...]
     parameters: int
     other_bytes: int
 
@@ -34,7 +42,8 @@ class Description:
 
     def __str__(self) -> str:
         moments = list(dict.fromkeys(decision.moment for decision in self.decisions))
-        rows = [["leaf", "shape", *moments, "bytes", "remark"]]
+        rows = [["leaf", "shape", *moments, "bytes", "kernel", "remark"]]
+        kernels = {(choice.path, choice.shape): choice for choice in self.kernels}
         by_leaf: dict[tuple[str, tuple[int, ...]], dict[str, Decision]] = {}
         for decision in self.decisions:
             by_leaf.setdefault((decision.path, decision.shape), {})[decision.moment] = decision
@@ -42,7 +51,9 @@ class Description:
             stored = [_storage(by_moment[name]) if name in by_moment else "" for name in moments]
             nbytes = sum(decision.nbytes for decision in by_moment.values())
             size = "x".join(map(str, shape)) or "scalar"
-            rows.append([path or ".", size, *stored, f"{nbytes:,}", _remark(by_moment)])
+            kernel, reason = _kernel(kernels.get((path, shape)))
+            remark = "; ".join(filter(None, [_remark(by_moment), reason]))
+            rows.append([path or ".", size, *stored, f"{nbytes:,}", kernel, remark])
         return "\n".join([*_aligned(rows), self._total()])
 
     def _total(self) -> str:
@@ -75,13 +86,15 @@ def describe(tx: optax.GradientTransformation, params: Any) -> Description:
       kernel  1024x1024  dynamic_exponent 4b block 128  linear 4b rank1     1,089,536
       total: 1,049,600 parameters, 1,097,732 bytes of state, 1.046 bytes a parameter
     """
-    with recorded_decisions() as decisions:
+    with recorded_decisions() as records:
         # A function of its own: eval_shape remembers what it has seen, and would not run it again.
         state = jax.eval_shape(lambda params: tx.init(params), params)
+    decisions = tuple(record for record in records if isinstance(record, Decision))
+    kernels = tuple(record for record in records if isinstance(record, KernelChoice))
     low_bit = sum(decision.nbytes for decision in decisions)
     total = sum(_nbytes(leaf) for leaf in jax.tree.leaves(state))
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-    return Description(tuple(decisions), parameters, total - low_bit)
+    return Description(decisions, kernels, parameters, total - low_bit)
 
 
 def _nbytes(leaf: Any) -> int:
@@ -99,6 +112,12 @@ def _storage(decision: Decision) -> str:
     table = spec.codebook if isinstance(spec.codebook, str) else f"{len(spec.codebook)} values"
     block = f" {spec.block_size}" if spec.scaling == "block" else ""
     return f"{table} {spec.bits}b {spec.scaling}{block}"
+
+
+def _kernel(choice: KernelChoice | None) -> tuple[str, str]:
+    if choice is None:
+        return "optax", ""
+    return choice.backend, choice.reason and f"reference: {choice.reason}"
 
 
 def _remark(by_moment: dict[str, Decision]) -> str:

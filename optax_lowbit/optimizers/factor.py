@@ -8,13 +8,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_lowbit.kernels.backends import Backend, checked
 from optax_lowbit.kernels.meshes import axis_shards, is_explicit, most_shards
-from optax_lowbit.kernels.reference import update_leaf
+from optax_lowbit.kernels.steps import FusedAdam, step_leaf
 from optax_lowbit.kernels.tiling import as_bits, from_bits, over_tiles, plan_tiles
-from optax_lowbit.optimizers.adam4bit import Mask, descend
+from optax_lowbit.optimizers.descent import Mask, descend
 from optax_lowbit.optimizers.leafwise import (
+    Leaf,
     Moment,
     checked_policy,
+    low_bit_transformation,
+    record_backends,
     under_standard_promotion,
     update_state,
 )
@@ -41,6 +45,7 @@ def scale_by_factor4bit(
     nu_spec: QuantSpec | None = SECOND_MOMENT_4BIT,
     policy: Policy | None = None,
     key: jax.Array | int | None = None,
+    backend: Backend = "auto",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales updates by Adam with a 4-bit first and a factored second moment.
 
@@ -66,6 +71,7 @@ def scale_by_factor4bit(
       nu_spec: How second moments of large vectors are stored; None: not quantized.
       policy: As in :func:`scale_by_adam4bit`; leaves too small to quantize are not factored either.
       key: A `jax.random.key` or a seed; needed if a spec rounds stochastically.
+      backend: As in :func:`scale_by_adam4bit`. Row and column means are XLA's in any case.
 
     Returns:
       The corresponding :class:`optax.GradientTransformationExtraArgs`. Its state is an
@@ -90,15 +96,17 @@ def scale_by_factor4bit(
         "mu": Moment(mu_spec, dtype=mu_dtype),
         "nu": Moment(nu_spec, nonnegative=True, factored=True),
     }
-    policy = checked_policy(moments, policy, key)
+    policy, names = checked_policy(moments, policy, key), tuple(moments)
+    checked(backend)
     full = under_standard_promotion(optax.scale_by_adam(b1, b2, eps, eps_root, nesterov=nesterov))
+    fused = FusedAdam(b1, b2, eps, eps_root, nesterov)
 
     def init_fn(params):
-        trees = {name: init_moment(name, m, params, policy) for name, m in moments.items()}
-        return full.init(())._replace(**trees)
+        fields = {name: init_moment(name, m, params, policy) for name, m in moments.items()}
+        record_backends(fused, backend, params, fields)
+        return full.init(())._replace(**fields)
 
-    def update_fn(updates, state, params=None, **extra_args):
-        del params, extra_args
+    def step_all(updates, state, descents=None):
         count = optax.safe_increment(state.count)
 
         def factored_step(grad, leaf_moments, factors) -> tuple[Any, dict[str, Any]]:
@@ -109,19 +117,21 @@ def scale_by_factor4bit(
                 nu_hat = optax.tree.bias_correction(row_shares * columns, b2, count)
                 return mu_hat / (jnp.sqrt(nu_hat + eps_root) + eps), {"mu": mu}
 
-        def update_one(adam_step, grad, leaf_moments, leaf_key):
-            nu = leaf_moments["nu"]
-            if not isinstance(nu, FactoredMoment):
-                return update_leaf(adam_step, grad, leaf_moments, leaf_key)
-            nu = _update_means(grad, nu, b2, eps1)
-            factors = (_shares(nu.rows), nu.columns)
-            mu_alone = {"mu": leaf_moments["mu"]}
-            update, new = update_leaf(factored_step, grad, mu_alone, leaf_key, factors)
-            return update, {**new, "nu": nu}
+        def step_one(leaf: Leaf, adam_step, scalars):
+            grad, leaf_moments, key, descent = leaf
+            nu, factors, step = leaf_moments["nu"], None, adam_step
+            if isinstance(nu, FactoredMoment):
+                nu = _update_means(grad, nu, b2, eps1)
+                factors, step = (_shares(nu.rows), nu.columns), factored_step
+                leaf_moments = {"mu": leaf_moments["mu"]}
+            result, new = step_leaf(
+                step, fused, backend, scalars, grad, leaf_moments, key, factors, descent
+            )
+            return result, new if factors is None else {**new, "nu": nu}
 
-        return update_state(full, updates, state, ("mu", "nu"), key, update_one)
+        return update_state(full, updates, state, names, key, step_one, fused, descents)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return low_bit_transformation(init_fn, step_all)
 
 
 def factor4bit(
@@ -140,13 +150,14 @@ def factor4bit(
     nu_spec: QuantSpec | None = SECOND_MOMENT_4BIT,
     policy: Policy | None = None,
     key: jax.Array | int | None = None,
+    backend: Backend = "auto",
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW with a 4-bit first and a factored second moment, the paper's 4-bit Factor.
 
     Args:
       learning_rate: A fixed learning rate or a schedule.
       b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov: As in :func:`optax.adamw`.
-      eps1, mu_spec, nu_spec, policy, key: As in :func:`scale_by_factor4bit`.
+      eps1, mu_spec, nu_spec, policy, key, backend: As in :func:`scale_by_factor4bit`.
 
     Returns:
       The corresponding :class:`optax.GradientTransformationExtraArgs`.
@@ -165,7 +176,8 @@ def factor4bit(
     """
     direction = scale_by_factor4bit(
         b1, b2, eps, eps_root, mu_dtype,
-        nesterov=nesterov, eps1=eps1, mu_spec=mu_spec, nu_spec=nu_spec, policy=policy, key=key,
+        nesterov=nesterov, eps1=eps1, mu_spec=mu_spec, nu_spec=nu_spec,
+        policy=policy, key=key, backend=backend,
     )  # fmt: skip
     return descend(direction, learning_rate, weight_decay, mask)
 

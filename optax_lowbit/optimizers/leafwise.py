@@ -10,16 +10,19 @@ References:
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import optax
 
-from optax_lowbit.kernels.reference import name_hash, update_leaf, widened
+from optax_lowbit.kernels.adam import Descent
+from optax_lowbit.kernels.backends import Backend, checked, platform_backend, why_not
+from optax_lowbit.kernels.reference import Step, name_hash, widened
+from optax_lowbit.kernels.steps import Fused, descended, step_leaf
 from optax_lowbit.optimizers import storage
 from optax_lowbit.optimizers.flax_variables import is_variable, unwrapped, wrapped_like
-from optax_lowbit.optimizers.policy import Policy, path_name
+from optax_lowbit.optimizers.policy import KernelChoice, Policy, path_name, record
 from optax_lowbit.optimizers.storage import FactoredMoment
 from optax_lowbit.quant import QuantizedArray, QuantSpec, random_bits
 
@@ -43,7 +46,9 @@ def quantize_moments(
     moments: Mapping[str, Moment],
     policy: Policy | None,
     key: jax.Array | int | None,
-) -> optax.GradientTransformationExtraArgs:
+    fused: Fused | None = None,
+    backend: Backend = "auto",
+) -> "LowBitTransformation":
     """``inner``, elementwise, with the named fields of its NamedTuple state kept in few bits.
 
     Args:
@@ -52,27 +57,68 @@ def quantize_moments(
       moments: The moments by field name.
       policy: Decides leaf by leaf; None: the default one.
       key: For stochastic rounding.
+      fused: The same step as the kernels know it; None: there is no kernel.
+      backend: Which kernel.
 
     Returns:
       A transform with the same state type.
     """
     policy = checked_policy(moments, policy, key)
+    checked(backend)
     transform = under_standard_promotion(inner)
 
     def init_fn(params):
         state = transform.init(())
-        return state._replace(
-            **{
-                name: storage.init_moment(name, moment, params, policy)
-                for name, moment in moments.items()
-            }
+        fields = {
+            name: storage.init_moment(name, moment, params, policy)
+            for name, moment in moments.items()
+        }
+        record_backends(fused, backend, params, fields)
+        return state._replace(**fields)
+
+    def step_one(leaf: Leaf, step: Step, scalars: Any) -> tuple[jax.Array, dict[str, Any]]:
+        return step_leaf(
+            step, fused, backend, scalars, leaf.grad, leaf.moments, leaf.key, descent=leaf.descent
         )
+
+    def step_all(updates, state, descents=None):
+        return update_state(
+            transform, updates, state, tuple(moments), key, step_one, fused, descents
+        )
+
+    return low_bit_transformation(init_fn, step_all)
+
+
+class LowBitTransformation(optax.GradientTransformationExtraArgs):
+    """An optax transform that can also write parameters as it steps.
+
+    Attributes:
+      step_all: ``(updates, state, descents) -> (updates or parameters, state)``, with a
+        :class:`~optax_lowbit.kernels.adam.Descent` for each leaf, or None.
+    """
+
+    step_all: Callable[..., tuple[Any, Any]]
+
+
+def low_bit_transformation(init_fn: Any, step_all: Callable[..., Any]) -> LowBitTransformation:
+    """The transform whose update is ``step_all`` without descents."""
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        return update_state(transform, updates, state, tuple(moments), key)
+        return step_all(updates, state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    transformation = LowBitTransformation(init_fn, update_fn)
+    transformation.step_all = step_all
+    return transformation
+
+
+class Leaf(NamedTuple):
+    """What a step of one leaf with low-bit moments is given."""
+
+    grad: jax.Array
+    moments: dict[str, Any]
+    key: random_bits.Key | None
+    descent: Descent | None
 
 
 def update_state(
@@ -81,7 +127,9 @@ def update_state(
     state: Any,
     names: tuple[str, ...],
     key: jax.Array | int | None,
-    update_one: Callable[..., tuple[jax.Array, dict[str, Any]]] | None = None,
+    step_one: Callable[[Leaf, Step, Any], tuple[jax.Array, dict[str, Any]]],
+    fused: Fused | None,
+    descents: Sequence[Descent] | None = None,
 ) -> tuple[Any, Any]:
     """One step of ``transform`` on all leaves, its moments in whatever way each is stored.
 
@@ -91,41 +139,33 @@ def update_state(
       state: The transform's state, with low-bit moments.
       names: The state's fields that are moments.
       key: For stochastic rounding.
-      update_one: ``(step, gradient, moments, key) -> (update, moments)`` for a leaf with low-bit
-        moments; default :func:`update_leaf`.
+      step_one: ``(leaf, step, scalars) -> (update, moments)`` for a leaf with low-bit moments.
+      fused: What the kernels know of the step.
+      descents: One for each leaf, for a step that writes parameters.
     """
-    step_key = noise_key(key, state.count)
-
-    def step(grad, leaf_moments, constants):
-        del constants
-        update, new_state = transform.update(grad, state._replace(**leaf_moments))
-        return update, {name: getattr(new_state, name) for name in names}
-
-    paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_variable)
+    paths_and_grads, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_variable)
     columns = {name: treedef.flatten_up_to(getattr(state, name)) for name in names}
     rows = [dict(zip(names, row)) for row in zip(*columns.values())]
-    results: list[Any] = [None] * len(rows)
-
-    # Leaves in floats go through optax together: the program is optax's own, so its bits are too.
-    plain = [i for i, row in enumerate(rows) if not any(map(is_low_bit, row.values()))]
-    grads = [unwrapped(paths_and_leaves[i][1]) for i in plain]
-    floats = {name: [widened(unwrapped(rows[i][name])) for i in plain] for name in names}
-    plain_updates, new_state = transform.update(
-        [widened(grad) for grad in grads], state._replace(**floats)
-    )
-    for position, i in enumerate(plain):
-        new = {name: getattr(new_state, name)[position] for name in names}
-        stored = {name: x.astype(unwrapped(rows[i][name]).dtype) for name, x in new.items()}
-        results[i] = plain_updates[position].astype(grads[position].dtype), stored
-
-    for i, row in enumerate(rows):
-        if results[i] is None:
-            path, leaf = paths_and_leaves[i]
-            row = {name: x if is_low_bit(x) else unwrapped(x) for name, x in row.items()}
-            leaf_key = fold_in_path(step_key, path)
-            results[i] = (update_one or update_leaf)(step, unwrapped(leaf), row, leaf_key)
-
-    new_updates = [wrapped_like(leaf, u) for (_, leaf), (u, _) in zip(paths_and_leaves, results)]
+    step_key = noise_key(key, state.count)
+    leaves = [
+        Leaf(
+            unwrapped(grad),
+            {name: x if is_low_bit(x) else unwrapped(x) for name, x in row.items()},
+            fold_in_path(step_key, path),
+            descent,
+        )
+        for (path, grad), row, descent in zip(paths_and_grads, rows, descents or [None] * len(rows))
+    ]
+    results, new_state = _step_plain_leaves(transform, state, names, leaves)
+    step = _step_of(transform, state, names)
+    scalars = None if fused is None else fused.scalars(optax.safe_increment(state.count))
+    results = [
+        step_one(leaf, step, scalars) if result is None else result
+        for leaf, result in zip(leaves, results)
+    ]
+    new_updates = [
+        wrapped_like(grad, update) for (_, grad), (update, _) in zip(paths_and_grads, results)
+    ]
     new_moments = {
         name: treedef.unflatten(
             wrapped_like(row[name], new[name]) for row, (_, new) in zip(rows, results)
@@ -133,6 +173,82 @@ def update_state(
         for name in names
     }
     return treedef.unflatten(new_updates), new_state._replace(**new_moments)
+
+
+def _step_of(transform: "Inner", state: Any, names: tuple[str, ...]) -> Step:
+    def step(grad, moments, constants):
+        del constants
+        update, new_state = transform.update(grad, state._replace(**moments))
+        return update, {name: getattr(new_state, name) for name in names}
+
+    return step
+
+
+def _step_plain_leaves(
+    transform: "Inner", state: Any, names: tuple[str, ...], leaves: list[Leaf]
+) -> tuple[list[Any], Any]:
+    """Results of the leaves whose moments are floats, None in place of others; the new state.
+
+    They go through optax together: the program is optax's own, so its bits are too.
+    """
+    plain = [leaf for leaf in leaves if not any(map(is_low_bit, leaf.moments.values()))]
+    updates, new_state = transform.update(
+        [widened(leaf.grad) for leaf in plain],
+        state._replace(**{n: [widened(leaf.moments[n]) for leaf in plain] for n in names}),
+    )
+    columns = [getattr(new_state, name) for name in names]
+    results = iter(
+        (
+            descended(update.astype(leaf.grad.dtype), leaf.descent),
+            {name: x.astype(leaf.moments[name].dtype) for name, x in zip(names, row)},
+        )
+        for leaf, update, *row in zip(plain, updates, *columns)
+    )
+    is_plain = [not any(map(is_low_bit, leaf.moments.values())) for leaf in leaves]
+    return [next(results) if plain else None for plain in is_plain], new_state
+
+
+def record_backends(
+    fused: Fused | None, backend: Backend, params: Any, fields: Mapping[str, Any]
+) -> None:
+    """Notes the kernel of each leaf with low-bit moments, for `describe`.
+
+    Raises:
+      ValueError: If a kernel was asked for that cannot take a leaf.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_variable)
+    columns = [treedef.flatten_up_to(field) for field in fields.values()]
+    for (path, leaf), *row in zip(leaves, *columns):
+        if not any(map(is_low_bit, row)):
+            continue
+        param, label = unwrapped(leaf), path_name(path)
+        moments = dict(zip(fields, row))
+        chosen, reason = _backend_of(fused, backend, param, moments)
+        if reason and backend not in ("auto", "reference"):
+            raise ValueError(f"backend={backend!r} cannot take parameter {label!r}: {reason}")
+        record(KernelChoice(label, tuple(param.shape), chosen, reason))
+
+
+def _backend_of(fused, backend, param, moments) -> tuple[str, str]:
+    """The backend of a leaf on this platform, and why it is not the one that it would be."""
+    if backend == "reference":
+        return backend, ""
+    wanted = backend if backend != "auto" else platform_backend()
+    if wanted is None:
+        return "reference", "no kernels for this platform"
+    if fused is None:
+        return "reference", "no kernel of this optimizer"
+    stored = [x for x in moments.values() if not is_factored(x)]
+    if not all(isinstance(x, QuantizedArray) for x in stored):
+        return "reference", "a moment in floats"
+    specs = fused.specs({name: x for name, x in moments.items() if not is_factored(x)})
+    reason = why_not(wanted, fused.op, tuple(param.shape), param.dtype, *specs)
+    return ("reference", reason) if reason else (wanted, "")
+
+
+def is_factored(moment: Any) -> bool:
+    """Whether a moment is kept as its row and column means."""
+    return isinstance(moment, FactoredMoment)
 
 
 def is_low_bit(moment: Any) -> bool:

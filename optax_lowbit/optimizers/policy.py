@@ -124,27 +124,40 @@ class Decision:
     reason: str
 
 
-_decisions: contextvars.ContextVar[list[Decision] | None] = contextvars.ContextVar(
-    "decisions", default=None
+@dataclasses.dataclass(frozen=True)
+class KernelChoice:
+    """Which backend steps a leaf with low-bit moments."""
+
+    path: str
+    shape: tuple[int, ...]
+    backend: str
+    # Why it is the reference; empty where it was asked for, or where it is not.
+    reason: str
+
+
+Record = Decision | KernelChoice
+
+_records: contextvars.ContextVar[list[Record] | None] = contextvars.ContextVar(
+    "records", default=None
 )
 
 
 @contextlib.contextmanager
-def recorded_decisions() -> Iterator[list[Decision]]:
+def recorded_decisions() -> Iterator[list[Record]]:
     """Collects the decisions that any transform takes while the context is open."""
-    decisions: list[Decision] = []
-    token = _decisions.set(decisions)
+    records: list[Record] = []
+    token = _records.set(records)
     try:
-        yield decisions
+        yield records
     finally:
-        _decisions.reset(token)
+        _records.reset(token)
 
 
-def record(decision: Decision) -> None:
+def record(decision: Record) -> None:
     """Notes a decision for whoever listens."""
-    decisions = _decisions.get()
-    if decisions is not None:
-        decisions.append(decision)
+    records = _records.get()
+    if records is not None:
+        records.append(decision)
 
 
 def path_name(path: tuple[Any, ...]) -> str:

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_lowbit.optimizers.adam4bit import descend
+from optax_lowbit.kernels.backends import Backend
+from optax_lowbit.kernels.steps import FusedMomentum
+from optax_lowbit.optimizers.descent import descend
 from optax_lowbit.optimizers.leafwise import Moment, quantize_moments
 from optax_lowbit.optimizers.policy import Policy
 from optax_lowbit.optimizers.presets import FIRST_MOMENT_4BIT, FIRST_MOMENT_8BIT
@@ -28,6 +30,7 @@ def trace4bit(
     trace_spec: QuantSpec | None = FIRST_MOMENT_4BIT,
     policy: Policy | None = None,
     key: jax.Array | int | None = None,
+    backend: Backend = "auto",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Momentum, kept in 4 bits: :func:`optax.trace`.
 
@@ -44,7 +47,7 @@ def trace4bit(
         parameter is.
       trace_spec: How the trace is stored; None: not quantized. Default: 4 bits, signed dynamic
         exponent, blocks of 128.
-      policy, key: As in :func:`scale_by_adam4bit`.
+      policy, key, backend: As in :func:`scale_by_adam4bit`.
 
     Returns:
       The corresponding :class:`optax.GradientTransformationExtraArgs`.
@@ -63,7 +66,8 @@ def trace4bit(
       2023, Algorithm 2.
     """
     moments = {"trace": Moment(trace_spec, dtype=accumulator_dtype)}
-    return quantize_moments(_counted_trace(decay, nesterov), moments, policy, key)
+    inner, fused = _counted_trace(decay, nesterov), FusedMomentum(decay, nesterov)
+    return quantize_moments(inner, moments, policy, key, fused, backend)
 
 
 def _counted_trace(decay: jax.typing.ArrayLike, nesterov: bool) -> optax.GradientTransformation:
@@ -89,6 +93,7 @@ def sgd4bit(
     trace_spec: QuantSpec | None = FIRST_MOMENT_4BIT,
     policy: Policy | None = None,
     key: jax.Array | int | None = None,
+    backend: Backend = "auto",
 ) -> optax.GradientTransformationExtraArgs:
     """SGD with 4-bit momentum: :func:`optax.sgd`, in an eighth of its memory.
 
@@ -96,7 +101,7 @@ def sgd4bit(
       learning_rate: A fixed learning rate or a schedule.
       momentum: Decay rate of the momentum; None: no momentum, and no state.
       nesterov, accumulator_dtype: As in :func:`optax.sgd`.
-      trace_spec, policy, key: As in :func:`trace4bit`.
+      trace_spec, policy, key, backend: As in :func:`trace4bit`.
 
     Returns:
       The corresponding :class:`optax.GradientTransformationExtraArgs`.
@@ -116,8 +121,14 @@ def sgd4bit(
     if momentum is None:
         return descend(optax.identity(), learning_rate)
     direction = trace4bit(
-        momentum, nesterov, accumulator_dtype, trace_spec=trace_spec, policy=policy, key=key
-    )
+        momentum,
+        nesterov,
+        accumulator_dtype,
+        trace_spec=trace_spec,
+        policy=policy,
+        key=key,
+        backend=backend,
+    )  # fmt: skip
     return descend(direction, learning_rate)
 
 
@@ -130,6 +141,7 @@ def sgd8bit(
     trace_spec: QuantSpec | None = FIRST_MOMENT_8BIT,
     policy: Policy | None = None,
     key: jax.Array | int | None = None,
+    backend: Backend = "auto",
 ) -> optax.GradientTransformationExtraArgs:
     """SGD with 8-bit momentum: :func:`optax.sgd`, in a quarter of its memory.
 
@@ -138,7 +150,7 @@ def sgd8bit(
     Args:
       learning_rate: A fixed learning rate or a schedule.
       momentum, nesterov, accumulator_dtype: As in :func:`sgd4bit`.
-      trace_spec, policy, key: As in :func:`trace4bit`.
+      trace_spec, policy, key, backend: As in :func:`trace4bit`.
 
     Returns:
       The corresponding :class:`optax.GradientTransformationExtraArgs`.
@@ -161,4 +173,5 @@ def sgd8bit(
         trace_spec=trace_spec,
         policy=policy,
         key=key,
+        backend=backend,
     )

@@ -53,8 +53,9 @@ TRANSFORMS = {
     "factor4bit": optax_lowbit.factor4bit(1e-3),
     "sgd4bit": optax_lowbit.sgd4bit(1e-3, momentum=0.9),
     "adamw8bit": optax_lowbit.adamw8bit(1e-3),
+    "reference": optax_lowbit.adamw4bit(1e-3, backend="reference"),
     # The control: the same moments in 4 bits, all leaves at once, as any wrapper would do it.
-    "whole": optax_lowbit.scale_by_adam4bit(),
+    "whole": optax_lowbit.scale_by_adam4bit(backend="reference"),
 }
 
 def temporaries(name, tx):
@@ -84,10 +85,10 @@ def temporaries(tx):
     return compiled.memory_analysis().temp_size_in_bytes / (leaf.size * leaf.dtype.itemsize)
 
 print(json.dumps({
-    "adam4bit": temporaries(optax_lowbit.scale_by_adam4bit()),
-    "factor4bit": temporaries(optax_lowbit.scale_by_factor4bit()),
-    "sgd4bit": temporaries(optax_lowbit.trace4bit(0.9)),
-    "adam8bit": temporaries(optax_lowbit.scale_by_adam8bit()),
+    "adam4bit": temporaries(optax_lowbit.scale_by_adam4bit(backend="reference")),
+    "factor4bit": temporaries(optax_lowbit.scale_by_factor4bit(backend="reference")),
+    "sgd4bit": temporaries(optax_lowbit.trace4bit(0.9, backend="reference")),
+    "adam8bit": temporaries(optax_lowbit.scale_by_adam8bit(backend="reference")),
 }))
 """
 

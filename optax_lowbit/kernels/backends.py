@@ -1,0 +1,67 @@
+"""Which kernel takes a leaf: an explicit predicate of platform, shape, dtype and specs."""
+
+import importlib
+from types import ModuleType
+from typing import Any, Literal, get_args
+
+import jax
+import jax.extend.backend
+
+from optax_lowbit.quant import QuantSpec
+
+Backend = Literal["auto", "reference", "cpu", "pallas_tpu", "pallas_gpu", "interpret"]
+
+# The kernels of a platform, by what `jax.lax.platform_dependent` calls it.
+KERNELS = {"cpu": "cpu", "tpu": "pallas_tpu", "cuda": "pallas_gpu"}
+
+
+def checked(backend: str) -> str:
+    """``backend``, or a ValueError if there is none of that name."""
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {get_args(Backend)}, got {backend!r}")
+    return backend
+
+
+def kernels(backend: str) -> ModuleType:
+    """The functions of a backend; interpreted ones are those for a TPU."""
+    folder = {"cpu": "cpu.ops", "interpret": "pallas_tpu"}.get(backend, backend)
+    return importlib.import_module(f"optax_lowbit.kernels.{folder}")
+
+
+def why_not(
+    backend: str, op: str, shape: tuple[int, ...], dtype: Any, *specs: QuantSpec | None
+) -> str | None:
+    """Why a backend's kernel cannot take a leaf; None if it can.
+
+    Args:
+      backend: Neither ``"auto"`` nor ``"reference"``.
+      op: ``"adam"``, ``"momentum"``, ``"quantize"`` or ``"dequantize"``.
+      shape: The leaf's.
+      dtype: The gradient's, or that of the array to be quantized.
+      specs: Of the op's moments, in their order; None for a factored one.
+    """
+    return kernels(backend).why_not(op, shape, dtype, *specs)
+
+
+def platforms(
+    backend: str, op: str, shape: tuple[int, ...], dtype: Any, *specs: QuantSpec | None
+) -> dict[str, str]:
+    """The backend of each platform of this process under ``"auto"``.
+
+    To compile for a platform that the process does not have, its backend must be named: tracing
+    kernels for every platform there is would take longer than compiling for one.
+    """
+    if backend != "auto":
+        return {}
+    chosen = {}
+    for platform in jax.extend.backend.backends():
+        name = KERNELS.get(platform)
+        is_taken = name is not None and why_not(name, op, shape, dtype, *specs) is None
+        chosen[platform] = name if name is not None and is_taken else "reference"
+    return chosen
+
+
+def platform_backend() -> str | None:
+    """The backend with the kernels of this process's default platform."""
+    platform = jax.default_backend()
+    return KERNELS.get("cuda" if platform == "gpu" else platform)

@@ -1,0 +1,79 @@
+// A code table as the kernels need it.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <tuple>
+#include <vector>
+
+namespace lowbit {
+
+// Elements of the largest block that a kernel takes.
+constexpr int64_t kMostElements = 2048;
+
+struct Codebook {
+  int bits = 4;
+  // What code i stands for.
+  std::vector<float> values;
+  // Ascending; a normalized value's code is the number of boundaries strictly below it.
+  std::vector<float> boundaries;
+  // 8 bits: for the upper half of a float32 as an index, the code of the least value with that
+  // half. At most one boundary lies among the values of one index, so one comparison is left.
+  std::vector<uint8_t> code_of_high_half;
+
+  uint8_t nearest(float x) const {
+    if (bits == 8) {
+      uint32_t word;
+      std::memcpy(&word, &x, sizeof word);
+      const uint8_t least = code_of_high_half[word >> 16];
+      return least + (x > boundaries[least]);
+    }
+    uint8_t code = 0;
+    for (float boundary : boundaries) code += x > boundary;
+    return code;
+  }
+};
+
+inline std::vector<uint8_t> codes_of_high_halves(const std::vector<float>& boundaries) {
+  std::vector<uint8_t> codes((1 << 16) + 3, 0);  // 3: a gather reads words
+  for (uint32_t half = 0; half < (1 << 16); half++) {
+    // The value of least magnitude for a positive sign, of largest for a negative one.
+    const uint32_t word = (half << 16) | (half & 0x8000 ? 0xffff : 0);
+    float least;
+    std::memcpy(&least, &word, sizeof least);
+    const bool is_nan = (half & 0x7f80) == 0x7f80 && !std::isinf(least);
+    if (is_nan) continue;
+    codes[half] = std::lower_bound(boundaries.begin(), boundaries.end(), least) - boundaries.begin();
+  }
+  return codes;
+}
+
+// The codebook with these values and boundaries, made once.
+inline const Codebook& codebook_of(const float* values, size_t count, const float* boundaries,
+                                   int bits) {
+  using Table = std::vector<float>;
+  static std::mutex mutex;
+  static std::map<std::tuple<int, Table, Table>, std::unique_ptr<Codebook>> known;
+  const Table codes(values, values + count), limits(boundaries, boundaries + count - 1);
+  std::lock_guard<std::mutex> lock(mutex);
+  auto& book = known[{bits, codes, limits}];
+  if (!book) {
+    const size_t size = size_t(1) << bits;
+    book = std::make_unique<Codebook>();
+    book->bits = bits;
+    book->values = codes;
+    book->values.resize(size, codes.back());
+    book->boundaries = limits;
+    book->boundaries.resize(size, std::numeric_limits<float>::infinity());
+    if (bits == 8) book->code_of_high_half = codes_of_high_halves(book->boundaries);
+  }
+  return *book;
+}
+
+}  // namespace lowbit

@@ -1,0 +1,229 @@
+// The custom calls: operands to leaves, leaves to pieces of work for XLA's threads.
+
+#include <vector>
+
+#include "parallel.h"
+#include "step.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace lowbit {
+namespace {
+
+// Elements of one piece of work: some 50 microseconds.
+constexpr int64_t kPiece = 1 << 16;
+
+Array array(const ffi::AnyBuffer& buffer) {
+  return {buffer.untyped_data(), buffer.element_type() == ffi::DataType::BF16};
+}
+
+int64_t last_dimension(const ffi::AnyBuffer& buffer) {
+  return buffer.dimensions().size() ? buffer.dimensions().back() : 1;
+}
+
+int64_t rows_of(const ffi::AnyBuffer& buffer, size_t trailing) {
+  const auto dimensions = buffer.dimensions();
+  int64_t rows = 1;
+  for (size_t i = 0; i + trailing < dimensions.size(); i++) rows *= dimensions[i];
+  return rows;
+}
+
+// Operands and results, taken one after the other.
+class Arguments {
+ public:
+  Arguments(ffi::RemainingArgs args, ffi::RemainingRets rets) : args_(args), rets_(rets) {}
+  ffi::AnyBuffer in() { return *args_.get<ffi::AnyBuffer>(next_in_++); }
+  ffi::AnyBuffer out() { return **rets_.get<ffi::AnyBuffer>(next_out_++); }
+  template <class T> const T* read() { return static_cast<const T*>(in().untyped_data()); }
+  template <class T> T* write() { return static_cast<T*>(out().untyped_data()); }
+
+ private:
+  ffi::RemainingArgs args_;
+  ffi::RemainingRets rets_;
+  size_t next_in_ = 0, next_out_ = 0;
+};
+
+using Table = ffi::Span<const float>;
+
+Moment moment(int64_t bits, int64_t block, Table values, Table boundaries) {
+  Moment result;
+  if (!values.size()) return result;
+  result.book = &codebook_of(values.begin(), values.size(), boundaries.begin(), int(bits));
+  result.block = block;
+  return result;
+}
+
+void take_codes(Moment& moment, const ffi::AnyBuffer& codes) {
+  moment.codes = static_cast<const uint8_t*>(codes.untyped_data());
+  moment.bytes_in_row = last_dimension(codes);
+}
+
+void take_scales(Moment& moment, const ffi::AnyBuffer& scales) {
+  moment.scales = static_cast<const float*>(scales.untyped_data());
+  moment.scales_in_row = last_dimension(scales);
+}
+
+void take_shape(Step& step, const ffi::AnyBuffer& grad) {
+  step.columns = last_dimension(grad);
+  step.all_rows = rows_of(grad, 1);
+  const bool is_matrix = grad.dimensions().size() > 1;
+  step.rows = is_matrix ? grad.dimensions()[grad.dimensions().size() - 2] : 1;
+  step.grad = array(grad);
+}
+
+template <class Work>
+void in_pieces(ffi::ThreadPool& pool, int64_t count, int64_t elements_each, const Work& work) {
+  const int64_t piece = std::max<int64_t>(kPiece / std::max<int64_t>(elements_each, 1), 1);
+  run_all(pool, (count + piece - 1) / piece,
+          [&](int64_t i) { work(i * piece, std::min((i + 1) * piece, count)); });
+}
+
+// coefficients, grad, mu codes, mu scales,
+//   block: nu codes, nu scales; rank-1: nu codes, rows, columns, new rows, new columns;
+//   factored: row shares, columns;
+//   params, if it descends
+// -> update or params, mu codes, mu scales, [nu codes, [nu scales]]
+ffi::Error step(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                int64_t second, bool descend, int64_t mu_bits, int64_t mu_block, Table mu_values,
+                Table mu_boundaries, int64_t nu_bits, int64_t nu_block, Table nu_values,
+                Table nu_boundaries) {
+  Arguments from(args, rets);
+  Step step;
+  step.second = Second(second);
+  std::memcpy(&step.c, from.read<float>(), sizeof step.c);
+  take_shape(step, from.in());
+  step.block = mu_block;
+  step.mu = moment(mu_bits, mu_block, mu_values, mu_boundaries);
+  step.nu = moment(nu_bits, nu_block, nu_values, nu_boundaries);
+  take_codes(step.mu, from.in());
+  take_scales(step.mu, from.in());
+  if (step.second == Second::kBlock || step.second == Second::kRank1) take_codes(step.nu, from.in());
+  if (step.second == Second::kBlock) take_scales(step.nu, from.in());
+  if (step.second == Second::kRank1 || step.second == Second::kFactored) {
+    step.nu_rows = from.read<float>();
+    step.nu_columns = from.read<float>();
+  }
+  if (step.second == Second::kRank1) {  // read, but never written, by this call
+    step.new_nu_rows = const_cast<float*>(from.read<float>());
+    step.new_nu_columns = const_cast<float*>(from.read<float>());
+  }
+  if (descend) step.params = array(from.in());
+  step.result = array(from.out());
+  step.mu.new_codes = from.write<uint8_t>();
+  step.mu.new_scales = from.write<float>();
+  if (step.second == Second::kBlock || step.second == Second::kRank1)
+    step.nu.new_codes = from.write<uint8_t>();
+  if (step.second == Second::kBlock) step.nu.new_scales = from.write<float>();
+  in_pieces(pool, step.all_rows * step.blocks_in_row(), step.block,
+            [&](int64_t first, int64_t last) { target().step(step, first, last); });
+  return ffi::Error::Success();
+}
+
+// coefficients, grad, nu codes, rows, columns -> new rows, new columns
+ffi::Error rank1_maxima(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                        int64_t nu_bits, int64_t nu_block, Table nu_values, Table nu_boundaries) {
+  Arguments from(args, rets);
+  Step step;
+  std::memcpy(&step.c, from.read<float>(), sizeof step.c);
+  take_shape(step, from.in());
+  step.block = nu_block;
+  step.nu = moment(nu_bits, nu_block, nu_values, nu_boundaries);
+  take_codes(step.nu, from.in());
+  step.nu_rows = from.read<float>();
+  step.nu_columns = from.read<float>();
+  step.new_nu_rows = from.write<float>();
+  step.new_nu_columns = from.write<float>();
+  const int64_t batches = step.rows ? step.all_rows / step.rows : 0;
+  std::memset(step.new_nu_columns, 0, batches * step.columns * sizeof(float));
+  std::mutex mutex;
+  // A piece adds its column maxima to all others' at its end, which many rows must pay for.
+  const int64_t rows = std::min(std::max<int64_t>(kPiece / std::max<int64_t>(step.columns, 1), 64),
+                                std::max<int64_t>(step.rows, 1));
+  const int64_t in_batch = (step.rows + rows - 1) / rows;
+  run_all(pool, batches * in_batch, [&](int64_t piece) {
+    const int64_t batch = piece / in_batch, first = piece % in_batch * rows;
+    const int64_t last = std::min(first + rows, step.rows);
+    std::vector<float> columns((step.columns + 15) / 16 * 16);
+    target().maxima(step, batch * step.rows + first, batch * step.rows + last, columns.data());
+    float* merged = step.new_nu_columns + batch * step.columns;
+    std::lock_guard<std::mutex> lock(mutex);
+    for (int64_t i = 0; i < step.columns; i++) {
+      int32_t ours, theirs;
+      std::memcpy(&ours, &columns[i], sizeof ours);
+      std::memcpy(&theirs, &merged[i], sizeof theirs);
+      merged[i] = ours > theirs ? columns[i] : merged[i];
+    }
+  });
+  for (int64_t i = 0; i < batches * step.columns; i++)
+    if (step.new_nu_columns[i] < std::numeric_limits<float>::min()) step.new_nu_columns[i] = 0;
+  return ffi::Error::Success();
+}
+
+// x -> codes, scales
+ffi::Error quantize(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> codes,
+                    ffi::Result<ffi::AnyBuffer> scales, int64_t bits, int64_t block, Table values,
+                    Table boundaries) {
+  Moment to = moment(bits, block, values, boundaries);
+  take_codes(to, *codes);
+  take_scales(to, *scales);
+  to.new_codes = const_cast<uint8_t*>(to.codes);
+  to.new_scales = const_cast<float*>(to.scales);
+  const int64_t columns = last_dimension(x);
+  in_pieces(pool, rows_of(x, 1) * to.scales_in_row, block, [&](int64_t first, int64_t last) {
+    target().quantize(array(x), to, columns, first, last);
+  });
+  return ffi::Error::Success();
+}
+
+// codes, scales -> x
+ffi::Error dequantize(ffi::ThreadPool pool, ffi::AnyBuffer codes, ffi::AnyBuffer scales,
+                      ffi::Result<ffi::AnyBuffer> x, int64_t bits, int64_t block, Table values,
+                      Table boundaries) {
+  Moment from = moment(bits, block, values, boundaries);
+  take_codes(from, codes);
+  take_scales(from, scales);
+  const int64_t columns = last_dimension(*x);
+  in_pieces(pool, rows_of(*x, 1) * from.scales_in_row, block, [&](int64_t first, int64_t last) {
+    target().dequantize(from, array(*x), columns, first, last);
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace lowbit
+
+#define LOWBIT_CODES(binding, name)                                            \
+  binding.Attr<int64_t>(name "_bits").Attr<int64_t>(name "_block")             \
+      .Attr<ffi::Span<const float>>(name "_values")                            \
+      .Attr<ffi::Span<const float>>(name "_boundaries")
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    LowbitStep, lowbit::step,
+    LOWBIT_CODES(LOWBIT_CODES(ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<int64_t>("second")
+                                  .Attr<bool>("descend"),
+                              "mu"),
+                 "nu"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    LowbitRank1Maxima, lowbit::rank1_maxima,
+    LOWBIT_CODES(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets(), "nu"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LowbitQuantize, lowbit::quantize,
+                              LOWBIT_CODES(ffi::Ffi::Bind()
+                                               .Ctx<ffi::ThreadPool>()
+                                               .Arg<ffi::AnyBuffer>()
+                                               .Ret<ffi::AnyBuffer>()
+                                               .Ret<ffi::AnyBuffer>(),
+                                           "x"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LowbitDequantize, lowbit::dequantize,
+                              LOWBIT_CODES(ffi::Ffi::Bind()
+                                               .Ctx<ffi::ThreadPool>()
+                                               .Arg<ffi::AnyBuffer>()
+                                               .Arg<ffi::AnyBuffer>()
+                                               .Ret<ffi::AnyBuffer>(),
+                                           "x"));
+
+extern "C" const char* lowbit_target() { return lowbit::target().name; }

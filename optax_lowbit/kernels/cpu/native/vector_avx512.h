@@ -1,0 +1,79 @@
+// Sixteen floats, or int32, in one AVX-512 register. Included inside the namespace of a target.
+
+struct Floats { __m512 v; };
+struct Ints { __m512i v; };
+
+inline Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Floats load(const uint16_t* bf16) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)bf16));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+inline Ints load_bytes(const uint8_t* p) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))};
+}
+inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x.v); }
+inline void store_low_halves(uint16_t* p, Ints x) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(x.v));
+}
+inline void store_bytes(uint8_t* p, Ints x) {
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x.v));
+}
+
+inline Floats all(float x) { return {_mm512_set1_ps(x)}; }
+inline Ints all(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline Ints bits(Floats x) { return {_mm512_castps_si512(x.v)}; }
+inline Floats from_bits(Ints x) { return {_mm512_castsi512_ps(x.v)}; }
+
+inline Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Floats root(Floats x) { return {_mm512_sqrt_ps(x.v)}; }
+// NaN if either is.
+inline Floats lesser(Floats a, Floats b) {
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  return {_mm512_mask_mov_ps(_mm512_min_ps(a.v, b.v), nan, a.v)};
+}
+
+inline Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline Ints operator&(Ints a, Ints b) { return {_mm512_and_si512(a.v, b.v)}; }
+inline Ints operator|(Ints a, Ints b) { return {_mm512_or_si512(a.v, b.v)}; }
+template <int N> inline Ints shift_left(Ints x) { return {_mm512_slli_epi32(x.v, N)}; }
+template <int N> inline Ints shift_right(Ints x) { return {_mm512_srli_epi32(x.v, N)}; }
+inline Ints greater(Ints a, Ints b) { return {_mm512_max_epi32(a.v, b.v)}; }
+inline int32_t largest(Ints x) { return _mm512_reduce_max_epi32(x.v); }
+
+// 1 where a > b, which is false for NaN; else 0.
+inline Ints is_above(Floats a, Floats b) {
+  return {_mm512_maskz_set1_epi32(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), 1)};
+}
+// x where s is not zero, else zero.
+inline Floats zero_where_zero(Floats x, Floats s) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(s.v, _mm512_setzero_ps(), _CMP_NEQ_UQ), x.v)};
+}
+
+struct Table16 { __m512 v; };
+inline Table16 table16(const float* values) { return {_mm512_loadu_ps(values)}; }
+inline Floats look_up(Table16 table, Ints index) {
+  return {_mm512_permutexvar_ps(index.v, table.v)};
+}
+inline Floats look_up(const float* table, Ints index) {
+  return {_mm512_i32gather_ps(index.v, table, 4)};
+}
+// Single bytes; the table is readable for three bytes more.
+inline Ints look_up(const uint8_t* table, Ints index) {
+  return {_mm512_and_si512(_mm512_i32gather_epi32(index.v, table, 1), _mm512_set1_epi32(255))};
+}
+
+// How many of 15 ascending boundaries lie strictly below x: a binary search in four steps.
+inline __m512i count_step(__m512i count, int half, Table16 boundaries, Floats x) {
+  const __m512i middle = _mm512_add_epi32(count, _mm512_set1_epi32(half - 1));
+  const __m512 boundary = _mm512_permutexvar_ps(middle, boundaries.v);
+  const __mmask16 above = _mm512_cmp_ps_mask(x.v, boundary, _CMP_GT_OQ);
+  return _mm512_mask_add_epi32(count, above, count, _mm512_set1_epi32(half));
+}
+inline Ints count_below(Table16 boundaries, Floats x) {
+  __m512i count = _mm512_setzero_si512();
+  for (int half = 8; half; half /= 2) count = count_step(count, half, boundaries, x);
+  return {count};
+}

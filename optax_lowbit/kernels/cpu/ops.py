@@ -1,0 +1,215 @@
+"""The native CPU kernels as functions of arrays of one device.
+
+They differ from the reference in this: an update multiplies by the reciprocals of the bias
+corrections (see :class:`~optax_lowbit.kernels.adam.Coefficients`). Square roots and divisions are
+the processor's, correctly rounded; codes come from the very quotients that the reference compares.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_lowbit.kernels.adam import Coefficients, Descent
+from optax_lowbit.kernels.cpu.library import library
+from optax_lowbit.quant import QuantizedArray, QuantSpec, codebooks
+from optax_lowbit.quant.array import abstract_quantized
+
+# native/step.h: Second.
+_NONE, _BLOCK, _RANK1, _FACTORED = range(4)
+_MOST_ELEMENTS = 2048  # native/codebook.h: kMostElements
+_VECTOR = 16
+
+Factors = tuple[jax.Array, jax.Array]
+
+
+def why_not(op: str, shape: tuple[int, ...], dtype: Any, *specs: QuantSpec | None) -> str | None:
+    """Why the kernel of ``op`` cannot take a leaf; None if it can.
+
+    Args:
+      op: ``"adam"``, ``"momentum"``, ``"quantize"`` or ``"dequantize"``.
+      shape: The leaf's.
+      dtype: Of the gradient, or of the array to be quantized.
+      specs: Of the op's moments in their order; None for a factored second moment.
+    """
+    if library() is None:
+        return "the native kernels were not built"
+    if not shape or 0 in shape:
+        return "no elements, or no axes"
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        return f"dtype {dtype}"
+    first, *rest = specs
+    for spec in specs:
+        if spec is not None and (reason := _why_not_spec(spec)):
+            return reason
+    if first is None or _effective(first, shape) != "block":
+        return "scaling of the first moment"
+    for spec in rest:
+        if spec is None:
+            continue
+        if spec.block_size != first.block_size:
+            return "moments in blocks of different sizes"
+        if _effective(spec, shape) == "rank1" and _rank1_axes(shape, spec) != 2:
+            return "rank-1 scales of more than two axes"
+    return None
+
+
+def _why_not_spec(spec: QuantSpec) -> str | None:
+    if spec.rounding != "nearest":
+        return "stochastic rounding"
+    if spec.signed_scale:
+        return "signed scales"
+    if spec.bits not in (4, 8):
+        return f"{spec.bits} bits"
+    if spec.scaling not in ("block", "rank1"):
+        return f"{spec.scaling} scaling"
+    if spec.block_size % (2 * _VECTOR) or spec.block_size > _MOST_ELEMENTS:
+        return f"blocks of {spec.block_size}"
+    table = codebooks.decision_table(spec.values)
+    if table.codes is not None:
+        return "a table that is not sorted"
+    if spec.bits == 8 and not _one_boundary_in_a_high_half(table.boundaries):
+        return "a table with values too close to each other"
+    return None
+
+
+def _one_boundary_in_a_high_half(boundaries: np.ndarray) -> bool:
+    """What native/codebook.h needs: floats with the same upper 16 bits have two codes at most."""
+    halves = boundaries.astype(np.float32).view(np.uint32) >> 16
+    return np.unique(halves).size == halves.size
+
+
+def _effective(spec: QuantSpec, shape: tuple[int, ...]) -> str:
+    return "block" if len(shape) == 1 and spec.scaling == "rank1" else spec.scaling
+
+
+def _rank1_axes(shape: tuple[int, ...], spec: QuantSpec) -> int:
+    return len(abstract_quantized(shape, np.dtype(np.float32), spec).scales)
+
+
+def adam(
+    grad: jax.Array,
+    mu: QuantizedArray,
+    nu: QuantizedArray | Factors,
+    c: Coefficients,
+    *,
+    nu_scales: Factors | None = None,
+    descent: Descent | None = None,
+) -> tuple[jax.Array, QuantizedArray, QuantizedArray | Factors]:
+    """A step of Adam.
+
+    Args:
+      grad: float32 or bfloat16.
+      mu: First moment, scaled by blocks.
+      nu: Second moment, scaled by blocks or rank-1; or shares of rows and means of columns.
+      c: Coefficients.
+      nu_scales: New scales under rank-1, from :func:`adam_rank1_maxima`.
+      descent: None for an update; else parameters are written.
+
+    Returns:
+      The update, over the gradient, or the new parameters, over the old; and the new moments.
+    """
+    spec = nu.spec if isinstance(nu, QuantizedArray) else None
+    second, nu_arrays, nu_outputs = _FACTORED, [], []
+    if not isinstance(nu, QuantizedArray):
+        nu_arrays = list(nu)
+    elif isinstance(nu.scales, tuple):
+        assert nu_scales is not None
+        second, nu_arrays, nu_outputs = _RANK1, [nu.codes, *nu.scales, *nu_scales], [nu.codes]
+    else:
+        second = _BLOCK
+        nu_arrays = nu_outputs = [nu.codes, nu.scales]
+    result, mu, new = _step(second, c, grad, mu, spec, nu_arrays, nu_outputs, descent)
+    if not isinstance(nu, QuantizedArray):
+        return result, mu, nu
+    scales = nu_scales if second == _RANK1 else new[1]
+    return result, mu, _replaced(nu, new[0], scales)
+
+
+def momentum(
+    grad: jax.Array,
+    trace: QuantizedArray,
+    decay: jax.Array,
+    *,
+    nesterov: bool,
+    descent: Descent | None = None,
+) -> tuple[jax.Array, QuantizedArray]:
+    """``t' = g + decay * t``; the update is ``t'``, or ``g + decay * t'`` with Nesterov's."""
+    one, zero = jnp.ones((), jnp.float32), jnp.zeros((), jnp.float32)
+    moment, gradient = (decay, one) if nesterov else (one, zero)
+    c = Coefficients(decay, one, zero, zero, moment, gradient, zero, zero, zero)
+    result, trace, _ = _step(_NONE, c, grad, trace, None, [], [], descent)
+    return result, trace
+
+
+def adam_rank1_maxima(grad: jax.Array, nu: QuantizedArray, c: Coefficients) -> Factors:
+    """Row and column maxima of the new second moment: its rank-1 scales."""
+    rows, columns = nu.scales
+    outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (rows, columns)]
+    call = jax.ffi.ffi_call("optax_lowbit_rank1_maxima", outputs)
+    operands = _operand(c, None), grad, nu.codes, rows, columns
+    return tuple(call(*operands, **_codes("nu", nu.spec)))
+
+
+def quantize(x: jax.Array, spec: QuantSpec) -> QuantizedArray:
+    """:func:`optax_lowbit.quantize`, scaled by blocks."""
+    like = abstract_quantized(x.shape, x.dtype, spec)
+    call = jax.ffi.ffi_call("optax_lowbit_quantize", [like.codes, like.scales])
+    codes, scales = call(x, **_codes("x", spec))
+    return _replaced(like, codes, scales)
+
+
+def dequantize(q: QuantizedArray) -> jax.Array:
+    """:func:`optax_lowbit.dequantize`, scaled by blocks."""
+    like = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    call = jax.ffi.ffi_call("optax_lowbit_dequantize", like)
+    return call(q.codes, q.scales, **_codes("x", q.spec))
+
+
+def _step(second, c, grad, mu, nu_spec, nu_arrays, nu_outputs, descent):
+    arrays = [grad, mu.codes, mu.scales, *nu_arrays]
+    if descent is not None:
+        arrays.append(descent.params)
+    result = grad if descent is None else descent.params
+    outputs = [result, mu.codes, mu.scales, *nu_outputs]
+    # Every output takes the place of an operand; 1: the coefficients come first.
+    places = {id(x): i + 1 for i, x in enumerate(arrays)}
+    call = jax.ffi.ffi_call(
+        "optax_lowbit_step",
+        [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
+        input_output_aliases={places[id(x)]: i for i, x in enumerate(outputs)},
+    )
+    result, codes, scales, *new = call(
+        _operand(c, descent),
+        *arrays,
+        second=np.int64(second),
+        descend=descent is not None,
+        **_codes("mu", mu.spec),
+        **_codes("nu", nu_spec),
+    )
+    return result, _replaced(mu, codes, scales), new
+
+
+def _operand(c: Coefficients, descent: Descent | None) -> jax.Array:
+    zero = jnp.zeros((), jnp.float32)
+    rates = (zero, zero) if descent is None else (descent.learning_rate, descent.weight_decay)
+    return jnp.stack([*c, *rates])
+
+
+def _codes(name: str, spec: QuantSpec | None) -> dict[str, Any]:
+    """Attributes that tell a kernel how codes are stored."""
+    values = boundaries = np.zeros(0, np.float32)
+    if spec is not None:
+        table = codebooks.decision_table(spec.values)
+        values, boundaries = table.sorted_values, table.boundaries
+    return {
+        f"{name}_bits": np.int64(spec.bits if spec else 0),
+        f"{name}_block": np.int64(spec.block_size if spec else 0),
+        f"{name}_values": np.asarray(values, np.float32),
+        f"{name}_boundaries": np.asarray(boundaries, np.float32),
+    }
+
+
+def _replaced(like: QuantizedArray, codes: Any, scales: Any) -> QuantizedArray:
+    return QuantizedArray(codes, scales, like.spec, like.padding, like.dtype)

@@ -1,0 +1,153 @@
+"""Runs a kernel on each device's part of a leaf; compilers cannot part a kernel by themselves."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+
+from optax_lowbit.kernels.meshes import is_explicit, mesh_axes, most_shards
+
+Kernel = Callable[..., tuple[jax.Array, ...]]
+
+
+def per_device(
+    kernel: Kernel,
+    coefficients: jax.Array,
+    arrays: Sequence[jax.Array],
+    group: int,
+    *,
+    takes_maxima: bool = False,
+) -> tuple[jax.Array, ...]:
+    """``kernel(coefficients, *arrays)``, on parts of the arrays where they are spread out.
+
+    Works in and out of `jax.vmap` (one example after the other), on Auto and Explicit meshes, and
+    inside `jax.shard_map`.
+
+    Args:
+      kernel: Gives arrays laid out like the leaf.
+      coefficients: A vector that all devices need.
+      arrays: Laid out like the leaf, which is the first: of its rank, an axis as long as the
+        leaf's, in proportion to it (codes, scales), or 1.
+      group: Elements of the last axis that must stay together.
+      takes_maxima: Whether the results are row and column maxima, over all devices.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def run(coefficients, *arrays):
+        leaf = arrays[0]
+        mesh = jax.typeof(leaf).sharding.mesh
+        if most_shards() == 1 or (not mesh.empty and mesh.manual_axes):
+            return kernel(coefficients, *arrays)
+        if is_explicit(leaf):
+            return _on_explicit_mesh(kernel, coefficients, arrays, takes_maxima)
+        return _on_auto_mesh(kernel, coefficients, arrays, group, takes_maxima)
+
+    @run.def_vmap
+    def _(axis_size, in_batched, *args):
+        args = [
+            arg if batched else jax.numpy.broadcast_to(arg, (axis_size, *arg.shape))
+            for arg, batched in zip(args, in_batched)
+        ]
+        results = jax.lax.map(lambda args: run(*args), args)
+        return results, jax.tree.map(lambda _: True, results)
+
+    return run(coefficients, *arrays)
+
+
+def _on_explicit_mesh(kernel, coefficients, arrays, takes_maxima):
+    # Shards hold whole groups there: checked when the state was made.
+    sharding = jax.typeof(arrays[0]).sharding
+    spec = _padded(sharding.spec, arrays[0].ndim)
+
+    def on_shards(coefficients, *arrays):
+        return _over_shards(kernel(coefficients, *arrays), spec, takes_maxima)
+
+    results = jax.eval_shape(lambda *args: kernel(*args), coefficients, *arrays)
+    return jax.shard_map(
+        on_shards,
+        mesh=sharding.mesh,
+        in_specs=(PartitionSpec(), *_specs(spec, arrays)),
+        out_specs=tuple(_specs(spec, results)),
+        check_vma=False,
+    )(coefficients, *arrays)
+
+
+def _on_auto_mesh(kernel, coefficients, arrays, group, takes_maxima):
+    partitioned = custom_partitioning(lambda *args: kernel(*args))
+
+    def partition(mesh, operands, results):
+        leaf = operands[1]
+        spec = _aligned(leaf.sharding, leaf.shape, group)
+
+        def on_shards(coefficients, *arrays):
+            return _over_shards(kernel(coefficients, *arrays), spec, takes_maxima)
+
+        def shardings(arrays):
+            return tuple(NamedSharding(mesh, s) for s in _specs(spec, arrays))
+
+        whole = NamedSharding(mesh, PartitionSpec())
+        return mesh, on_shards, shardings(results), (whole, *shardings(operands[1:]))
+
+    def rule(mesh, operands, results):
+        del mesh
+        # The coefficients have one axis, and every other array those of the leaf.
+        leaf = operands[1]
+        factors = [_factors(str(i), x, leaf) for i, x in enumerate(operands[1:])]
+        outputs = [_factors(_like(x, operands[1:]), x, leaf) for x in results]
+        return f"whole, {', '.join(factors)} -> {', '.join(outputs)}"
+
+    partitioned.def_partition(partition=partition, sharding_rule=rule)
+    return partitioned(coefficients, *arrays)
+
+
+def _factors(name: str, x: Any, leaf: Any) -> str:
+    """Names of an array's axes, which are the leaf's where they are as long."""
+    shape, leaf_shape = x.shape, leaf.shape
+    return " ".join(
+        f"leaf{axis}" if size == leaf_shape[axis] else f"other{name}of{axis}"
+        for axis, size in enumerate(shape)
+    )
+
+
+def _like(x: Any, operands: Sequence[Any]) -> str:
+    """The number of an operand of the same shape: codes are spread as they were before."""
+    for i, operand in enumerate(operands):
+        if operand.shape == x.shape:
+            return str(i)
+    return "result"
+
+
+def _over_shards(results, spec, takes_maxima):
+    if not takes_maxima:
+        return results
+    rows, columns = results
+    over_columns, over_rows = mesh_axes(spec[-1]), mesh_axes(spec[-2])
+    if over_columns:
+        rows = jax.lax.pmax(rows, over_columns)
+    if over_rows:
+        columns = jax.lax.pmax(columns, over_rows)
+    return rows, columns
+
+
+def _specs(spec: Sequence[Any], arrays: Sequence[Any]) -> list[PartitionSpec]:
+    return [
+        PartitionSpec(*(None if size == 1 else entry for size, entry in zip(x.shape, spec)))
+        for x in arrays
+    ]
+
+
+def _padded(spec: PartitionSpec, ndim: int) -> tuple[Any, ...]:
+    return (*spec, *[None] * (ndim - len(spec)))
+
+
+def _aligned(sharding: Any, shape: tuple[int, ...], group: int) -> tuple[Any, ...]:
+    """The spec of a leaf without the entries whose shards would not hold whole groups."""
+    entries = []
+    for axis, (size, entry) in enumerate(zip(shape, _padded(sharding.spec, len(shape)))):
+        parts = math.prod(sharding.mesh.shape[name] for name in mesh_axes(entry))
+        unit = group if axis == len(shape) - 1 else 1
+        entries.append(entry if size % (parts * unit) == 0 else None)
+    return tuple(entries)

@@ -1,0 +1,229 @@
+"""Steps of a leaf whose moments are kept in few bits, by whatever kernel takes it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from optax_lowbit.kernels import backends
+from optax_lowbit.kernels.adam import Coefficients, Descent, coefficients
+from optax_lowbit.kernels.partitioning import per_device
+from optax_lowbit.kernels.reference import Step, update_leaf, widened
+from optax_lowbit.quant import QuantizedArray, QuantSpec, is_quantized
+
+Moments = dict[str, Any]
+
+
+class Fused(Protocol):
+    """An optimizer's step as the kernels know it."""
+
+    op: str
+
+    def scalars(self, count: jax.Array) -> jax.Array:
+        """All that step number ``count``, from 1, multiplies and adds: a float32 vector."""
+        ...
+
+    def specs(self, moments: Moments) -> tuple[QuantSpec | None, ...]:
+        """How the moments are stored, in the op's order; None for a factored one."""
+        ...
+
+    def run(
+        self,
+        backend: str,
+        scalars: jax.Array,
+        grad: jax.Array,
+        moments: Moments,
+        factors: tuple[jax.Array, jax.Array] | None,
+        descent: Descent | None,
+    ) -> tuple[jax.Array, Moments]:
+        """The step by a backend's kernel."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedAdam:
+    """Adam, with moments ``mu`` and ``nu``, or ``mu`` and given factors of ``nu``."""
+
+    b1: jax.typing.ArrayLike
+    b2: jax.typing.ArrayLike
+    eps: jax.typing.ArrayLike
+    eps_root: jax.typing.ArrayLike
+    nesterov: bool
+    op: str = dataclasses.field(default="adam", init=False)
+
+    def scalars(self, count: jax.Array) -> jax.Array:
+        """The :class:`~optax_lowbit.kernels.adam.Coefficients`."""
+        return jnp.stack(
+            coefficients(self.b1, self.b2, self.eps, self.eps_root, count, nesterov=self.nesterov)
+        )
+
+    def specs(self, moments: Moments) -> tuple[QuantSpec | None, ...]:
+        """Of ``mu`` and ``nu``."""
+        return moments["mu"].spec, moments["nu"].spec if "nu" in moments else None
+
+    def run(self, backend, scalars, grad, moments, factors, descent):
+        """One call, or two under rank-1: the new scales must be known before codes are written."""
+        kernels, options = backends.kernels(backend), _options(backend)
+        mu, nu = moments["mu"], moments.get("nu", factors)
+        group, nu_scales = mu.spec.group_size, None
+        if is_quantized(nu) and isinstance(nu.scales, tuple):
+            codes, rows, columns = nu.codes, *nu.scales
+
+            def maxima(scalars, grad, codes, rows, columns):
+                local = dataclasses.replace(
+                    nu, codes=codes, scales=(rows, columns), padding=_padding(nu, grad)
+                )
+                return kernels.adam_rank1_maxima(grad, local, Coefficients(*scalars), **options)
+
+            nu_scales = per_device(
+                maxima, scalars, (grad, codes, rows, columns), group, takes_maxima=True
+            )
+
+        def step(c, grad, mu, nu, nu_scales, descent):
+            return kernels.adam(
+                grad, mu, nu, Coefficients(*c), nu_scales=nu_scales, descent=descent, **options
+            )
+
+        result, mu, nu = _on_leaves(step, scalars, grad, (mu, nu, nu_scales), descent, group, 2)
+        return result, {"mu": mu, "nu": nu} if "nu" in moments else {"mu": mu}
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedMomentum:
+    """Momentum, with the moment ``trace``."""
+
+    decay: jax.typing.ArrayLike
+    nesterov: bool
+    op: str = dataclasses.field(default="momentum", init=False)
+
+    def scalars(self, count: jax.Array) -> jax.Array:
+        """The decay rate."""
+        del count
+        return jnp.asarray(self.decay, jnp.float32)[None]
+
+    def specs(self, moments: Moments) -> tuple[QuantSpec | None, ...]:
+        """Of ``trace``."""
+        return (moments["trace"].spec,)
+
+    def run(self, backend, scalars, grad, moments, factors, descent):
+        """One call."""
+        del factors
+        kernels, options = backends.kernels(backend), _options(backend)
+
+        def step(scalars, grad, trace, descent):
+            (decay,) = scalars
+            return kernels.momentum(
+                grad, trace, decay, nesterov=self.nesterov, descent=descent, **options
+            )
+
+        trace = moments["trace"]
+        result, trace = _on_leaves(step, scalars, grad, (trace,), descent, trace.spec.group_size, 1)
+        return result, {"trace": trace}
+
+
+def step_leaf(
+    step: Step,
+    fused: Fused | None,
+    backend: str,
+    scalars: jax.Array | None,
+    grad: jax.Array,
+    moments: Moments,
+    key: Any,
+    factors: tuple[jax.Array, jax.Array] | None = None,
+    descent: Descent | None = None,
+) -> tuple[jax.Array, Moments]:
+    """One step of one leaf.
+
+    Args:
+      step: The step in float32, of the reference.
+      fused: The same step as the kernels know it, if they do.
+      backend: A :data:`~optax_lowbit.kernels.backends.Backend`.
+      scalars: From ``fused.scalars``.
+      grad: Gradient.
+      moments: The leaf's moments, by name.
+      key: For stochastic rounding.
+      factors: Shares of rows and means of columns of a factored second moment.
+      descent: For a step that writes parameters.
+
+    Returns:
+      The update, or the new parameters if there is a descent; and the new moments.
+    """
+
+    def reference(grad, moments, factors, descent):
+        update, moments = update_leaf(step, grad, moments, key, factors)
+        return descended(update, descent), moments
+
+    def by(backend):
+        if backend == "reference":
+            return reference
+        return lambda grad, moments, factors, descent: fused.run(
+            backend, scalars, grad, moments, factors, descent
+        )
+
+    operands = grad, moments, factors, descent
+    if fused is None or not all(map(is_quantized, moments.values())):
+        return reference(*operands)
+    if backend != "auto":
+        return by(backend)(*operands)
+    chosen = backends.platforms(backend, fused.op, grad.shape, grad.dtype, *fused.specs(moments))
+    if len(set(chosen.values())) == 1:
+        return by(*set(chosen.values()))(*operands)
+    branches = {platform: by(name) for platform, name in chosen.items()}
+    return jax.lax.platform_dependent(*operands, **branches)
+
+
+def descended(update: jax.Array, descent: Descent | None) -> jax.Array:
+    """The update, or the parameters after it, if there is a descent."""
+    if descent is None:
+        return update
+    params = widened(descent.params)
+    update = widened(update) + descent.weight_decay.astype(params.dtype) * params
+    new = params - descent.learning_rate.astype(params.dtype) * update
+    return new.astype(descent.params.dtype)
+
+
+def _options(backend: str) -> dict[str, bool]:
+    return {"interpret": True} if backend == "interpret" else {}
+
+
+def _on_leaves(
+    step: Callable[..., tuple[Any, ...]],
+    scalars: jax.Array,
+    grad: jax.Array,
+    stored: tuple[Any, ...],
+    descent: Descent | None,
+    group: int,
+    returned: int,
+) -> tuple[Any, ...]:
+    """``step(scalars, grad, *stored, descent)`` device by device.
+
+    Quantized arrays go as the arrays that they consist of, as their static part is that of a shard
+    inside. The first ``returned`` of them come back.
+    """
+    is_leaf = is_quantized
+    flat, tree = jax.tree.flatten((stored, descent.params if descent else None))
+    rates = [descent.learning_rate, descent.weight_decay] if descent else []
+    vector = jnp.concatenate([scalars, *(jnp.asarray(r, jnp.float32)[None] for r in rates)])
+
+    def kernel(vector, grad, *flat):
+        stored, params = tree.unflatten(flat)
+        stored = jax.tree.map(
+            lambda q: dataclasses.replace(q, padding=_padding(q, grad)) if is_leaf(q) else q,
+            stored,
+            is_leaf=is_leaf,
+        )
+        values = list(vector)
+        local = Descent(params, *values[-2:]) if descent else None
+        result, *new = step(values[: scalars.size], grad, *stored, local)
+        return result, *jax.tree.leaves(new)
+
+    result, *new = per_device(kernel, vector, (grad, *flat), group)
+    structure = jax.tree.structure(list(stored[:returned]))
+    return result, *structure.unflatten(new)
+
+
+def _padding(q: QuantizedArray, leaf: jax.Array) -> int:
+    """The places without a code in the last byte of a part of ``q`` as long as ``leaf``."""
+    return q.codes.shape[-1] * 8 // q.spec.bits - leaf.shape[-1]
