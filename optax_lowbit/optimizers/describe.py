@@ -81,9 +81,9 @@ def describe(tx: optax.GradientTransformation, params: Any) -> Description:
       >>> params = {"kernel": jax.ShapeDtypeStruct((1024, 1024), jnp.float32),
       ...           "bias": jax.ShapeDtypeStruct((1024,), jnp.float32)}
       >>> print(optax_lowbit.describe(optax_lowbit.adamw4bit(1e-3), params))
-      leaf    shape      mu        nu        bytes   remark
-      bias    1024       float32   float32   8,192   1024 elements, min_size 4096
-      kernel  1024x1024  dynamic_exponent 4b block 128  linear 4b rank1     1,089,536
+      leaf    shape      mu        nu        bytes   kernel  remark
+      bias    1024       float32   float32   8,192   optax   1024 elements, min_size 4096
+      kernel  1024x1024  dynamic_exponent 4b block 128  linear 4b rank1     1,089,536  cpu
       total: 1,049,600 parameters, 1,097,732 bytes of state, 1.046 bytes a parameter
     """
     with recorded_decisions() as records:
@@ -117,7 +117,7 @@ def _storage(decision: Decision) -> str:
 def _kernel(choice: KernelChoice | None) -> tuple[str, str]:
     if choice is None:
         return "optax", ""
-    return choice.backend, choice.reason and f"reference: {choice.reason}"
+    return choice.backend, choice.reason and f"no kernel: {choice.reason}"
 
 
 def _remark(by_moment: dict[str, Decision]) -> str:

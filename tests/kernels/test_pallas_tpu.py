@@ -256,11 +256,12 @@ SPECS = {
 @pytest.mark.parametrize(
     ("spec", "shape", "dtype"),
     [
-        *(pytest.param(spec, (33, 1301), jnp.float32, id=name) for name, spec in SPECS.items()),
+        pytest.param(FIRST_MOMENT_4BIT, (33, 1301), jnp.float32, id="4 bits"),
+        pytest.param(WIDE_NU, (33, 301), jnp.float32, id="blocks of 256"),
+        pytest.param(FIRST_MOMENT_8BIT, (33, 2301), jnp.float32, id="8 bits"),
         pytest.param(FIRST_MOMENT_4BIT, (130, 128), jnp.float32, id="a block a row"),
         pytest.param(FIRST_MOMENT_4BIT, (2, 3, 300), jnp.bfloat16, id="three axes"),
-        pytest.param(FIRST_MOMENT_4BIT, (5000,), jnp.float32, id="vector"),
-        pytest.param(FIRST_MOMENT_8BIT, (5000,), jnp.bfloat16, id="8 bits, vector"),
+        pytest.param(FIRST_MOMENT_8BIT, (5000,), jnp.bfloat16, id="vector"),
     ],
 )
 def test_quantize_and_dequantize_equal_the_reference(spec, shape, dtype, rng):

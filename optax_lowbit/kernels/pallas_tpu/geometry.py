@@ -43,7 +43,7 @@ class Chunk:
     def first_column(self, bits: int = 8) -> Any:
         """Its first column in a tile, or its first byte where elements have fewer than 8 bits."""
         size = CHUNK_COLUMNS * bits // 8
-        return pl.multiple_of(self.number * size, size)
+        return pl.multiple_of(jnp.asarray(self.number * size), size)
 
     def columns(self, bits: int = 8) -> Any:
         """Its columns in a tile, or its bytes where elements have fewer than 8 bits."""
