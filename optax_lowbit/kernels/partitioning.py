@@ -32,7 +32,8 @@ def per_device(
       arrays: Laid out like the leaf, which is the first: of its rank, an axis as long as the
         leaf's, in proportion to it (codes, scales), or 1.
       group: Elements of the last axis that must stay together.
-      takes_maxima: Whether the results are row and column maxima, over all devices.
+      takes_maxima: Whether the results are maxima over those axes of the leaf that are 1 in them,
+        and so over the devices that these are spread over.
     """
 
     @jax.custom_batching.custom_vmap
@@ -60,10 +61,12 @@ def per_device(
 def _on_explicit_mesh(kernel, coefficients, arrays, takes_maxima):
     # Shards hold whole groups there: checked when the state was made.
     sharding = jax.typeof(arrays[0]).sharding
-    spec = _padded(sharding.spec, arrays[0].ndim)
+    leaf_shape = arrays[0].shape
+    spec = _padded(sharding.spec, len(leaf_shape))
 
     def on_shards(coefficients, *arrays):
-        return _over_shards(kernel(coefficients, *arrays), spec, takes_maxima)
+        results = kernel(coefficients, *arrays)
+        return _over_shards(results, leaf_shape, spec, takes_maxima)
 
     results = jax.eval_shape(lambda *args: kernel(*args), coefficients, *arrays)
     return jax.shard_map(
@@ -83,7 +86,8 @@ def _on_auto_mesh(kernel, coefficients, arrays, group, takes_maxima):
         spec = _aligned(leaf.sharding, leaf.shape, group)
 
         def on_shards(coefficients, *arrays):
-            return _over_shards(kernel(coefficients, *arrays), spec, takes_maxima)
+            results = kernel(coefficients, *arrays)
+            return _over_shards(results, leaf.shape, spec, takes_maxima)
 
         def shardings(arrays):
             return tuple(NamedSharding(mesh, s) for s in _specs(spec, arrays))
@@ -120,16 +124,20 @@ def _like(x: Any, operands: Sequence[Any]) -> str:
     return "result"
 
 
-def _over_shards(results, spec, takes_maxima):
+def _over_shards(results, leaf_shape, spec, takes_maxima):
     if not takes_maxima:
         return results
-    rows, columns = results
-    over_columns, over_rows = mesh_axes(spec[-1]), mesh_axes(spec[-2])
-    if over_columns:
-        rows = jax.lax.pmax(rows, over_columns)
-    if over_rows:
-        columns = jax.lax.pmax(columns, over_rows)
-    return rows, columns
+
+    def over_shards(maxima):
+        axes = [
+            name
+            for size, leaf_size, entry in zip(maxima.shape, leaf_shape, spec)
+            for name in mesh_axes(entry)
+            if size == 1 and leaf_size > 1
+        ]
+        return jax.lax.pmax(maxima, tuple(axes)) if axes else maxima
+
+    return tuple(map(over_shards, results))
 
 
 def _specs(spec: Sequence[Any], arrays: Sequence[Any]) -> list[PartitionSpec]:

@@ -19,7 +19,10 @@ Moments = dict[str, Any]
 class Fused(Protocol):
     """An optimizer's step as the kernels know it."""
 
-    op: str
+    @property
+    def op(self) -> str:
+        """What `backends.why_not` calls it."""
+        ...
 
     def scalars(self, count: jax.Array) -> jax.Array:
         """All that step number ``count``, from 1, multiplies and adds: a float32 vector."""
@@ -69,16 +72,14 @@ class FusedAdam:
         mu, nu = moments["mu"], moments.get("nu", factors)
         group, nu_scales = mu.spec.group_size, None
         if is_quantized(nu) and isinstance(nu.scales, tuple):
-            codes, rows, columns = nu.codes, *nu.scales
 
-            def maxima(scalars, grad, codes, rows, columns):
-                local = dataclasses.replace(
-                    nu, codes=codes, scales=(rows, columns), padding=_padding(nu, grad)
-                )
+            def maxima(scalars, grad, codes, *scales):
+                local = dataclasses.replace(nu, codes=codes, scales=scales)
+                local = dataclasses.replace(local, padding=_padding(local, grad))
                 return kernels.adam_rank1_maxima(grad, local, Coefficients(*scalars), **options)
 
             nu_scales = per_device(
-                maxima, scalars, (grad, codes, rows, columns), group, takes_maxima=True
+                maxima, scalars, (grad, nu.codes, *nu.scales), group, takes_maxima=True
             )
 
         def step(c, grad, mu, nu, nu_scales, descent):

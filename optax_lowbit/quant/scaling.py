@@ -59,7 +59,7 @@ def absmax_scales(
         reach it). Not for ``"rank1"``.
       axes: For ``"rank1"``, :func:`rank1_axes` of the whole array, of which ``x`` may be a part.
     """
-    largest = _signed_absmax if signed_scale else _absmax
+    largest = _signed_absmax if signed_scale else absmax
     match effective_scaling(scaling, x.ndim):
         case "tensor":
             return largest(x, tuple(range(x.ndim)))
@@ -136,14 +136,18 @@ def scale_shapes(
             )
 
 
-def _absmax(x: jax.Array, axis: tuple[int, ...]) -> jax.Array:
-    return jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0.0)
+def absmax(x: jax.Array, axis: tuple[int, ...]) -> jax.Array:
+    """Largest magnitudes of float32 ``x`` along axes, which are kept as 1; NaN if there is one."""
+    # As integers, in which NaN is the largest: on a CPU a maximum of floats loses it (jax 0.10).
+    bits = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
+    largest = jnp.max(bits, axis=axis, keepdims=True, initial=0)
+    return jax.lax.bitcast_convert_type(largest, jnp.float32)
 
 
 def _signed_absmax(x: jax.Array, axis: tuple[int, ...]) -> jax.Array:
+    largest = absmax(x, axis)
     high = jnp.max(x, axis=axis, keepdims=True, initial=0.0)
-    low = jnp.min(x, axis=axis, keepdims=True, initial=0.0)
-    return jnp.where(high >= -low, high, low)
+    return jnp.where(high < largest, -largest, largest)
 
 
 def _block_absmax(x: jax.Array, block_size: int, largest) -> jax.Array:

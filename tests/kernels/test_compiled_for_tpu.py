@@ -19,7 +19,7 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 ELEMENTS = 4096 * 4096
-# libtpu reserves half a megabyte on a v5p, whatever the size of the leaf.
+# Seen on a v5p, for leaves of any size; why is not known.
 RESERVED = {"v5p": 2**19}
 
 

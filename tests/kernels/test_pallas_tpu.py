@@ -11,7 +11,7 @@ import pytest
 
 from optax_lowbit.kernels import pallas_tpu as kernels
 from optax_lowbit.kernels.adam import adam_direction, adam_step, coefficients
-from optax_lowbit.kernels.pallas_tpu import coding, geometry
+from optax_lowbit.kernels.pallas_tpu import chunks, coding, geometry, operands
 from optax_lowbit.kernels.reference import update_leaf
 from optax_lowbit.optimizers.presets import (
     FIRST_MOMENT_4BIT,
@@ -19,7 +19,15 @@ from optax_lowbit.optimizers.presets import (
     SECOND_MOMENT_4BIT,
     SECOND_MOMENT_8BIT,
 )
-from optax_lowbit.quant import QuantizedArray, QuantSpec, codebooks, dequantize, quantize, rounding
+from optax_lowbit.quant import (
+    QuantizedArray,
+    QuantSpec,
+    codebooks,
+    dequantize,
+    packing,
+    quantize,
+    rounding,
+)
 from optax_lowbit.quant.array import abstract_quantized
 
 BLOCK_NU = dataclasses.replace(SECOND_MOMENT_4BIT, scaling="block")
@@ -182,16 +190,26 @@ def test_zeros_and_values_that_are_not_finite(rng):
     assert_equals_reference(grad, mu, nu, step_coefficients())
 
 
-def test_maxima_of_rank1_scales_see_no_padding(rng):
-    # Tiles reach far beyond a leaf of this shape, and the interpreter has NaN there.
-    shape = (129, 1025)
-    grad = normal(rng, shape)
-    nu = quantize(jnp.zeros(shape), SECOND_MOMENT_4BIT)
-    c = step_coefficients()
-    rows, columns = kernels.adam_rank1_maxima(grad, nu, c, interpret=True)
-    new = np.asarray(c.one_minus_b2 * (grad * grad))
-    np.testing.assert_array_equal(rows, new.max(axis=1, keepdims=True))
-    np.testing.assert_array_equal(columns, new.max(axis=0, keepdims=True))
+def test_maxima_see_nothing_beyond_the_leaf(rng):
+    x = normal(rng, (1, 129, 1025))
+    grid = geometry.plan(x.shape, (128,), batched=True)
+
+    def body(chunk, x, maxima):
+        # The interpreter has NaN beyond a leaf, and XLA's maximum may lose it on a CPU.
+        maxima.write(chunk, jnp.nan_to_num(x.read(chunk), nan=1e9))
+
+    rows, columns = compiled(
+        lambda x: chunks.over_chunks(
+            "maxima",
+            grid,
+            [operands.elements(grid, x), operands.maxima(grid)],
+            body,
+            independent=False,
+            interpret=True,
+        )
+    )(x)
+    np.testing.assert_array_equal(rows, np.abs(x).max(axis=2)[:, None])
+    np.testing.assert_array_equal(columns, np.abs(x).max(axis=1, keepdims=True))
 
 
 def test_rank1_scales_must_be_given(rng):
@@ -287,6 +305,21 @@ def test_codes_of_all_boundaries_and_their_neighbours(spec):
     np.testing.assert_array_equal(codes, rounding.nearest_codes(x, spec.values))
     values = coding.values_of(codes, spec, table)
     np.testing.assert_array_equal(values, rounding.code_values(codes, spec.values))
+
+
+@pytest.mark.parametrize("valid", [1, 63, 64, 127, 128, 129, 200, 255, 256])
+@pytest.mark.parametrize("block_size", geometry.BLOCK_SIZES)
+def test_codes_are_packed_without_what_lies_beyond_the_leaf(block_size, valid, rng):
+    spec = dataclasses.replace(FIRST_MOMENT_4BIT, block_size=block_size)
+    chunk = geometry.Chunk(jnp.asarray(0), 0, valid)
+    # Codes of garbage, wherever there is no element.
+    codes = jnp.asarray(rng.integers(0, 16, (geometry.CHUNK_ROWS, geometry.CHUNK_COLUMNS)))
+    codes = codes.astype(jnp.int32)
+    packed = compiled(lambda codes: coding.pack(codes, spec, chunk))(codes)
+    expected = packing.pack(codes[:, :valid].astype(jnp.uint8), 4, block_size)
+    np.testing.assert_array_equal(packed[:, : expected.shape[1]], expected)
+    unpacked = compiled(lambda packed: coding.unpack(packed, spec, chunk))(packed)
+    np.testing.assert_array_equal(unpacked[:, :valid], codes[:, :valid])
 
 
 def replaced(**changes) -> Any:

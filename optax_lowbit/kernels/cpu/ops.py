@@ -5,6 +5,7 @@ corrections (see :class:`~optax_lowbit.kernels.adam.Coefficients`). Square roots
 the processor's, correctly rounded; codes come from the very quotients that the reference compares.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from optax_lowbit.kernels.adam import Coefficients, Descent
 from optax_lowbit.kernels.cpu.library import library
 from optax_lowbit.quant import QuantizedArray, QuantSpec, codebooks
 from optax_lowbit.quant.array import abstract_quantized
+from optax_lowbit.quant.scaling import absmax
 
 # native/step.h: Second.
 _NONE, _BLOCK, _RANK1, _FACTORED = range(4)
@@ -50,8 +52,6 @@ def why_not(op: str, shape: tuple[int, ...], dtype: Any, *specs: QuantSpec | Non
             continue
         if spec.block_size != first.block_size:
             return "moments in blocks of different sizes"
-        if _effective(spec, shape) == "rank1" and _rank1_axes(shape, spec) != 2:
-            return "rank-1 scales of more than two axes"
     return None
 
 
@@ -84,17 +84,13 @@ def _effective(spec: QuantSpec, shape: tuple[int, ...]) -> str:
     return "block" if len(shape) == 1 and spec.scaling == "rank1" else spec.scaling
 
 
-def _rank1_axes(shape: tuple[int, ...], spec: QuantSpec) -> int:
-    return len(abstract_quantized(shape, np.dtype(np.float32), spec).scales)
-
-
 def adam(
     grad: jax.Array,
     mu: QuantizedArray,
     nu: QuantizedArray | Factors,
     c: Coefficients,
     *,
-    nu_scales: Factors | None = None,
+    nu_scales: tuple[jax.Array, ...] | None = None,
     descent: Descent | None = None,
 ) -> tuple[jax.Array, QuantizedArray, QuantizedArray | Factors]:
     """A step of Adam.
@@ -116,7 +112,8 @@ def adam(
         nu_arrays = list(nu)
     elif isinstance(nu.scales, tuple):
         assert nu_scales is not None
-        second, nu_arrays, nu_outputs = _RANK1, [nu.codes, *nu.scales, *nu_scales], [nu.codes]
+        second, nu_outputs = _RANK1, [nu.codes]
+        nu_arrays = [nu.codes, *_rows_and_columns(nu.scales), *_rows_and_columns(nu_scales)]
     else:
         second = _BLOCK
         nu_arrays = nu_outputs = [nu.codes, nu.scales]
@@ -143,13 +140,26 @@ def momentum(
     return result, trace
 
 
-def adam_rank1_maxima(grad: jax.Array, nu: QuantizedArray, c: Coefficients) -> Factors:
-    """Row and column maxima of the new second moment: its rank-1 scales."""
-    rows, columns = nu.scales
-    outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (rows, columns)]
+def adam_rank1_maxima(
+    grad: jax.Array, nu: QuantizedArray, c: Coefficients
+) -> tuple[jax.Array, ...]:
+    """Maxima of the new second moment along each axis: its rank-1 scales."""
+    old = _rows_and_columns(nu.scales)
+    outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in old]
     call = jax.ffi.ffi_call("optax_lowbit_rank1_maxima", outputs)
-    operands = _operand(c, None), grad, nu.codes, rows, columns
-    return tuple(call(*operands, **_codes("nu", nu.spec)))
+    rows, columns = call(_operand(c, None), grad, nu.codes, *old, **_codes("nu", nu.spec))
+
+    def over_other_axes(scale):
+        shorter = [i for i, size in enumerate(scale.shape) if size != rows.shape[i]]
+        return absmax(rows, tuple(shorter)) if shorter else rows
+
+    return *map(over_other_axes, nu.scales[:-1]), columns
+
+
+def _rows_and_columns(scales: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    """Rank-1 scales as one for each row and one for each column: all but the last axis in one."""
+    *leading, columns = scales
+    return functools.reduce(jnp.minimum, leading), columns
 
 
 def quantize(x: jax.Array, spec: QuantSpec) -> QuantizedArray:

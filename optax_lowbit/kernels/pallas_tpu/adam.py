@@ -32,12 +32,12 @@ def adam(
       descent: None, or something with ``params``, ``learning_rate`` and ``weight_decay``.
       interpret: Run it on any platform, slowly.
 
-    Raises:
-      ValueError: If rank-1 scales are missing.
-
     Returns:
       The update, in the gradient's dtype, or under a descent the new parameters in theirs; the new
       first moment; the new second moment, or ``nu`` itself where that is factored.
+
+    Raises:
+      ValueError: If ``nu_scales`` is missing.
     """
     block_size = max(_block_sizes(mu, nu))
     return leaves.on_matrices(

@@ -20,7 +20,7 @@ def why_not(op: Op, shape: tuple[int, ...], dtype: Any, *specs: QuantSpec | None
 
     Args:
       op: ``"adam"``, ``"momentum"``, ``"quantize"`` or ``"dequantize"``.
-      shape: The leaf's, on one device.
+      shape: The leaf's, as a whole.
       dtype: The gradient's, or that of the array.
       *specs: Of the moments: for ``"adam"`` of the first and the second (None: factored).
 

@@ -67,9 +67,15 @@ void take_scales(Moment& moment, const ffi::AnyBuffer& scales) {
 void take_shape(Step& step, const ffi::AnyBuffer& grad) {
   step.columns = last_dimension(grad);
   step.all_rows = rows_of(grad, 1);
-  const bool is_matrix = grad.dimensions().size() > 1;
-  step.rows = is_matrix ? grad.dimensions()[grad.dimensions().size() - 2] : 1;
+  step.rows = step.all_rows;
   step.grad = array(grad);
+}
+
+// Scales, shares or means: one for each row, and one for each column of each batch of rows.
+void take_factors(Step& step, const ffi::AnyBuffer& rows, const ffi::AnyBuffer& columns) {
+  step.nu_rows = static_cast<const float*>(rows.untyped_data());
+  step.nu_columns = static_cast<const float*>(columns.untyped_data());
+  step.rows = step.all_rows / std::max<int64_t>(rows_of(columns, 1), 1);
 }
 
 template <class Work>
@@ -101,8 +107,8 @@ ffi::Error step(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRet
   if (step.second == Second::kBlock || step.second == Second::kRank1) take_codes(step.nu, from.in());
   if (step.second == Second::kBlock) take_scales(step.nu, from.in());
   if (step.second == Second::kRank1 || step.second == Second::kFactored) {
-    step.nu_rows = from.read<float>();
-    step.nu_columns = from.read<float>();
+    const ffi::AnyBuffer rows = from.in();
+    take_factors(step, rows, from.in());
   }
   if (step.second == Second::kRank1) {  // read, but never written, by this call
     step.new_nu_rows = const_cast<float*>(from.read<float>());
@@ -130,8 +136,8 @@ ffi::Error rank1_maxima(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rema
   step.block = nu_block;
   step.nu = moment(nu_bits, nu_block, nu_values, nu_boundaries);
   take_codes(step.nu, from.in());
-  step.nu_rows = from.read<float>();
-  step.nu_columns = from.read<float>();
+  const ffi::AnyBuffer rows_before = from.in();
+  take_factors(step, rows_before, from.in());
   step.new_nu_rows = from.write<float>();
   step.new_nu_columns = from.write<float>();
   const int64_t batches = step.rows ? step.all_rows / step.rows : 0;
