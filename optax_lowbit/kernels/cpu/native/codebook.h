@@ -23,6 +23,8 @@ struct Codebook {
   std::vector<float> values;
   // Ascending; a normalized value's code is the number of boundaries strictly below it.
   std::vector<float> boundaries;
+  // Whether code i stands for (i + 1) / 16.
+  bool is_linear16 = false;
   // 8 bits: for the upper half of a float32 as an index, the code of the least value with that
   // half. At most one boundary lies among the values of one index, so one comparison is left.
   std::vector<uint8_t> code_of_high_half;
@@ -71,6 +73,11 @@ inline const Codebook& codebook_of(const float* values, size_t count, const floa
     book->values.resize(size, codes.back());
     book->boundaries = limits;
     book->boundaries.resize(size, std::numeric_limits<float>::infinity());
+    book->is_linear16 = codes.size() == 16;
+    for (size_t i = 0; i < codes.size(); i++)
+      book->is_linear16 = book->is_linear16 && codes[i] == float(i + 1) / 16;
+    for (size_t i = 0; i < limits.size(); i++)
+      book->is_linear16 = book->is_linear16 && limits[i] == (float(i) + 1.5f) / 16;
     if (bits == 8) book->code_of_high_half = codes_of_high_halves(book->boundaries);
   }
   return *book;

@@ -51,6 +51,7 @@ Moment moment(int64_t bits, int64_t block, Table values, Table boundaries) {
   if (!values.size()) return result;
   result.book = &codebook_of(values.begin(), values.size(), boundaries.begin(), int(bits));
   result.block = block;
+  result.bytes_in_block = block * bits / 8;
   return result;
 }
 

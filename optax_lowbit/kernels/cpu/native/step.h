@@ -16,6 +16,7 @@ struct Array {
 struct Moment {
   const Codebook* book = nullptr;
   int64_t block = 0;
+  int64_t bytes_in_block = 0;
   int64_t bytes_in_row = 0;
   int64_t scales_in_row = 0;
   const uint8_t* codes = nullptr;
@@ -23,12 +24,19 @@ struct Moment {
   uint8_t* new_codes = nullptr;
   float* new_scales = nullptr;
 
-  int64_t code_at(int64_t row, int64_t column) const {
-    return row * bytes_in_row + column * book->bits / 8;
+  int64_t code_at(int64_t row, int64_t index) const {
+    return row * bytes_in_row + index * bytes_in_block;
   }
-  int64_t scale_at(int64_t row, int64_t column) const {
-    return row * scales_in_row + column / block;
-  }
+  int64_t scale_at(int64_t row, int64_t index) const { return row * scales_in_row + index; }
+};
+
+// Where a block lies.
+struct Place {
+  int64_t row;      // of all rows
+  int64_t index;    // in the row
+  int64_t size;     // elements
+  int64_t element;  // the first one in the leaf
+  int64_t column;   // the first one among the columns of all batches
 };
 
 // In the order of the operand; kernels/adam.py has the formula.

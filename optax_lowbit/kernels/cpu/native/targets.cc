@@ -20,28 +20,37 @@
 #define LOWBIT_END _Pragma("GCC pop_options")
 #endif
 
+// Loops whose length a caller knows must be in it to be unrolled.
+#define LOWBIT_INLINE inline __attribute__((always_inline))
+
 namespace lowbit {
 
 namespace generic {
+namespace {
 #include "vector_generic.h"
 #include "blocks.inc"
 constexpr Target kTarget{"generic", run_step, run_maxima, run_quantize, run_dequantize};
+}  // namespace
 }  // namespace generic
 
 #ifdef LOWBIT_X86
 LOWBIT_BEGIN("avx2,fma")
 namespace avx2 {
+namespace {
 #include "vector_avx2.h"
 #include "blocks.inc"
 constexpr Target kTarget{"avx2", run_step, run_maxima, run_quantize, run_dequantize};
+}  // namespace
 }  // namespace avx2
 LOWBIT_END
 
 LOWBIT_BEGIN("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
 namespace avx512 {
+namespace {
 #include "vector_avx512.h"
 #include "blocks.inc"
 constexpr Target kTarget{"avx512", run_step, run_maxima, run_quantize, run_dequantize};
+}  // namespace
 }  // namespace avx512
 LOWBIT_END
 #endif

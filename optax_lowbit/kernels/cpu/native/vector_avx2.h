@@ -55,6 +55,16 @@ inline __m256 lesser8(__m256 x, __m256 y) {
 }
 inline Floats lesser(Floats x, Floats y) { return {lesser8(x.a, y.a), lesser8(x.b, y.b)}; }
 
+inline Floats over_root(Floats num, Floats w, Floats eps) { return num / (root(w) + eps); }
+
+inline Ints operator-(Ints x, Ints y) {
+  return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)};
+}
+inline Ints operator^(Ints x, Ints y) {
+  return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)};
+}
+// -1 where x is negative, else 0.
+inline Ints sign_fill(Ints x) { return {_mm256_srai_epi32(x.a, 31), _mm256_srai_epi32(x.b, 31)}; }
 inline Ints operator+(Ints x, Ints y) {
   return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)};
 }
@@ -93,6 +103,12 @@ inline __m256 zero_where_zero8(__m256 x, __m256 s) {
 inline Floats zero_where_zero(Floats x, Floats s) {
   return {zero_where_zero8(x.a, s.a), zero_where_zero8(x.b, s.b)};
 }
+
+// Towards zero, and 0 for what is negative or NaN.
+inline __m256i truncated8(__m256 x) {
+  return _mm256_cvttps_epi32(_mm256_max_ps(x, _mm256_setzero_ps()));
+}
+inline Ints truncated(Floats x) { return {truncated8(x.a), truncated8(x.b)}; }
 
 struct Table16 { __m256 low, high; };
 inline Table16 table16(const float* values) {

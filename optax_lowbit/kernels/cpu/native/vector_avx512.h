@@ -35,7 +35,25 @@ inline Floats lesser(Floats a, Floats b) {
   return {_mm512_mask_mov_ps(_mm512_min_ps(a.v, b.v), nan, a.v)};
 }
 
+// num / (sqrt(w) + eps) for w >= 0 and an eps that is no less than 1e-30, to 3 units in the last
+// place: estimates and a Newton step each. The divider would take as long as all the rest.
+inline Floats over_root(Floats num, Floats w, Floats eps) {
+  const __m512 half = _mm512_set1_ps(0.5f), three_halves = _mm512_set1_ps(1.5f);
+  const __mmask16 nonzero = _mm512_cmp_ps_mask(w.v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+  __m512 r = _mm512_rsqrt14_ps(w.v);
+  const __m512 wr = _mm512_mul_ps(w.v, r);
+  r = _mm512_fnmadd_ps(_mm512_mul_ps(wr, half), r, three_halves);
+  const __m512 d = _mm512_add_ps(_mm512_maskz_mul_ps(nonzero, wr, r), eps.v);
+  const __m512 x = _mm512_rcp14_ps(d);
+  const __m512 y = _mm512_fnmadd_ps(d, x, _mm512_set1_ps(2.0f));
+  return {_mm512_mul_ps(num.v, _mm512_mul_ps(x, y))};
+}
+
 inline Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline Ints operator-(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+inline Ints operator^(Ints a, Ints b) { return {_mm512_xor_si512(a.v, b.v)}; }
+// -1 where x is negative, else 0.
+inline Ints sign_fill(Ints x) { return {_mm512_srai_epi32(x.v, 31)}; }
 inline Ints operator&(Ints a, Ints b) { return {_mm512_and_si512(a.v, b.v)}; }
 inline Ints operator|(Ints a, Ints b) { return {_mm512_or_si512(a.v, b.v)}; }
 template <int N> inline Ints shift_left(Ints x) { return {_mm512_slli_epi32(x.v, N)}; }
@@ -52,6 +70,11 @@ inline Floats zero_where_zero(Floats x, Floats s) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(s.v, _mm512_setzero_ps(), _CMP_NEQ_UQ), x.v)};
 }
 
+// Towards zero, and 0 for what is negative or NaN.
+inline Ints truncated(Floats x) {
+  return {_mm512_cvttps_epi32(_mm512_max_ps(x.v, _mm512_setzero_ps()))};
+}
+
 struct Table16 { __m512 v; };
 inline Table16 table16(const float* values) { return {_mm512_loadu_ps(values)}; }
 inline Floats look_up(Table16 table, Ints index) {
@@ -66,14 +89,22 @@ inline Ints look_up(const uint8_t* table, Ints index) {
 }
 
 // How many of 15 ascending boundaries lie strictly below x: a binary search in four steps.
-inline __m512i count_step(__m512i count, int half, Table16 boundaries, Floats x) {
-  const __m512i middle = _mm512_add_epi32(count, _mm512_set1_epi32(half - 1));
-  const __m512 boundary = _mm512_permutexvar_ps(middle, boundaries.v);
-  const __mmask16 above = _mm512_cmp_ps_mask(x.v, boundary, _CMP_GT_OQ);
-  return _mm512_mask_add_epi32(count, above, count, _mm512_set1_epi32(half));
-}
 inline Ints count_below(Table16 boundaries, Floats x) {
-  __m512i count = _mm512_setzero_si512();
-  for (int half = 8; half; half /= 2) count = count_step(count, half, boundaries, x);
+  const __m512i eight = _mm512_set1_epi32(8);
+  // The first two steps choose among three boundaries, which takes no permutation.
+  const __m512 b3 = _mm512_permutexvar_ps(_mm512_set1_epi32(3), boundaries.v);
+  const __m512 b7 = _mm512_permutexvar_ps(_mm512_set1_epi32(7), boundaries.v);
+  const __m512 b11 = _mm512_permutexvar_ps(_mm512_set1_epi32(11), boundaries.v);
+  const __mmask16 upper = _mm512_cmp_ps_mask(x.v, b7, _CMP_GT_OQ);
+  __m512i count = _mm512_maskz_mov_epi32(upper, eight);
+  const __m512 quarter = _mm512_mask_mov_ps(b3, upper, b11);
+  __mmask16 above = _mm512_cmp_ps_mask(x.v, quarter, _CMP_GT_OQ);
+  count = _mm512_mask_add_epi32(count, above, count, _mm512_set1_epi32(4));
+  for (int half = 2; half; half /= 2) {
+    const __m512i middle = _mm512_add_epi32(count, _mm512_set1_epi32(half - 1));
+    const __m512 boundary = _mm512_permutexvar_ps(middle, boundaries.v);
+    above = _mm512_cmp_ps_mask(x.v, boundary, _CMP_GT_OQ);
+    count = _mm512_mask_add_epi32(count, above, count, _mm512_set1_epi32(half));
+  }
   return {count};
 }

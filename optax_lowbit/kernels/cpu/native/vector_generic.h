@@ -65,6 +65,18 @@ inline Floats lesser(Floats a, Floats b) {
   return lanes<Floats>([&](int i) { return a.v[i] < b.v[i] || a.v[i] != a.v[i] ? a.v[i] : b.v[i]; });
 }
 
+inline Floats over_root(Floats num, Floats w, Floats eps) { return num / (root(w) + eps); }
+
+inline Ints operator-(Ints a, Ints b) {
+  return lanes<Ints>([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline Ints operator^(Ints a, Ints b) {
+  return lanes<Ints>([&](int i) { return a.v[i] ^ b.v[i]; });
+}
+// -1 where x is negative, else 0.
+inline Ints sign_fill(Ints x) {
+  return lanes<Ints>([&](int i) { return -int32_t(x.v[i] < 0); });
+}
 inline Ints operator+(Ints a, Ints b) {
   return lanes<Ints>([&](int i) { return a.v[i] + b.v[i]; });
 }
@@ -96,6 +108,11 @@ inline Ints is_above(Floats a, Floats b) {
 // x where s is not zero, else zero.
 inline Floats zero_where_zero(Floats x, Floats s) {
   return lanes<Floats>([&](int i) { return s.v[i] != 0.0f ? x.v[i] : 0.0f; });
+}
+
+// Towards zero, and 0 for what is negative or NaN.
+inline Ints truncated(Floats x) {
+  return lanes<Ints>([&](int i) { return x.v[i] > 0.0f ? int32_t(x.v[i]) : 0; });
 }
 
 struct Table16 { const float* values; };
