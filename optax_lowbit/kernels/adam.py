@@ -61,7 +61,7 @@ def coefficients(
 @functools.partial(jax.jit, inline=True)
 def _bias(decay: jax.typing.ArrayLike, count: jax.Array) -> jax.Array:
     # Compiled, as Optax's: step by step the power would be rounded otherwise.
-    return 1 - decay**count
+    return jnp.asarray(1 - decay**count)
 
 
 def adam_step(

@@ -1,6 +1,7 @@
 """Steps of a leaf whose moments are kept in few bits, by whatever kernel takes it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -156,23 +157,28 @@ def step_leaf(
         update, moments = update_leaf(step, grad, moments, key, factors)
         return descended(update, descent), moments
 
-    def by(backend):
-        if backend == "reference":
-            return reference
-        return lambda grad, moments, factors, descent: fused.run(
-            backend, scalars, grad, moments, factors, descent
-        )
-
     operands = grad, moments, factors, descent
-    if fused is None or not all(map(is_quantized, moments.values())):
+    if fused is None or scalars is None or not all(map(is_quantized, moments.values())):
         return reference(*operands)
-    if backend != "auto":
-        return by(backend)(*operands)
+    kernel = functools.partial(_by_kernel, fused, scalars)
+    if backend not in ("auto", "reference"):
+        return kernel(backend)(*operands)
     chosen = backends.platforms(backend, fused.op, grad.shape, grad.dtype, *fused.specs(moments))
-    if len(set(chosen.values())) == 1:
-        return by(*set(chosen.values()))(*operands)
-    branches = {platform: by(name) for platform, name in chosen.items()}
+    branches = {
+        platform: reference if name == "reference" else kernel(name)
+        for platform, name in chosen.items()
+    }
+    if not set(chosen.values()) - {"reference"}:
+        return reference(*operands)
+    if len(branches) == 1:
+        return next(iter(branches.values()))(*operands)
     return jax.lax.platform_dependent(*operands, **branches)
+
+
+def _by_kernel(fused: Fused, scalars: jax.Array, backend: str) -> Callable[..., Any]:
+    return lambda grad, moments, factors, descent: fused.run(
+        backend, scalars, grad, moments, factors, descent
+    )
 
 
 def descended(update: jax.Array, descent: Descent | None) -> jax.Array:

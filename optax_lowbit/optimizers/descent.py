@@ -39,6 +39,7 @@ def descend(
 
     def apply(grads, state, params):
         direction_state, *decay_state, rate_state = state
+        negative_rate: Any
         negative_rate, rate_state = rate.update(jnp.float32(1), rate_state)
         leaves = [unwrapped(p) for p in jax.tree.leaves(params, is_leaf=is_variable)]
         decays = _decays(weight_decay, mask, params)

@@ -158,7 +158,8 @@ def update_state(
     ]
     results, new_state = _step_plain_leaves(transform, state, names, leaves)
     step = _step_of(transform, state, names)
-    scalars = None if fused is None else fused.scalars(optax.safe_increment(state.count))
+    count: Any = optax.safe_increment(state.count)
+    scalars = None if fused is None else fused.scalars(count)
     results = [
         step_one(leaf, step, scalars) if result is None else result
         for leaf, result in zip(leaves, results)

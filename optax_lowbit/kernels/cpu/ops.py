@@ -156,7 +156,7 @@ def adam_rank1_maxima(
     return *map(over_other_axes, nu.scales[:-1]), columns
 
 
-def _rows_and_columns(scales: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+def _rows_and_columns(scales: Any) -> tuple[jax.Array, jax.Array]:
     """Rank-1 scales as one for each row and one for each column: all but the last axis in one."""
     *leading, columns = scales
     return functools.reduce(jnp.minimum, leading), columns
@@ -165,7 +165,8 @@ def _rows_and_columns(scales: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Arr
 def quantize(x: jax.Array, spec: QuantSpec) -> QuantizedArray:
     """:func:`optax_lowbit.quantize`, scaled by blocks."""
     like = abstract_quantized(x.shape, x.dtype, spec)
-    call = jax.ffi.ffi_call("optax_lowbit_quantize", [like.codes, like.scales])
+    outputs: Any = [like.codes, like.scales]
+    call = jax.ffi.ffi_call("optax_lowbit_quantize", outputs)
     codes, scales = call(x, **_codes("x", spec))
     return _replaced(like, codes, scales)
 
