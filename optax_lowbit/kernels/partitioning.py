@@ -68,7 +68,9 @@ def _on_explicit_mesh(kernel, coefficients, arrays, takes_maxima):
         results = kernel(coefficients, *arrays)
         return _over_shards(results, leaf_shape, spec, takes_maxima)
 
-    results = jax.eval_shape(lambda *args: kernel(*args), coefficients, *arrays)
+    # Of plain shapes: a kernel reshapes as no type with a sharding lets it, but for a shard.
+    plain = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (coefficients, *arrays)]
+    results = jax.eval_shape(lambda *args: kernel(*args), *plain)
     return jax.shard_map(
         on_shards,
         mesh=sharding.mesh,
@@ -79,32 +81,42 @@ def _on_explicit_mesh(kernel, coefficients, arrays, takes_maxima):
 
 
 def _on_auto_mesh(kernel, coefficients, arrays, group, takes_maxima):
-    partitioned = custom_partitioning(lambda *args: kernel(*args))
+    # What is partitioned may hold no constants, such as the tables of some kernels.
+    traced = jax.make_jaxpr(kernel)(coefficients, *arrays)
+    count = 1 + len(arrays)
+
+    def on_whole(*operands):
+        return tuple(jax.core.eval_jaxpr(traced.jaxpr, operands[count:], *operands[:count]))
+
+    partitioned = custom_partitioning(on_whole)
 
     def partition(mesh, operands, results):
         leaf = operands[1]
         spec = _aligned(leaf.sharding, leaf.shape, group)
 
-        def on_shards(coefficients, *arrays):
-            results = kernel(coefficients, *arrays)
+        def on_shards(*operands):
+            results = kernel(*operands[:count])
             return _over_shards(results, leaf.shape, spec, takes_maxima)
 
         def shardings(arrays):
             return tuple(NamedSharding(mesh, s) for s in _specs(spec, arrays))
 
         whole = NamedSharding(mesh, PartitionSpec())
-        return mesh, on_shards, shardings(results), (whole, *shardings(operands[1:]))
+        taken = whole, *shardings(operands[1:count]), *[whole] * len(traced.consts)
+        return mesh, on_shards, shardings(results), taken
 
     def rule(mesh, operands, results):
         del mesh
-        # The coefficients have one axis, and every other array those of the leaf.
-        leaf = operands[1]
-        factors = [_factors(str(i), x, leaf) for i, x in enumerate(operands[1:])]
-        outputs = [_factors(_like(x, operands[1:]), x, leaf) for x in results]
-        return f"whole, {', '.join(factors)} -> {', '.join(outputs)}"
+        # The coefficients have one axis, and every array that is no constant those of the leaf.
+        leaf, arrays = operands[1], operands[1:count]
+        factors = ["whole", *(_factors(str(i), x, leaf) for i, x in enumerate(arrays))]
+        for number, constant in enumerate(operands[count:]):
+            factors.append(" ".join(f"constant{number}of{i}" for i in range(len(constant.shape))))
+        outputs = [_factors(_like(x, arrays), x, leaf) for x in results]
+        return f"{', '.join(factors)} -> {', '.join(outputs)}"
 
     partitioned.def_partition(partition=partition, sharding_rule=rule)
-    return partitioned(coefficients, *arrays)
+    return partitioned(coefficients, *arrays, *traced.consts)
 
 
 def _factors(name: str, x: Any, leaf: Any) -> str:
