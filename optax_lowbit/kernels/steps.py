@@ -12,7 +12,8 @@ from optax_lowbit.kernels import backends
 from optax_lowbit.kernels.adam import Coefficients, Descent, coefficients
 from optax_lowbit.kernels.partitioning import per_device
 from optax_lowbit.kernels.reference import Step, update_leaf, widened
-from optax_lowbit.quant import QuantizedArray, QuantSpec, is_quantized
+from optax_lowbit.quant import QuantSpec, is_quantized
+from optax_lowbit.quant.array import code_padding
 
 Moments = dict[str, Any]
 
@@ -75,8 +76,7 @@ class FusedAdam:
         if is_quantized(nu) and isinstance(nu.scales, tuple):
 
             def maxima(scalars, grad, codes, *scales):
-                local = dataclasses.replace(nu, codes=codes, scales=scales)
-                local = dataclasses.replace(local, padding=_padding(local, grad))
+                local = _of_part(dataclasses.replace(nu, codes=codes, scales=scales), grad)
                 return kernels.adam_rank1_maxima(grad, local, Coefficients(*scalars), **options)
 
             nu_scales = per_device(
@@ -209,18 +209,13 @@ def _on_leaves(
     Quantized arrays go as the arrays that they consist of, as their static part is that of a shard
     inside. The first ``returned`` of them come back.
     """
-    is_leaf = is_quantized
     flat, tree = jax.tree.flatten((stored, descent.params if descent else None))
     rates = [descent.learning_rate, descent.weight_decay] if descent else []
     vector = jnp.concatenate([scalars, *(jnp.asarray(r, jnp.float32)[None] for r in rates)])
 
     def kernel(vector, grad, *flat):
         stored, params = tree.unflatten(flat)
-        stored = jax.tree.map(
-            lambda q: dataclasses.replace(q, padding=_padding(q, grad)) if is_leaf(q) else q,
-            stored,
-            is_leaf=is_leaf,
-        )
+        stored = jax.tree.map(lambda x: _of_part(x, grad), stored, is_leaf=is_quantized)
         values = list(vector)
         local = Descent(params, *values[-2:]) if descent else None
         result, *new = step(values[: scalars.size], grad, *stored, local)
@@ -231,6 +226,8 @@ def _on_leaves(
     return result, *structure.unflatten(new)
 
 
-def _padding(q: QuantizedArray, leaf: jax.Array) -> int:
-    """The places without a code in the last byte of a part of ``q`` as long as ``leaf``."""
-    return q.codes.shape[-1] * 8 // q.spec.bits - leaf.shape[-1]
+def _of_part(x: Any, leaf: jax.Array) -> Any:
+    """A quantized array whose arrays are parts, as long as ``leaf``, with the padding of a part."""
+    if not is_quantized(x):
+        return x
+    return dataclasses.replace(x, padding=code_padding(leaf.shape[-1], x.spec.bits))

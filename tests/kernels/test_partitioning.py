@@ -1,4 +1,4 @@
-"""Kernels on parts of a leaf: the same results as on the whole, and no traffic that is not needed."""
+"""Kernels on parts of a leaf: the same results as on the whole, and no needless traffic."""
 
 import re
 
