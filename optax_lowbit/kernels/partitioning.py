@@ -65,13 +65,14 @@ def _on_explicit_mesh(kernel, coefficients, arrays, takes_maxima):
     leaf_shape = arrays[0].shape
     spec = _padded(sharding.spec, len(leaf_shape))
 
-    def on_shards(coefficients, *arrays):
-        results = kernel(coefficients, *arrays)
-        return _over_shards(results, leaf_shape, spec, takes_maxima)
-
     # Of plain shapes: a kernel reshapes as no type with a sharding lets it, but for a shard.
     plain = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (coefficients, *arrays)]
     results = jax.eval_shape(lambda *args: kernel(*args), *plain)
+
+    def on_shards(coefficients, *arrays):
+        parts = kernel(coefficients, *arrays)
+        return _over_shards(parts, results, leaf_shape, spec, takes_maxima)
+
     return jax.shard_map(
         on_shards,
         mesh=sharding.mesh,
@@ -96,8 +97,8 @@ def _on_auto_mesh(kernel, coefficients, arrays, group, takes_maxima):
         spec = _aligned(leaf.sharding, leaf.shape, group)
 
         def on_shards(*operands):
-            results = kernel(*operands[:count])
-            return _over_shards(results, leaf.shape, spec, takes_maxima)
+            parts = kernel(*operands[:count])
+            return _over_shards(parts, results, leaf.shape, spec, takes_maxima)
 
         def shardings(arrays):
             return tuple(NamedSharding(mesh, s) for s in _specs(spec, arrays))
@@ -137,20 +138,21 @@ def _like(x: Any, operands: Sequence[Any]) -> str:
     return "result"
 
 
-def _over_shards(results, leaf_shape, spec, takes_maxima):
+def _over_shards(parts, whole, leaf_shape, spec, takes_maxima):
+    """Maxima over the shards of every axis that is 1 in the whole of a result, but not in the leaf."""
     if not takes_maxima:
-        return results
+        return parts
 
-    def over_shards(maxima):
+    def over_shards(part, shape):
         axes = [
             name
-            for size, leaf_size, entry in zip(maxima.shape, leaf_shape, spec)
+            for size, leaf_size, entry in zip(shape, leaf_shape, spec)
             for name in mesh_axes(entry)
             if size == 1 and leaf_size > 1
         ]
-        return jax.lax.pmax(maxima, tuple(axes)) if axes else maxima
+        return jax.lax.pmax(part, tuple(axes)) if axes else part
 
-    return tuple(map(over_shards, results))
+    return tuple(over_shards(part, result.shape) for part, result in zip(parts, whole))
 
 
 def _specs(spec: Sequence[Any], arrays: Sequence[Any]) -> list[PartitionSpec]:
