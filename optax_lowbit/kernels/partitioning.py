@@ -139,7 +139,7 @@ def _like(x: Any, operands: Sequence[Any]) -> str:
 
 
 def _over_shards(parts, whole, leaf_shape, spec, takes_maxima):
-    """Maxima over the shards of every axis that is 1 in the whole of a result, but not in the leaf."""
+    """Maxima over the shards of axes that are 1 in the whole of a result, and not in the leaf."""
     if not takes_maxima:
         return parts
 
