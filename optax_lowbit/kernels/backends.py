@@ -44,20 +44,19 @@ def why_not(
 
 
 def platforms(
-    backend: str, op: str, shape: tuple[int, ...], dtype: Any, *specs: QuantSpec | None
+    op: str, shape: tuple[int, ...], dtype: Any, *specs: QuantSpec | None
 ) -> dict[str, str]:
     """The backend of each platform of this process under ``"auto"``.
 
     To compile for a platform that the process does not have, its backend must be named: tracing
     kernels for every platform there is would take longer than compiling for one.
     """
-    if backend != "auto":
-        return {}
     chosen = {}
     for platform in jax.extend.backend.backends():
-        name = KERNELS.get(platform)
-        is_taken = name is not None and why_not(name, op, shape, dtype, *specs) is None
-        chosen[platform] = name if name is not None and is_taken else "reference"
+        name = KERNELS.get(platform, "reference")
+        if name != "reference" and why_not(name, op, shape, dtype, *specs):
+            name = "reference"
+        chosen[platform] = name
     return chosen
 
 

@@ -158,19 +158,18 @@ def step_leaf(
         return descended(update, descent), moments
 
     operands = grad, moments, factors, descent
-    if fused is None or scalars is None or not all(map(is_quantized, moments.values())):
+    is_low_bit = all(map(is_quantized, moments.values()))
+    if fused is None or scalars is None or backend == "reference" or not is_low_bit:
         return reference(*operands)
     kernel = functools.partial(_by_kernel, fused, scalars)
-    if backend not in ("auto", "reference"):
+    if backend != "auto":
         return kernel(backend)(*operands)
-    chosen = backends.platforms(backend, fused.op, grad.shape, grad.dtype, *fused.specs(moments))
+    chosen = backends.platforms(fused.op, grad.shape, grad.dtype, *fused.specs(moments))
     branches = {
         platform: reference if name == "reference" else kernel(name)
         for platform, name in chosen.items()
     }
-    if not set(chosen.values()) - {"reference"}:
-        return reference(*operands)
-    if len(branches) == 1:
+    if len(set(chosen.values())) == 1:
         return next(iter(branches.values()))(*operands)
     return jax.lax.platform_dependent(*operands, **branches)
 

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_lowbit.kernels.adam import Coefficients, Descent
+from optax_lowbit.kernels.codable import why_not_codes
 from optax_lowbit.kernels.cpu.library import library
 from optax_lowbit.quant import QuantizedArray, QuantSpec, codebooks
 from optax_lowbit.quant.array import abstract_quantized
-from optax_lowbit.quant.scaling import absmax
+from optax_lowbit.quant.scaling import absmax, effective_scaling
 
 # native/step.h: Second.
 _NONE, _BLOCK, _RANK1, _FACTORED = range(4)
@@ -45,7 +46,7 @@ def why_not(op: str, shape: tuple[int, ...], dtype: Any, *specs: QuantSpec | Non
     for spec in specs:
         if spec is not None and (reason := _why_not_spec(spec)):
             return reason
-    if first is None or _effective(first, shape) != "block":
+    if first is None or effective_scaling(first.scaling, len(shape)) != "block":
         return "scaling of the first moment"
     for spec in rest:
         if spec is None:
@@ -56,20 +57,14 @@ def why_not(op: str, shape: tuple[int, ...], dtype: Any, *specs: QuantSpec | Non
 
 
 def _why_not_spec(spec: QuantSpec) -> str | None:
-    if spec.rounding != "nearest":
-        return "stochastic rounding"
-    if spec.signed_scale:
-        return "signed scales"
-    if spec.bits not in (4, 8):
-        return f"{spec.bits} bits"
+    if reason := why_not_codes(spec):
+        return reason
     if spec.scaling not in ("block", "rank1"):
         return f"{spec.scaling} scaling"
     if spec.block_size % (2 * _VECTOR) or spec.block_size > _MOST_ELEMENTS:
         return f"blocks of {spec.block_size}"
-    table = codebooks.decision_table(spec.values)
-    if table.codes is not None:
-        return "a table that is not sorted"
-    if spec.bits == 8 and not _one_boundary_in_a_high_half(table.boundaries):
+    boundaries = codebooks.decision_table(spec.values).boundaries
+    if spec.bits == 8 and not _one_boundary_in_a_high_half(boundaries):
         return "a table with values too close to each other"
     return None
 
@@ -78,10 +73,6 @@ def _one_boundary_in_a_high_half(boundaries: np.ndarray) -> bool:
     """What native/codebook.h needs: floats with the same upper 16 bits have two codes at most."""
     halves = boundaries.astype(np.float32).view(np.uint32) >> 16
     return np.unique(halves).size == halves.size
-
-
-def _effective(spec: QuantSpec, shape: tuple[int, ...]) -> str:
-    return "block" if len(shape) == 1 and spec.scaling == "rank1" else spec.scaling
 
 
 def adam(

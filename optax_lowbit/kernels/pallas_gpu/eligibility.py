@@ -6,7 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from optax_lowbit.quant import QuantSpec, codebooks, scaling
+from optax_lowbit.kernels.codable import why_not_codes
+from optax_lowbit.quant import QuantSpec, scaling
 
 _DTYPES = (np.dtype(jnp.float32), np.dtype(jnp.bfloat16))
 # Half of it are the lanes of a tile, two values of each moment to a lane.
@@ -57,14 +58,8 @@ def _why_not_leaf(shape: tuple[int, ...], dtype: Any) -> str | None:
 
 
 def _why_not_spec(spec: QuantSpec) -> str | None:
-    if spec.bits not in (4, 8):
-        return f"{spec.bits} bits"
-    if spec.rounding != "nearest":
-        return f"{spec.rounding} rounding"
-    if spec.signed_scale:
-        return "signed scales"
-    if codebooks.decision_table(spec.values).codes is not None:
-        return "table that is not sorted"
+    if reason := why_not_codes(spec):
+        return reason
     if spec.bits == 4 and spec.block_size % 2:
         return "blocks of odd size in 4 bits"
     if spec.block_size > _LARGEST_BLOCK:

@@ -5,8 +5,9 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from optax_lowbit.kernels.codable import why_not_codes
 from optax_lowbit.kernels.pallas_tpu.geometry import BLOCK_SIZES
-from optax_lowbit.quant import QuantSpec, codebooks
+from optax_lowbit.quant import QuantSpec
 from optax_lowbit.quant.scaling import effective_scaling, rank1_axes
 
 Op = Literal["adam", "momentum", "quantize", "dequantize"]
@@ -53,23 +54,17 @@ def why_not(op: Op, shape: tuple[int, ...], dtype: Any, *specs: QuantSpec | None
                 return "a moment that is not quantized"
             continue
         is_second = op == "adam" and number == 1
-        reason = _spec_refused(shape, spec) or _scaling_refused(shape, spec, is_second)
+        reason = _spec_refused(spec) or _scaling_refused(shape, spec, is_second)
         if reason:
             return reason
     return None
 
 
-def _spec_refused(shape: tuple[int, ...], spec: QuantSpec) -> str | None:
-    if spec.bits not in (4, 8):
-        return f"{spec.bits} bits"
-    if spec.rounding != "nearest":
-        return f"{spec.rounding} rounding"
-    if spec.signed_scale:
-        return "signed scales"
+def _spec_refused(spec: QuantSpec) -> str | None:
+    if reason := why_not_codes(spec):
+        return reason
     if spec.block_size not in BLOCK_SIZES:
         return f"blocks of {spec.block_size}, not of {' or '.join(map(str, BLOCK_SIZES))}"
-    if codebooks.decision_table(spec.values).codes is not None:
-        return "a code table that is not sorted"
     return None
 
 
