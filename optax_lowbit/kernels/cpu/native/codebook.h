@@ -23,23 +23,15 @@ struct Codebook {
   std::vector<float> values;
   // Ascending; a normalized value's code is the number of boundaries strictly below it.
   std::vector<float> boundaries;
+  // From boundaries half way to the next floats.
+  std::vector<float> half_gaps;
+  // Whether there are such floats: 4 bits, and no boundary near zero.
+  bool has_half_gaps = false;
   // Whether code i stands for (i + 1) / 16.
   bool is_linear16 = false;
   // 8 bits: for the upper half of a float32 as an index, the code of the least value with that
   // half. At most one boundary lies among the values of one index, so one comparison is left.
   std::vector<uint8_t> code_of_high_half;
-
-  uint8_t nearest(float x) const {
-    if (bits == 8) {
-      uint32_t word;
-      std::memcpy(&word, &x, sizeof word);
-      const uint8_t least = code_of_high_half[word >> 16];
-      return least + (x > boundaries[least]);
-    }
-    uint8_t code = 0;
-    for (float boundary : boundaries) code += x > boundary;
-    return code;
-  }
 };
 
 inline std::vector<uint8_t> codes_of_high_halves(const std::vector<float>& boundaries) {
@@ -78,6 +70,12 @@ inline const Codebook& codebook_of(const float* values, size_t count, const floa
       book->is_linear16 = book->is_linear16 && codes[i] == float(i + 1) / 16;
     for (size_t i = 0; i < limits.size(); i++)
       book->is_linear16 = book->is_linear16 && limits[i] == (float(i) + 1.5f) / 16;
+    book->has_half_gaps = bits == 4;
+    for (float boundary : book->boundaries) {
+      const float next = std::nextafterf(boundary, std::numeric_limits<float>::infinity());
+      book->half_gaps.push_back(std::isinf(boundary) ? 0.0f : (next - boundary) / 2);
+      book->has_half_gaps = book->has_half_gaps && std::fabs(boundary) > 1e-6f;
+    }
     if (bits == 8) book->code_of_high_half = codes_of_high_halves(book->boundaries);
   }
   return *book;

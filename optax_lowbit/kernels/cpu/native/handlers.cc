@@ -151,7 +151,7 @@ ffi::Error rank1_maxima(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rema
   run_all(pool, batches * in_batch, [&](int64_t piece) {
     const int64_t batch = piece / in_batch, first = piece % in_batch * rows;
     const int64_t last = std::min(first + rows, step.rows);
-    std::vector<float> columns((step.columns + 15) / 16 * 16);
+    std::vector<float> columns((step.columns + 31) / 32 * 32);
     target().maxima(step, batch * step.rows + first, batch * step.rows + last, columns.data());
     float* merged = step.new_nu_columns + batch * step.columns;
     std::lock_guard<std::mutex> lock(mutex);

@@ -22,13 +22,17 @@
 
 // Loops whose length a caller knows must be in it to be unrolled.
 #define LOWBIT_INLINE inline __attribute__((always_inline))
+#define LOWBIT_APART __attribute__((noinline))
+#define LOWBIT_LAMBDA __attribute__((always_inline))
 
 namespace lowbit {
 
 namespace generic {
 namespace {
 #include "vector_generic.h"
-#include "blocks.inc"
+#include "coding.inc"
+#include "arrays.inc"
+#include "steps.inc"
 constexpr Target kTarget{"generic", run_step, run_maxima, run_quantize, run_dequantize};
 }  // namespace
 }  // namespace generic
@@ -38,7 +42,9 @@ LOWBIT_BEGIN("avx2,fma")
 namespace avx2 {
 namespace {
 #include "vector_avx2.h"
-#include "blocks.inc"
+#include "coding.inc"
+#include "arrays.inc"
+#include "steps.inc"
 constexpr Target kTarget{"avx2", run_step, run_maxima, run_quantize, run_dequantize};
 }  // namespace
 }  // namespace avx2
@@ -48,7 +54,9 @@ LOWBIT_BEGIN("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
 namespace avx512 {
 namespace {
 #include "vector_avx512.h"
-#include "blocks.inc"
+#include "coding.inc"
+#include "arrays.inc"
+#include "steps.inc"
 constexpr Target kTarget{"avx512", run_step, run_maxima, run_quantize, run_dequantize};
 }  // namespace
 }  // namespace avx512

@@ -57,14 +57,6 @@ inline Floats lesser(Floats x, Floats y) { return {lesser8(x.a, y.a), lesser8(x.
 
 inline Floats over_root(Floats num, Floats w, Floats eps) { return num / (root(w) + eps); }
 
-inline Ints operator-(Ints x, Ints y) {
-  return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)};
-}
-inline Ints operator^(Ints x, Ints y) {
-  return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)};
-}
-// -1 where x is negative, else 0.
-inline Ints sign_fill(Ints x) { return {_mm256_srai_epi32(x.a, 31), _mm256_srai_epi32(x.b, 31)}; }
 inline Ints operator+(Ints x, Ints y) {
   return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)};
 }
@@ -91,11 +83,42 @@ inline int32_t largest(Ints x) {
   return most;
 }
 
+// scale * (values + gaps), rounded down, for 16 of each; the sum is exact.
+inline __m128 product_below4(const float* values, const float* gaps, __m256d scale) {
+  const __m256d factor =
+      _mm256_add_pd(_mm256_cvtps_pd(_mm_loadu_ps(values)), _mm256_cvtps_pd(_mm_loadu_ps(gaps)));
+  const __m256d exact = _mm256_mul_pd(scale, factor);
+  const __m128 nearest = _mm256_cvtpd_ps(exact);
+  const __m256d is_over = _mm256_cmp_pd(_mm256_cvtps_pd(nearest), exact, _CMP_GT_OQ);
+  const __m256i words = _mm256_castpd_si256(is_over);
+  const __m128i over = _mm_castps_si128(_mm_shuffle_ps(
+      _mm_castsi128_ps(_mm256_castsi256_si128(words)),
+      _mm_castsi128_ps(_mm256_extracti128_si256(words, 1)), _MM_SHUFFLE(2, 0, 2, 0)));
+  // One down: the integers of negative floats ascend there.
+  const __m128i word = _mm_castps_si128(nearest), sign = _mm_srai_epi32(word, 31);
+  return _mm_castsi128_ps(_mm_add_epi32(word, _mm_sub_epi32(_mm_xor_si128(over, sign), sign)));
+}
+inline Floats product_below(const float* values, const float* gaps, float scale) {
+  const __m256d s = _mm256_set1_pd(scale);
+  auto eight = [&](int i) {
+    return _mm256_set_m128(product_below4(values + i + 4, gaps + i + 4, s),
+                           product_below4(values + i, gaps + i, s));
+  };
+  return {eight(0), eight(8)};
+}
+
 // 1 where x > y, which is false for NaN; else 0.
 inline __m256i is_above8(__m256 x, __m256 y) {
   return _mm256_srli_epi32(_mm256_castps_si256(_mm256_cmp_ps(x, y, _CMP_GT_OQ)), 31);
 }
 inline Ints is_above(Floats x, Floats y) { return {is_above8(x.a, y.a), is_above8(x.b, y.b)}; }
+inline __m256i where_nan8(__m256 x, __m256i then, __m256i otherwise) {
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  return _mm256_blendv_epi8(otherwise, then, is_nan);
+}
+inline Ints where_nan(Floats x, Ints then, Ints otherwise) {
+  return {where_nan8(x.a, then.a, otherwise.a), where_nan8(x.b, then.b, otherwise.b)};
+}
 // x where s is not zero, else zero.
 inline __m256 zero_where_zero8(__m256 x, __m256 s) {
   return _mm256_and_ps(x, _mm256_cmp_ps(s, _mm256_setzero_ps(), _CMP_NEQ_UQ));
@@ -111,6 +134,7 @@ inline __m256i truncated8(__m256 x) {
 inline Ints truncated(Floats x) { return {truncated8(x.a), truncated8(x.b)}; }
 
 struct Table16 { __m256 low, high; };
+// Looked up by the low four bits of an index.
 inline Table16 table16(const float* values) {
   return {_mm256_loadu_ps(values), _mm256_loadu_ps(values + 8)};
 }
@@ -121,6 +145,9 @@ inline __m256 look_up8(Table16 table, __m256i index) {
 }
 inline Floats look_up(Table16 table, Ints index) {
   return {look_up8(table, index.a), look_up8(table, index.b)};
+}
+inline Table16 scaled(Table16 table, Floats x) {
+  return {_mm256_mul_ps(table.low, x.a), _mm256_mul_ps(table.high, x.b)};
 }
 inline Floats look_up(const float* table, Ints index) {
   return {_mm256_i32gather_ps(table, index.a, 4), _mm256_i32gather_ps(table, index.b, 4)};

@@ -36,24 +36,18 @@ inline Floats lesser(Floats a, Floats b) {
 }
 
 // num / (sqrt(w) + eps) for w >= 0 and an eps that is no less than 1e-30, to 3 units in the last
-// place: estimates and a Newton step each. The divider would take as long as all the rest.
+// place: the root by an estimate and a Newton step, for which the divider has no time left.
 inline Floats over_root(Floats num, Floats w, Floats eps) {
-  const __m512 half = _mm512_set1_ps(0.5f), three_halves = _mm512_set1_ps(1.5f);
   const __mmask16 nonzero = _mm512_cmp_ps_mask(w.v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-  __m512 r = _mm512_rsqrt14_ps(w.v);
-  const __m512 wr = _mm512_mul_ps(w.v, r);
-  r = _mm512_fnmadd_ps(_mm512_mul_ps(wr, half), r, three_halves);
-  const __m512 d = _mm512_add_ps(_mm512_maskz_mul_ps(nonzero, wr, r), eps.v);
-  const __m512 x = _mm512_rcp14_ps(d);
-  const __m512 y = _mm512_fnmadd_ps(d, x, _mm512_set1_ps(2.0f));
-  return {_mm512_mul_ps(num.v, _mm512_mul_ps(x, y))};
+  const __m512 r = _mm512_rsqrt14_ps(w.v);
+  const __m512 s = _mm512_maskz_mul_ps(nonzero, w.v, r);
+  const __m512 half_r = _mm512_maskz_mul_ps(nonzero, r, _mm512_set1_ps(0.5f));
+  const __m512 error = _mm512_fnmadd_ps(s, s, w.v);
+  const __m512 d = _mm512_fmadd_ps(half_r, error, _mm512_add_ps(s, eps.v));
+  return {_mm512_div_ps(num.v, d)};
 }
 
 inline Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
-inline Ints operator-(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
-inline Ints operator^(Ints a, Ints b) { return {_mm512_xor_si512(a.v, b.v)}; }
-// -1 where x is negative, else 0.
-inline Ints sign_fill(Ints x) { return {_mm512_srai_epi32(x.v, 31)}; }
 inline Ints operator&(Ints a, Ints b) { return {_mm512_and_si512(a.v, b.v)}; }
 inline Ints operator|(Ints a, Ints b) { return {_mm512_or_si512(a.v, b.v)}; }
 template <int N> inline Ints shift_left(Ints x) { return {_mm512_slli_epi32(x.v, N)}; }
@@ -61,9 +55,19 @@ template <int N> inline Ints shift_right(Ints x) { return {_mm512_srli_epi32(x.v
 inline Ints greater(Ints a, Ints b) { return {_mm512_max_epi32(a.v, b.v)}; }
 inline int32_t largest(Ints x) { return _mm512_reduce_max_epi32(x.v); }
 
+// scale * (values + gaps), rounded down, for 16 of each; the sum is exact.
+inline Floats product_below(const float* values, const float* gaps, float scale) {
+  const __m512 s = _mm512_set1_ps(scale), gap = _mm512_mul_ps(s, _mm512_loadu_ps(gaps));
+  const int down = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+  return {_mm512_fmadd_round_ps(s, _mm512_loadu_ps(values), gap, down)};
+}
+
 // 1 where a > b, which is false for NaN; else 0.
 inline Ints is_above(Floats a, Floats b) {
   return {_mm512_maskz_set1_epi32(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), 1)};
+}
+inline Ints where_nan(Floats x, Ints then, Ints otherwise) {
+  return {_mm512_mask_mov_epi32(otherwise.v, _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q), then.v)};
 }
 // x where s is not zero, else zero.
 inline Floats zero_where_zero(Floats x, Floats s) {
@@ -76,10 +80,12 @@ inline Ints truncated(Floats x) {
 }
 
 struct Table16 { __m512 v; };
+// Looked up by the low four bits of an index.
 inline Table16 table16(const float* values) { return {_mm512_loadu_ps(values)}; }
 inline Floats look_up(Table16 table, Ints index) {
   return {_mm512_permutexvar_ps(index.v, table.v)};
 }
+inline Table16 scaled(Table16 table, Floats x) { return {_mm512_mul_ps(table.v, x.v)}; }
 inline Floats look_up(const float* table, Ints index) {
   return {_mm512_i32gather_ps(index.v, table, 4)};
 }
