@@ -30,15 +30,6 @@ struct Moment {
   int64_t scale_at(int64_t row, int64_t index) const { return row * scales_in_row + index; }
 };
 
-// Where a block lies.
-struct Place {
-  int64_t row;      // of all rows
-  int64_t index;    // in the row
-  int64_t size;     // elements
-  int64_t element;  // the first one in the leaf
-  int64_t column;   // the first one among the columns of all batches
-};
-
 // In the order of the operand; kernels/adam.py has the formula.
 struct Coefficients {
   float b1, one_minus_b1, b2, one_minus_b2, moment, gradient, correction, eps_root, eps;

@@ -3,41 +3,38 @@
 struct Floats { __m512 v; };
 struct Ints { __m512i v; };
 
-inline Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
-inline Floats load(const uint16_t* bf16) {
+LOWBIT_INLINE Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
+LOWBIT_INLINE Floats load(const uint16_t* bf16) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)bf16));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
-inline Ints load_bytes(const uint8_t* p) {
+LOWBIT_INLINE Ints load_bytes(const uint8_t* p) {
   return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))};
 }
-inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x.v); }
-inline void store_low_halves(uint16_t* p, Ints x) {
+LOWBIT_INLINE void store(float* p, Floats x) { _mm512_storeu_ps(p, x.v); }
+LOWBIT_INLINE void store_low_halves(uint16_t* p, Ints x) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(x.v));
 }
-inline void store_bytes(uint8_t* p, Ints x) {
+LOWBIT_INLINE void store_bytes(uint8_t* p, Ints x) {
   _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x.v));
 }
 
-inline Floats all(float x) { return {_mm512_set1_ps(x)}; }
-inline Ints all(int32_t x) { return {_mm512_set1_epi32(x)}; }
-inline Ints bits(Floats x) { return {_mm512_castps_si512(x.v)}; }
-inline Floats from_bits(Ints x) { return {_mm512_castsi512_ps(x.v)}; }
+LOWBIT_INLINE Floats all(float x) { return {_mm512_set1_ps(x)}; }
+LOWBIT_INLINE Ints all(int32_t x) { return {_mm512_set1_epi32(x)}; }
+LOWBIT_INLINE Ints bits(Floats x) { return {_mm512_castps_si512(x.v)}; }
+LOWBIT_INLINE Floats from_bits(Ints x) { return {_mm512_castsi512_ps(x.v)}; }
 
-inline Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
-inline Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
-inline Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
-inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-inline Floats root(Floats x) { return {_mm512_sqrt_ps(x.v)}; }
-// NaN if either is.
-inline Floats lesser(Floats a, Floats b) {
-  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-  return {_mm512_mask_mov_ps(_mm512_min_ps(a.v, b.v), nan, a.v)};
-}
+LOWBIT_INLINE Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
+LOWBIT_INLINE Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
+LOWBIT_INLINE Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
+LOWBIT_INLINE Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+LOWBIT_INLINE Floats root(Floats x) { return {_mm512_sqrt_ps(x.v)}; }
+// NaN if the second is.
+LOWBIT_INLINE Floats lesser(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
 
 // num / (sqrt(w) + eps) for w >= 0 and an eps that is no less than 1e-30, to 3 units in the last
 // place: the root by an estimate and a Newton step, for which the divider has no time left.
-inline Floats over_root(Floats num, Floats w, Floats eps) {
+LOWBIT_INLINE Floats over_root(Floats num, Floats w, Floats eps) {
   const __mmask16 nonzero = _mm512_cmp_ps_mask(w.v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
   const __m512 r = _mm512_rsqrt14_ps(w.v);
   const __m512 s = _mm512_maskz_mul_ps(nonzero, w.v, r);
@@ -47,55 +44,55 @@ inline Floats over_root(Floats num, Floats w, Floats eps) {
   return {_mm512_div_ps(num.v, d)};
 }
 
-inline Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
-inline Ints operator&(Ints a, Ints b) { return {_mm512_and_si512(a.v, b.v)}; }
-inline Ints operator|(Ints a, Ints b) { return {_mm512_or_si512(a.v, b.v)}; }
-template <int N> inline Ints shift_left(Ints x) { return {_mm512_slli_epi32(x.v, N)}; }
-template <int N> inline Ints shift_right(Ints x) { return {_mm512_srli_epi32(x.v, N)}; }
-inline Ints greater(Ints a, Ints b) { return {_mm512_max_epi32(a.v, b.v)}; }
-inline int32_t largest(Ints x) { return _mm512_reduce_max_epi32(x.v); }
+LOWBIT_INLINE Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
+LOWBIT_INLINE Ints operator&(Ints a, Ints b) { return {_mm512_and_si512(a.v, b.v)}; }
+LOWBIT_INLINE Ints operator|(Ints a, Ints b) { return {_mm512_or_si512(a.v, b.v)}; }
+template <int N> LOWBIT_INLINE Ints shift_left(Ints x) { return {_mm512_slli_epi32(x.v, N)}; }
+template <int N> LOWBIT_INLINE Ints shift_right(Ints x) { return {_mm512_srli_epi32(x.v, N)}; }
+LOWBIT_INLINE Ints greater(Ints a, Ints b) { return {_mm512_max_epi32(a.v, b.v)}; }
+LOWBIT_INLINE int32_t largest(Ints x) { return _mm512_reduce_max_epi32(x.v); }
 
 // scale * (values + gaps), rounded down, for 16 of each; the sum is exact.
-inline Floats product_below(const float* values, const float* gaps, float scale) {
+LOWBIT_INLINE Floats product_below(const float* values, const float* gaps, float scale) {
   const __m512 s = _mm512_set1_ps(scale), gap = _mm512_mul_ps(s, _mm512_loadu_ps(gaps));
   const int down = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
   return {_mm512_fmadd_round_ps(s, _mm512_loadu_ps(values), gap, down)};
 }
 
 // 1 where a > b, which is false for NaN; else 0.
-inline Ints is_above(Floats a, Floats b) {
+LOWBIT_INLINE Ints is_above(Floats a, Floats b) {
   return {_mm512_maskz_set1_epi32(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), 1)};
 }
-inline Ints where_nan(Floats x, Ints then, Ints otherwise) {
+LOWBIT_INLINE Ints where_nan(Floats x, Ints then, Ints otherwise) {
   return {_mm512_mask_mov_epi32(otherwise.v, _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q), then.v)};
 }
 // x where s is not zero, else zero.
-inline Floats zero_where_zero(Floats x, Floats s) {
+LOWBIT_INLINE Floats zero_where_zero(Floats x, Floats s) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(s.v, _mm512_setzero_ps(), _CMP_NEQ_UQ), x.v)};
 }
 
 // Towards zero, and 0 for what is negative or NaN.
-inline Ints truncated(Floats x) {
+LOWBIT_INLINE Ints truncated(Floats x) {
   return {_mm512_cvttps_epi32(_mm512_max_ps(x.v, _mm512_setzero_ps()))};
 }
 
 struct Table16 { __m512 v; };
 // Looked up by the low four bits of an index.
-inline Table16 table16(const float* values) { return {_mm512_loadu_ps(values)}; }
-inline Floats look_up(Table16 table, Ints index) {
+LOWBIT_INLINE Table16 table16(const float* values) { return {_mm512_loadu_ps(values)}; }
+LOWBIT_INLINE Floats look_up(Table16 table, Ints index) {
   return {_mm512_permutexvar_ps(index.v, table.v)};
 }
-inline Table16 scaled(Table16 table, Floats x) { return {_mm512_mul_ps(table.v, x.v)}; }
-inline Floats look_up(const float* table, Ints index) {
+LOWBIT_INLINE Table16 scaled(Table16 table, Floats x) { return {_mm512_mul_ps(table.v, x.v)}; }
+LOWBIT_INLINE Floats look_up(const float* table, Ints index) {
   return {_mm512_i32gather_ps(index.v, table, 4)};
 }
 // Single bytes; the table is readable for three bytes more.
-inline Ints look_up(const uint8_t* table, Ints index) {
+LOWBIT_INLINE Ints look_up(const uint8_t* table, Ints index) {
   return {_mm512_and_si512(_mm512_i32gather_epi32(index.v, table, 1), _mm512_set1_epi32(255))};
 }
 
 // How many of 15 ascending boundaries lie strictly below x: a binary search in four steps.
-inline Ints count_below(Table16 boundaries, Floats x) {
+LOWBIT_INLINE Ints count_below(Table16 boundaries, Floats x) {
   const __m512i eight = _mm512_set1_epi32(8);
   // The first two steps choose among three boundaries, which takes no permutation.
   const __m512 b3 = _mm512_permutexvar_ps(_mm512_set1_epi32(3), boundaries.v);

@@ -26,98 +26,96 @@ LOWBIT_INLINE Floats4 choose(Ints4 mask, Floats4 then, Floats4 otherwise) {
   return (Floats4)choose(mask, (Ints4)then, (Ints4)otherwise);
 }
 
-inline Floats load(const float* p) {
+LOWBIT_INLINE Floats load(const float* p) {
   return quarters<Floats>([=](int i) { return copied_to<Floats4>(p + 4 * i); });
 }
-inline Floats load(const uint16_t* bf16) {
+LOWBIT_INLINE Floats load(const uint16_t* bf16) {
   return quarters<Floats>([=](int i) {
     return (Floats4)(__builtin_convertvector(copied_to<Halves4>(bf16 + 4 * i), Words4) << 16);
   });
 }
-inline Ints load_bytes(const uint8_t* p) {
+LOWBIT_INLINE Ints load_bytes(const uint8_t* p) {
   return quarters<Ints>([=](int i) {
     return __builtin_convertvector(copied_to<Bytes4>(p + 4 * i), Ints4);
   });
 }
-inline void store(float* p, Floats x) { std::memcpy(p, x.v, sizeof x.v); }
-inline void store_low_halves(uint16_t* p, Ints x) {
+LOWBIT_INLINE void store(float* p, Floats x) { std::memcpy(p, x.v, sizeof x.v); }
+LOWBIT_INLINE void store_low_halves(uint16_t* p, Ints x) {
   for (int i = 0; i < 4; i++) {
     const Halves4 halves = __builtin_convertvector(x.v[i], Halves4);
     std::memcpy(p + 4 * i, &halves, sizeof halves);
   }
 }
-inline void store_bytes(uint8_t* p, Ints x) {
+LOWBIT_INLINE void store_bytes(uint8_t* p, Ints x) {
   for (int i = 0; i < 4; i++) {
     const Bytes4 bytes = __builtin_convertvector(x.v[i], Bytes4);
     std::memcpy(p + 4 * i, &bytes, sizeof bytes);
   }
 }
 
-inline Floats all(float x) {
+LOWBIT_INLINE Floats all(float x) {
   return quarters<Floats>([=](int) { return Floats4{} + x; });
 }
-inline Ints all(int32_t x) {
+LOWBIT_INLINE Ints all(int32_t x) {
   return quarters<Ints>([=](int) { return Ints4{} + x; });
 }
-inline Ints bits(Floats x) {
+LOWBIT_INLINE Ints bits(Floats x) {
   return quarters<Ints>([=](int i) { return (Ints4)x.v[i]; });
 }
-inline Floats from_bits(Ints x) {
+LOWBIT_INLINE Floats from_bits(Ints x) {
   return quarters<Floats>([=](int i) { return (Floats4)x.v[i]; });
 }
 
-inline Floats operator+(Floats a, Floats b) {
+LOWBIT_INLINE Floats operator+(Floats a, Floats b) {
   return quarters<Floats>([=](int i) { return a.v[i] + b.v[i]; });
 }
-inline Floats operator*(Floats a, Floats b) {
+LOWBIT_INLINE Floats operator*(Floats a, Floats b) {
   return quarters<Floats>([=](int i) { return a.v[i] * b.v[i]; });
 }
-inline Floats operator/(Floats a, Floats b) {
+LOWBIT_INLINE Floats operator/(Floats a, Floats b) {
   return quarters<Floats>([=](int i) { return a.v[i] / b.v[i]; });
 }
 // Contracted by the compiler where the processor has the instruction.
-inline Floats fma(Floats a, Floats b, Floats c) {
+LOWBIT_INLINE Floats fma(Floats a, Floats b, Floats c) {
   return quarters<Floats>([=](int i) { return a.v[i] * b.v[i] + c.v[i]; });
 }
-inline Floats root(Floats x) {
+LOWBIT_INLINE Floats root(Floats x) {
   for (int i = 0; i < 16; i++) x.v[i / 4][i % 4] = __builtin_sqrtf(x.v[i / 4][i % 4]);
   return x;
 }
-// NaN if either is.
-inline Floats lesser(Floats a, Floats b) {
-  return quarters<Floats>([=](int i) {
-    return choose((a.v[i] < b.v[i]) | (a.v[i] != a.v[i]), a.v[i], b.v[i]);
-  });
+// NaN if the second is.
+LOWBIT_INLINE Floats lesser(Floats a, Floats b) {
+  return quarters<Floats>([=](int i) { return choose(a.v[i] < b.v[i], a.v[i], b.v[i]); });
 }
 
-inline Floats over_root(Floats num, Floats w, Floats eps) { return num / (root(w) + eps); }
+LOWBIT_INLINE Floats over_root(Floats num, Floats w, Floats eps) { return num / (root(w) + eps); }
 
-inline Ints operator+(Ints a, Ints b) {
+LOWBIT_INLINE Ints operator+(Ints a, Ints b) {
   return quarters<Ints>([=](int i) { return a.v[i] + b.v[i]; });
 }
-inline Ints operator&(Ints a, Ints b) {
+LOWBIT_INLINE Ints operator&(Ints a, Ints b) {
   return quarters<Ints>([=](int i) { return a.v[i] & b.v[i]; });
 }
-inline Ints operator|(Ints a, Ints b) {
+LOWBIT_INLINE Ints operator|(Ints a, Ints b) {
   return quarters<Ints>([=](int i) { return a.v[i] | b.v[i]; });
 }
-template <int N> inline Ints shift_left(Ints x) {
+template <int N> LOWBIT_INLINE Ints shift_left(Ints x) {
   return quarters<Ints>([=](int i) { return (Ints4)((Words4)x.v[i] << N); });
 }
-template <int N> inline Ints shift_right(Ints x) {
+template <int N> LOWBIT_INLINE Ints shift_right(Ints x) {
   return quarters<Ints>([=](int i) { return (Ints4)((Words4)x.v[i] >> N); });
 }
-inline Ints greater(Ints a, Ints b) {
+LOWBIT_INLINE Ints greater(Ints a, Ints b) {
   return quarters<Ints>([=](int i) { return choose(a.v[i] > b.v[i], a.v[i], b.v[i]); });
 }
-inline int32_t largest(Ints x) {
+LOWBIT_INLINE int32_t largest(Ints x) {
   int32_t most = x.v[0][0];
   for (int i = 1; i < 16; i++) most = std::max(most, int32_t(x.v[i / 4][i % 4]));
   return most;
 }
 
 // scale * (values + gaps), rounded down, for 16 of each; the sum is exact.
-inline Floats product_below(const float* values, const float* gaps, float scale) {
+LOWBIT_INLINE Floats product_below(const float* values, const float* gaps, float scale) {
   float products[16];
   for (int i = 0; i < 16; i++) {
     const double exact = double(scale) * (double(values[i]) + double(gaps[i]));
@@ -129,23 +127,23 @@ inline Floats product_below(const float* values, const float* gaps, float scale)
 }
 
 // 1 where a > b, which is false for NaN; else 0.
-inline Ints is_above(Floats a, Floats b) {
+LOWBIT_INLINE Ints is_above(Floats a, Floats b) {
   return quarters<Ints>([=](int i) { return -(Ints4)(a.v[i] > b.v[i]); });
 }
-inline Ints where_nan(Floats x, Ints then, Ints otherwise) {
+LOWBIT_INLINE Ints where_nan(Floats x, Ints then, Ints otherwise) {
   return quarters<Ints>([=](int i) {
     return choose(x.v[i] != x.v[i], then.v[i], otherwise.v[i]);
   });
 }
 // x where s is not zero, else zero.
-inline Floats zero_where_zero(Floats x, Floats s) {
+LOWBIT_INLINE Floats zero_where_zero(Floats x, Floats s) {
   return quarters<Floats>([=](int i) {
     return choose(s.v[i] != Floats4{}, x.v[i], Floats4{});
   });
 }
 
 // Towards zero, and 0 for what is negative or NaN.
-inline Ints truncated(Floats x) {
+LOWBIT_INLINE Ints truncated(Floats x) {
   return quarters<Ints>([=](int i) {
     return __builtin_convertvector(choose(x.v[i] > Floats4{}, x.v[i], Floats4{}), Ints4);
   });
@@ -153,32 +151,32 @@ inline Ints truncated(Floats x) {
 
 struct Table16 { float values[16]; };
 // Looked up by the low four bits of an index.
-inline Table16 table16(const float* values) { return copied_to<Table16>(values); }
-inline Table16 scaled(Table16 table, Floats x) {
+LOWBIT_INLINE Table16 table16(const float* values) { return copied_to<Table16>(values); }
+LOWBIT_INLINE Table16 scaled(Table16 table, Floats x) {
   store(table.values, load(table.values) * x);
   return table;
 }
-template <class T, class To> inline void look_up_each(const T* table, Ints index, To* result) {
+template <class T, class To> LOWBIT_INLINE void look_up_each(const T* table, Ints index, To* result) {
   int32_t places[16];
   std::memcpy(places, index.v, sizeof places);
   for (int i = 0; i < 16; i++) result[i] = table[places[i]];
 }
-inline Floats look_up(const float* table, Ints index) {
+LOWBIT_INLINE Floats look_up(const float* table, Ints index) {
   float values[16];
   look_up_each(table, index, values);
   return load(values);
 }
-inline Floats look_up(const Table16& table, Ints index) {
+LOWBIT_INLINE Floats look_up(const Table16& table, Ints index) {
   return look_up(table.values, index & all(15));
 }
-inline Ints look_up(const uint8_t* table, Ints index) {
+LOWBIT_INLINE Ints look_up(const uint8_t* table, Ints index) {
   int32_t values[16];
   look_up_each(table, index, values);
   return copied_to<Ints>(values);
 }
 
 // How many of 15 ascending boundaries lie strictly below x.
-inline Ints count_below(const Table16& boundaries, Floats x) {
+LOWBIT_INLINE Ints count_below(const Table16& boundaries, Floats x) {
   Ints count = all(0);
   for (int k = 0; k < 15; k++) count = count + is_above(x, all(boundaries.values[k]));
   return count;
