@@ -32,14 +32,6 @@ class Coefficients(NamedTuple):
     eps: jax.Array
 
 
-class Descent(NamedTuple):
-    """For a step that writes parameters: ``p - learning_rate * (u + weight_decay * p)``."""
-
-    params: jax.Array
-    learning_rate: jax.Array
-    weight_decay: jax.Array
-
-
 def coefficients(
     b1: jax.typing.ArrayLike,
     b2: jax.typing.ArrayLike,

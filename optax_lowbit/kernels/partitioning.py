@@ -73,10 +73,13 @@ def _on_explicit_mesh(kernel, coefficients, arrays, takes_maxima):
         parts = kernel(coefficients, *arrays)
         return _over_shards(parts, results, leaf_shape, spec, takes_maxima)
 
+    specs = _specs(spec, arrays)
+    # All are laid out so but those that were just made, of the numbers of rows and columns.
+    arrays = [jax.sharding.reshard(x, s) for x, s in zip(arrays, specs)]
     return jax.shard_map(
         on_shards,
         mesh=sharding.mesh,
-        in_specs=(PartitionSpec(), *_specs(spec, arrays)),
+        in_specs=(PartitionSpec(), *specs),
         out_specs=tuple(_specs(spec, results)),
         check_vma=False,
     )(coefficients, *arrays)

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from optax_lowbit.kernels import backends
-from optax_lowbit.kernels.adam import Coefficients, Descent, coefficients
+from optax_lowbit.kernels.adam import Coefficients, coefficients
+from optax_lowbit.kernels.parameters import Descent, descended, noise_operands
 from optax_lowbit.kernels.partitioning import per_device
-from optax_lowbit.kernels.reference import Step, update_leaf, widened
+from optax_lowbit.kernels.reference import Step, update_leaf
 from optax_lowbit.quant import QuantSpec, is_quantized
 from optax_lowbit.quant.array import code_padding
 
@@ -175,19 +176,14 @@ def step_leaf(
 
 
 def _by_kernel(fused: Fused, scalars: jax.Array, backend: str) -> Callable[..., Any]:
-    return lambda grad, moments, factors, descent: fused.run(
-        backend, scalars, grad, moments, factors, descent
-    )
+    def kernel(grad, moments, factors, descent):
+        if descent is None or descent.key is None or backend == "cpu":
+            return fused.run(backend, scalars, grad, moments, factors, descent)
+        # Kernels in Pallas round to nearest alone.
+        update, moments = fused.run(backend, scalars, grad, moments, factors, None)
+        return descended(update, descent), moments
 
-
-def descended(update: jax.Array, descent: Descent | None) -> jax.Array:
-    """The update, or the parameters after it, if there is a descent."""
-    if descent is None:
-        return update
-    params = widened(descent.params)
-    update = widened(update) + descent.weight_decay.astype(params.dtype) * params
-    new = params - descent.learning_rate.astype(params.dtype) * update
-    return new.astype(descent.params.dtype)
+    return kernel
 
 
 def _options(backend: str) -> dict[str, bool]:
@@ -208,15 +204,18 @@ def _on_leaves(
     Quantized arrays go as the arrays that they consist of, as their static part is that of a shard
     inside. The first ``returned`` of them come back.
     """
-    flat, tree = jax.tree.flatten((stored, descent.params if descent else None))
+    noise = None
+    if descent is not None and descent.key is not None:
+        noise = noise_operands(descent.key, grad.shape, group)
+    flat, tree = jax.tree.flatten((stored, descent.params if descent else None, noise))
     rates = [descent.learning_rate, descent.weight_decay] if descent else []
     vector = jnp.concatenate([scalars, *(jnp.asarray(r, jnp.float32)[None] for r in rates)])
 
     def kernel(vector, grad, *flat):
-        stored, params = tree.unflatten(flat)
+        stored, params, noise = tree.unflatten(flat)
         stored = jax.tree.map(lambda x: _of_part(x, grad), stored, is_leaf=is_quantized)
         values = list(vector)
-        local = Descent(params, *values[-2:]) if descent else None
+        local = Descent(params, *values[-2:], noise) if descent else None
         result, *new = step(values[: scalars.size], grad, *stored, local)
         return result, *jax.tree.leaves(new)
 

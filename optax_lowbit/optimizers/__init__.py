@@ -5,6 +5,7 @@ from optax_lowbit.optimizers.describe import Description, describe
 from optax_lowbit.optimizers.factor import factor4bit, scale_by_factor4bit
 from optax_lowbit.optimizers.policy import Policy
 from optax_lowbit.optimizers.sgd import Trace4bitState, sgd4bit, sgd8bit, trace4bit
+from optax_lowbit.optimizers.stochastic_rounding import apply_updates_stochastic
 from optax_lowbit.optimizers.storage import FactoredMoment
 
 __all__ = (
@@ -16,6 +17,7 @@ __all__ = (
     "adam8bit",
     "adamw4bit",
     "adamw8bit",
+    "apply_updates_stochastic",
     "describe",
     "factor4bit",
     "fused_apply",

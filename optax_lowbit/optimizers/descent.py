@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_lowbit.kernels.adam import Descent
+from optax_lowbit.kernels.parameters import Descent
 from optax_lowbit.optimizers.flax_variables import is_variable, unwrapped
-from optax_lowbit.optimizers.leafwise import LowBitTransformation
+from optax_lowbit.optimizers.leafwise import LowBitTransformation, fold_in_path
+from optax_lowbit.quant import random_bits
 
 Mask = Any | Callable[[optax.Params], Any] | None
 
@@ -18,7 +19,7 @@ class FusibleOptimizer(optax.GradientTransformationExtraArgs):
     """An optax optimizer that :func:`fused_apply` knows how to run in one pass.
 
     Attributes:
-      apply: ``(grads, state, params) -> (params, state)``.
+      apply: ``(grads, state, params, key) -> (params, state)``.
     """
 
     apply: Callable[..., tuple[Any, Any]]
@@ -37,19 +38,34 @@ def descend(
     if not isinstance(direction, LowBitTransformation):
         return chain
 
-    def apply(grads, state, params):
+    def apply(grads, state, params, key):
         direction_state, *decay_state, rate_state = state
         negative_rate: Any
         negative_rate, rate_state = rate.update(jnp.float32(1), rate_state)
-        leaves = [unwrapped(p) for p in jax.tree.leaves(params, is_leaf=is_variable)]
         decays = _decays(weight_decay, mask, params)
-        descents = [Descent(p, -negative_rate, decay) for p, decay in zip(leaves, decays)]
+        descents = [
+            Descent(p, -negative_rate, decay, leaf_key)
+            for (p, leaf_key), decay in zip(_with_keys(params, key), decays)
+        ]
         params, direction_state = direction.step_all(grads, direction_state, descents)
         return params, (direction_state, *decay_state, rate_state)
 
     optimizer = FusibleOptimizer(*chain)
     optimizer.apply = apply
     return optimizer
+
+
+def _with_keys(
+    params: Any, key: jax.Array | int | None
+) -> list[tuple[jax.Array, random_bits.Key | None]]:
+    """The leaves, each with the key that is to round it stochastically."""
+    words = None if key is None else random_bits.key_words(key)
+    pairs = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_variable):
+        param = unwrapped(leaf)
+        is_rounded = param.dtype == jnp.bfloat16
+        pairs.append((param, fold_in_path(words, path) if is_rounded else None))
+    return pairs
 
 
 def _decays(weight_decay: Any, mask: Mask, params: Any) -> list[jax.Array]:
@@ -66,7 +82,12 @@ def _decays(weight_decay: Any, mask: Mask, params: Any) -> list[jax.Array]:
 
 
 def fused_apply(
-    tx: optax.GradientTransformation, grads: optax.Updates, state: optax.OptState, params: Any
+    tx: optax.GradientTransformation,
+    grads: optax.Updates,
+    state: optax.OptState,
+    params: Any,
+    *,
+    key: jax.Array | int | None = None,
 ) -> tuple[Any, optax.OptState]:
     r"""One step of an optimizer of this library that writes the parameters in the same pass.
 
@@ -83,12 +104,16 @@ def fused_apply(
       grads: Gradients.
       state: From ``tx.init``, or the last step. Donate it, and the parameters.
       params: Parameters, of any float dtype; the sum is in float32.
+      key: To round bfloat16 parameters stochastically, as :func:`apply_updates_stochastic` does,
+        and with its bits: a `jax.random.key` or a seed, another one in every step. Give gradients
+        in float32 then. None rounds to nearest.
 
     Returns:
       The new parameters and the new state.
 
     Raises:
-      ValueError: If ``tx`` is anything else.
+      ValueError: If ``tx`` is anything else, or ``key`` is of another generator than Threefry.
+      TypeError: If ``key`` is no key.
 
     Examples:
       >>> import functools, jax, jax.numpy as jnp, optax_lowbit
@@ -106,4 +131,4 @@ def fused_apply(
             "wrapped nor chained: in optax.chain(...) it is stepped by tx.update and "
             f"optax.apply_updates; got {type(tx).__name__}"
         )
-    return tx.apply(grads, state, params)
+    return tx.apply(grads, state, params, key)

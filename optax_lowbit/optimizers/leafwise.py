@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from optax_lowbit.kernels.adam import Descent
 from optax_lowbit.kernels.backends import Backend, checked, platform_backend, why_not
+from optax_lowbit.kernels.parameters import Descent, descended
 from optax_lowbit.kernels.reference import Step, name_hash, widened
-from optax_lowbit.kernels.steps import Fused, descended, step_leaf
+from optax_lowbit.kernels.steps import Fused, step_leaf
 from optax_lowbit.optimizers import storage
 from optax_lowbit.optimizers.flax_variables import is_variable, unwrapped, wrapped_like
 from optax_lowbit.optimizers.policy import KernelChoice, Policy, path_name, record
@@ -94,7 +94,7 @@ class LowBitTransformation(optax.GradientTransformationExtraArgs):
 
     Attributes:
       step_all: ``(updates, state, descents) -> (updates or parameters, state)``, with a
-        :class:`~optax_lowbit.kernels.adam.Descent` for each leaf, or None.
+        :class:`~optax_lowbit.kernels.parameters.Descent` for each leaf, or None.
     """
 
     step_all: Callable[..., tuple[Any, Any]]

@@ -23,7 +23,7 @@ def key_words(key: jax.Array | int) -> Key:
       TypeError: If ``key`` is none of these.
       ValueError: If it is a key of another generator, whose bits may depend on the mesh.
     """
-    if isinstance(key, str):
+    if key is None or isinstance(key, str):
         raise TypeError(f"key must be a jax.random.key or an integer seed, got {key!r}")
     if isinstance(key, int):
         key = jax.random.key(key, impl="threefry2x32")
@@ -61,6 +61,17 @@ def threefry2x32(key: Key, x0: jax.Array, x1: jax.Array) -> tuple[jax.Array, jax
 def fold_in(key: Key, data: jax.Array | int) -> Key:
     """A new key from ``key`` and a number: a counter, or the hash of a leaf's path."""
     return threefry2x32(key, jnp.uint32(0), jnp.asarray(data).astype(jnp.uint32))
+
+
+def halves(key: Key, rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """16 random bits, as uint32, for each pair of uint32 indices.
+
+    One block of the cipher, which has 64, serves four elements of a row, 16 columns apart: so
+    vectors of 16 elements and more need no shuffles.
+    """
+    first, second = threefry2x32(key, rows, columns // 64 * 16 + columns % 16)
+    word = jnp.where(columns & 32, second, first)
+    return jnp.where(columns & 16, word >> 16, word & 0xFFFF)
 
 
 def uniform(key: Key, rows: jax.Array, columns: jax.Array) -> jax.Array:

@@ -46,6 +46,20 @@ def stochastic_codes(x: jax.Array, values: tuple[float, ...], uniform: jax.Array
     return _to_codes(lower + (uniform < chance).astype(jnp.int32), table)
 
 
+def stochastic_bfloat16(x: jax.Array, noise: jax.Array) -> jax.Array:
+    """One of the two bfloat16 numbers around ``x``, drawn so that the mean is ``x``.
+
+    Args:
+      x: float32 of any shape.
+      noise: 16 random bits as uint32, of the shape of ``x``: they are added to the bits that
+        bfloat16 lacks, and the sum is cut off.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    upper = (bits + noise >> 16).astype(jnp.uint16)
+    rounded = jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
+    return jnp.where(jnp.isnan(x), x.astype(jnp.bfloat16), rounded)
+
+
 def code_values(codes: jax.Array, values: tuple[float, ...]) -> jax.Array:
     """The float32 table values of uint8 ``codes``."""
     if len(values) > _MOST_SELECTS:

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_lowbit.kernels.adam import Coefficients, Descent
+from optax_lowbit.kernels.adam import Coefficients
 from optax_lowbit.kernels.codable import why_not_codes
 from optax_lowbit.kernels.cpu.library import library
+from optax_lowbit.kernels.parameters import Descent
 from optax_lowbit.quant import QuantizedArray, QuantSpec, codebooks
 from optax_lowbit.quant.array import abstract_quantized
 from optax_lowbit.quant.scaling import absmax, effective_scaling
@@ -173,6 +174,7 @@ def _step(second, c, grad, mu, nu_spec, nu_arrays, nu_outputs, descent):
     arrays = [grad, mu.codes, mu.scales, *nu_arrays]
     if descent is not None:
         arrays.append(descent.params)
+        arrays += jax.tree.leaves(descent.key)
     result = grad if descent is None else descent.params
     outputs = [result, mu.codes, mu.scales, *nu_outputs]
     # Every output takes the place of an operand; 1: the coefficients come first.
@@ -187,6 +189,7 @@ def _step(second, c, grad, mu, nu_spec, nu_arrays, nu_outputs, descent):
         *arrays,
         second=np.int64(second),
         descend=descent is not None,
+        has_noise=descent is not None and descent.key is not None,
         **_codes("mu", mu.spec),
         **_codes("nu", nu_spec),
     )

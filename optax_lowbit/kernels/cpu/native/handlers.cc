@@ -89,10 +89,10 @@ void in_pieces(ffi::ThreadPool& pool, int64_t count, int64_t elements_each, cons
 // coefficients, grad, mu codes, mu scales,
 //   block: nu codes, nu scales; rank-1: nu codes, rows, columns, new rows, new columns;
 //   factored: row shares, columns;
-//   params, if it descends
+//   params, if it descends; words of a key, rows, columns, if it rounds stochastically
 // -> update or params, mu codes, mu scales, [nu codes, [nu scales]]
 ffi::Error step(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                int64_t second, bool descend, int64_t mu_bits, int64_t mu_block, Table mu_values,
+                int64_t second, bool descend, bool has_noise, int64_t mu_bits, int64_t mu_block, Table mu_values,
                 Table mu_boundaries, int64_t nu_bits, int64_t nu_block, Table nu_values,
                 Table nu_boundaries) {
   Arguments from(args, rets);
@@ -116,6 +116,11 @@ ffi::Error step(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRet
     step.new_nu_columns = const_cast<float*>(from.read<float>());
   }
   if (descend) step.params = array(from.in());
+  if (has_noise) {
+    for (const uint32_t*& word : step.noise_key) word = from.read<uint32_t>();
+    step.noise_rows = from.read<uint32_t>();
+    step.noise_columns = from.read<uint32_t>();
+  }
   step.result = array(from.out());
   step.mu.new_codes = from.write<uint8_t>();
   step.mu.new_scales = from.write<float>();
@@ -212,7 +217,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<int64_t>("second")
-                                  .Attr<bool>("descend"),
+                                  .Attr<bool>("descend")
+                                  .Attr<bool>("has_noise"),
                               "mu"),
                  "nu"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(

@@ -50,6 +50,11 @@ struct Step {
   Array params;  // null: the result is the update, else new parameters
   Array result;
   Moment mu, nu;
+  // For stochastic rounding of parameters, if there is a key: numbers of rows, and of the columns at
+  // which blocks begin, in the whole leaf of which this may be a part.
+  const uint32_t* noise_key[2] = {nullptr, nullptr};
+  const uint32_t* noise_rows = nullptr;
+  const uint32_t* noise_columns = nullptr;
   // Rank-1: scales, (all_rows) and (batches, columns). Factored: shares of rows, means of columns.
   const float* nu_rows = nullptr;
   const float* nu_columns = nullptr;

@@ -9,6 +9,9 @@ LOWBIT_INLINE __m256 load8(const uint16_t* bf16) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
 }
 LOWBIT_INLINE Floats load(const uint16_t* bf16) { return {load8(bf16), load8(bf16 + 8)}; }
+LOWBIT_INLINE Ints load(const int32_t* p) {
+  return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 8))};
+}
 LOWBIT_INLINE Ints load_bytes(const uint8_t* p) {
   return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)),
           _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8)))};
@@ -61,6 +64,9 @@ LOWBIT_INLINE Ints operator+(Ints x, Ints y) {
 }
 LOWBIT_INLINE Ints operator&(Ints x, Ints y) {
   return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)};
+}
+LOWBIT_INLINE Ints operator^(Ints x, Ints y) {
+  return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)};
 }
 LOWBIT_INLINE Ints operator|(Ints x, Ints y) {
   return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)};

@@ -8,6 +8,7 @@ LOWBIT_INLINE Floats load(const uint16_t* bf16) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)bf16));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
+LOWBIT_INLINE Ints load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 LOWBIT_INLINE Ints load_bytes(const uint8_t* p) {
   return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))};
 }
@@ -46,6 +47,7 @@ LOWBIT_INLINE Floats over_root(Floats num, Floats w, Floats eps) {
 
 LOWBIT_INLINE Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
 LOWBIT_INLINE Ints operator&(Ints a, Ints b) { return {_mm512_and_si512(a.v, b.v)}; }
+LOWBIT_INLINE Ints operator^(Ints a, Ints b) { return {_mm512_xor_si512(a.v, b.v)}; }
 LOWBIT_INLINE Ints operator|(Ints a, Ints b) { return {_mm512_or_si512(a.v, b.v)}; }
 template <int N> LOWBIT_INLINE Ints shift_left(Ints x) { return {_mm512_slli_epi32(x.v, N)}; }
 template <int N> LOWBIT_INLINE Ints shift_right(Ints x) { return {_mm512_srli_epi32(x.v, N)}; }

@@ -34,6 +34,7 @@ LOWBIT_INLINE Floats load(const uint16_t* bf16) {
     return (Floats4)(__builtin_convertvector(copied_to<Halves4>(bf16 + 4 * i), Words4) << 16);
   });
 }
+LOWBIT_INLINE Ints load(const int32_t* p) { return copied_to<Ints>(p); }
 LOWBIT_INLINE Ints load_bytes(const uint8_t* p) {
   return quarters<Ints>([=](int i) {
     return __builtin_convertvector(copied_to<Bytes4>(p + 4 * i), Ints4);
@@ -95,6 +96,9 @@ LOWBIT_INLINE Ints operator+(Ints a, Ints b) {
 }
 LOWBIT_INLINE Ints operator&(Ints a, Ints b) {
   return quarters<Ints>([=](int i) { return a.v[i] & b.v[i]; });
+}
+LOWBIT_INLINE Ints operator^(Ints a, Ints b) {
+  return quarters<Ints>([=](int i) { return a.v[i] ^ b.v[i]; });
 }
 LOWBIT_INLINE Ints operator|(Ints a, Ints b) {
   return quarters<Ints>([=](int i) { return a.v[i] | b.v[i]; });
