@@ -52,12 +52,17 @@ def platforms(
     kernels for every platform there is would take longer than compiling for one.
     """
     chosen = {}
-    for platform in jax.extend.backend.backends():
+    for platform in names():
         name = KERNELS.get(platform, "reference")
         if name != "reference" and why_not(name, op, shape, dtype, *specs):
             name = "reference"
         chosen[platform] = name
     return chosen
+
+
+def names() -> tuple[str, ...]:
+    """The platforms of this process."""
+    return tuple(jax.extend.backend.backends())
 
 
 def platform_backend() -> str | None:

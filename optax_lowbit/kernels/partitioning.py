@@ -1,5 +1,6 @@
 """Runs a kernel on each device's part of a leaf; compilers cannot part a kernel by themselves."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ def per_device(
     arrays: Sequence[jax.Array],
     group: int,
     *,
-    takes_maxima: bool = False,
+    exchanges: bool = False,
 ) -> tuple[jax.Array, ...]:
     """``kernel(coefficients, *arrays)``, on parts of the arrays where they are spread out.
 
@@ -33,19 +34,24 @@ def per_device(
       arrays: Laid out like the leaf, which is the first: of its rank, an axis as long as the
         leaf's, in proportion to it (codes, scales), or 1.
       group: Elements of the last axis that must stay together.
-      takes_maxima: Whether the results are maxima over those axes of the leaf that are 1 in them,
-        and so over the devices that these are spread over.
+      exchanges: Whether devices must exchange what they find: the kernel is then also given
+        ``spread``, the names of the mesh axes that each axis of the leaf is spread over.
     """
+
+    def on_part(spec, *args):
+        if not exchanges:
+            return kernel(*args)
+        return kernel(*args, spread=[mesh_axes(entry) for entry in spec])
 
     @jax.custom_batching.custom_vmap
     def run(coefficients, *arrays):
         leaf = arrays[0]
         mesh = jax.typeof(leaf).sharding.mesh
         if most_shards() == 1 or (not mesh.empty and mesh.manual_axes):
-            return kernel(coefficients, *arrays)
+            return on_part([None] * leaf.ndim, coefficients, *arrays)
         if is_explicit(leaf):
-            return _on_explicit_mesh(kernel, coefficients, arrays, takes_maxima)
-        return _on_auto_mesh(kernel, coefficients, arrays, group, takes_maxima)
+            return _on_explicit_mesh(on_part, coefficients, arrays)
+        return _on_auto_mesh(on_part, coefficients, arrays, group)
 
     @run.def_vmap
     def _(axis_size, in_batched, *args):
@@ -59,25 +65,19 @@ def per_device(
     return run(coefficients, *arrays)
 
 
-def _on_explicit_mesh(kernel, coefficients, arrays, takes_maxima):
+def _on_explicit_mesh(on_part, coefficients, arrays):
     # Shards hold whole groups there: checked when the state was made.
     sharding = jax.typeof(arrays[0]).sharding
-    leaf_shape = arrays[0].shape
-    spec = _padded(sharding.spec, len(leaf_shape))
+    spec = _padded(sharding.spec, arrays[0].ndim)
 
     # Of plain shapes: a kernel reshapes as no type with a sharding lets it, but for a shard.
     plain = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (coefficients, *arrays)]
-    results = jax.eval_shape(lambda *args: kernel(*args), *plain)
-
-    def on_shards(coefficients, *arrays):
-        parts = kernel(coefficients, *arrays)
-        return _over_shards(parts, results, leaf_shape, spec, takes_maxima)
-
+    results = jax.eval_shape(functools.partial(on_part, [None] * len(spec)), *plain)
     specs = _specs(spec, arrays)
     # All are laid out so but those that were just made, of the numbers of rows and columns.
     arrays = [jax.sharding.reshard(x, s) for x, s in zip(arrays, specs)]
     return jax.shard_map(
-        on_shards,
+        functools.partial(on_part, spec),
         mesh=sharding.mesh,
         in_specs=(PartitionSpec(), *specs),
         out_specs=tuple(_specs(spec, results)),
@@ -85,9 +85,10 @@ def _on_explicit_mesh(kernel, coefficients, arrays, takes_maxima):
     )(coefficients, *arrays)
 
 
-def _on_auto_mesh(kernel, coefficients, arrays, group, takes_maxima):
+def _on_auto_mesh(on_part, coefficients, arrays, group):
     # What is partitioned may hold no constants, such as the tables of some kernels.
-    traced = jax.make_jaxpr(kernel)(coefficients, *arrays)
+    nowhere = [None] * arrays[0].ndim
+    traced = jax.make_jaxpr(functools.partial(on_part, nowhere))(coefficients, *arrays)
     count = 1 + len(arrays)
 
     def on_whole(*operands):
@@ -100,8 +101,7 @@ def _on_auto_mesh(kernel, coefficients, arrays, group, takes_maxima):
         spec = _aligned(leaf.sharding, leaf.shape, group)
 
         def on_shards(*operands):
-            parts = kernel(*operands[:count])
-            return _over_shards(parts, results, leaf.shape, spec, takes_maxima)
+            return on_part(spec, *operands[:count])
 
         def shardings(arrays):
             return tuple(NamedSharding(mesh, s) for s in _specs(spec, arrays))
@@ -139,23 +139,6 @@ def _like(x: Any, operands: Sequence[Any]) -> str:
         if operand.shape == x.shape:
             return str(i)
     return "result"
-
-
-def _over_shards(parts, whole, leaf_shape, spec, takes_maxima):
-    """Maxima over the shards of axes that are 1 in the whole of a result, and not in the leaf."""
-    if not takes_maxima:
-        return parts
-
-    def over_shards(part, shape):
-        axes = [
-            name
-            for size, leaf_size, entry in zip(shape, leaf_shape, spec)
-            for name in mesh_axes(entry)
-            if size == 1 and leaf_size > 1
-        ]
-        return jax.lax.pmax(part, tuple(axes)) if axes else part
-
-    return tuple(over_shards(part, result.shape) for part, result in zip(parts, whole))
 
 
 def _specs(spec: Sequence[Any], arrays: Sequence[Any]) -> list[PartitionSpec]:

@@ -76,12 +76,13 @@ class FusedAdam:
         group, nu_scales = mu.spec.group_size, None
         if is_quantized(nu) and isinstance(nu.scales, tuple):
 
-            def maxima(scalars, grad, codes, *scales):
+            def maxima(scalars, grad, codes, *scales, spread):
                 local = _of_part(dataclasses.replace(nu, codes=codes, scales=scales), grad)
-                return kernels.adam_rank1_maxima(grad, local, Coefficients(*scalars), **options)
+                found = kernels.adam_rank1_maxima(grad, local, Coefficients(*scalars), **options)
+                return tuple(_over_other_axes(x, i, spread) for i, x in enumerate(found))
 
             nu_scales = per_device(
-                maxima, scalars, (grad, nu.codes, *nu.scales), group, takes_maxima=True
+                maxima, scalars, (grad, nu.codes, *nu.scales), group, exchanges=True
             )
 
         def step(c, grad, mu, nu, nu_scales, descent):
@@ -184,6 +185,12 @@ def _by_kernel(fused: Fused, scalars: jax.Array, backend: str) -> Callable[..., 
         return descended(update, descent), moments
 
     return kernel
+
+
+def _over_other_axes(maxima: jax.Array, axis: int, spread: Any) -> jax.Array:
+    """Maxima along ``axis`` over all devices that the other axes are spread over."""
+    names = [name for i, others in enumerate(spread) if i != axis for name in others]
+    return jax.lax.pmax(maxima, tuple(names)) if names else maxima
 
 
 def _options(backend: str) -> dict[str, bool]:

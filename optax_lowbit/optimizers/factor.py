@@ -1,7 +1,5 @@
 """AdamW with a 4-bit first moment and a factored second moment."""
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,9 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from optax_lowbit.kernels.backends import Backend, checked
-from optax_lowbit.kernels.meshes import axis_shards, is_explicit, most_shards
+from optax_lowbit.kernels.means import mean, square_means
 from optax_lowbit.kernels.steps import FusedAdam, step_leaf
-from optax_lowbit.kernels.tiling import as_bits, from_bits, over_tiles, plan_tiles
 from optax_lowbit.optimizers.descent import Mask, descend
 from optax_lowbit.optimizers.leafwise import (
     Leaf,
@@ -27,9 +24,6 @@ from optax_lowbit.optimizers.presets import FIRST_MOMENT_4BIT, SECOND_MOMENT_4BI
 from optax_lowbit.optimizers.storage import FactoredMoment, init_moment
 from optax_lowbit.quant import QuantSpec
 from optax_lowbit.quant.scaling import divide
-
-# Pieces of an axis that are added up one after the other.
-_PIECES = 256
 
 
 def scale_by_factor4bit(
@@ -121,7 +115,7 @@ def scale_by_factor4bit(
             grad, leaf_moments, key, descent = leaf
             nu, factors, step = leaf_moments["nu"], None, adam_step
             if isinstance(nu, FactoredMoment):
-                nu = _update_means(grad, nu, b2, eps1)
+                nu = _update_means(grad, nu, b2, eps1, backend)
                 factors, step = (_shares(nu.rows), nu.columns), factored_step
                 leaf_moments = {"mu": leaf_moments["mu"]}
             result, new = step_leaf(
@@ -190,77 +184,16 @@ def _first_moment_estimate(grad, mu, b1, count, nesterov):
     return b1 * ahead + (1 - b1) * optax.tree.bias_correction(grad, b1, count)
 
 
-def _update_means(grad: jax.Array, nu: FactoredMoment, b2, eps1) -> FactoredMoment:
-    def square(x):
-        return jnp.square(x.astype(jnp.float32)) + eps1
-
+def _update_means(grad: jax.Array, nu: FactoredMoment, b2, eps1, backend) -> FactoredMoment:
     def decayed(old, mean):
         # One product only: of the two in b2 * old + (1 - b2) * mean the compiler may fuse either
         # one with the sum, and which one depends on how the means were exchanged.
         return old + (1 - b2) * (mean - old)
 
-    return FactoredMoment(
-        decayed(nu.rows, _mean(square, grad, -1)), decayed(nu.columns, _mean(square, grad, -2))
-    )
+    rows, columns = square_means(grad, eps1, backend)
+    return FactoredMoment(decayed(nu.rows, rows), decayed(nu.columns, columns))
 
 
 def _shares(rows: jax.Array) -> jax.Array:
     """Row means over their mean; 0 if that is 0."""
-    return divide(rows, _mean(lambda x: x, rows, -2))
-
-
-def _mean(f: Callable[[jax.Array], jax.Array], x: jax.Array, axis: int) -> jax.Array:
-    """Mean of ``f(x)`` along -1 or -2, kept as an axis of 1, with the same bits on every mesh.
-
-    XLA adds up in an order that depends on the shape of a shard. Here pieces, which lie within a
-    shard, are added up one after the other, and their sums pairwise; no ``f(x)`` is kept.
-    """
-    size = x.shape[axis]
-
-    def piece_sums(x):
-        return _piece_sums(f, x, axis)
-
-    # Whole rows at a time: what one turn reads of a row is a few cache lines, to be used up.
-    plan = plan_tiles(x.shape, size, axis_shards(x)) if axis == -1 else None
-    if plan is None:
-        sums = piece_sums(x)
-    else:
-        sums = jnp.zeros_like(jax.eval_shape(piece_sums, x))
-        sums = over_tiles(plan, lambda tile, rows, sums: piece_sums(rows), x, sums)
-    return _pairwise_sum(sums, x.ndim + axis) / size
-
-
-def _piece_sums(f, x: jax.Array, axis: int) -> jax.Array:
-    """Sums over about ``_PIECES`` equal pieces of an axis, and ``f`` of what is left over."""
-    position = x.ndim + axis
-    parts = math.gcd(x.shape[axis], most_shards())
-    part = x.shape[axis] // parts
-    length = max(part // _PIECES, 1)
-    turns = part // length
-    bits = as_bits(x).reshape(*x.shape[:position], parts, part, *x.shape[position + 1 :])
-
-    def piece(start, length):
-        window = jax.lax.dynamic_slice_in_dim(bits, start, length, position + 1)
-        return f(from_bits(window, x.dtype))
-
-    sums = jax.lax.fori_loop(
-        1, turns, lambda i, sums: sums + piece(i * length, length), piece(0, length)
-    )
-    if turns * length < part:
-        left = piece(turns * length, part - turns * length)
-        sums = jnp.concatenate([sums, left], axis=position + 1)
-    return sums.reshape(*x.shape[:position], -1, *x.shape[position + 1 :])
-
-
-def _pairwise_sum(x: jax.Array, axis: int) -> jax.Array:
-    if is_explicit(x):
-        spec = [*jax.typeof(x).sharding.spec]
-        spec[axis] = None
-        x = jax.sharding.reshard(x, jax.sharding.PartitionSpec(*spec))
-    while x.shape[axis] > 1:
-        half, is_odd = divmod(x.shape[axis], 2)
-        low = jax.lax.slice_in_dim(x, 0, half, axis=axis)
-        high = jax.lax.slice_in_dim(x, half, 2 * half, axis=axis)
-        rest = jax.lax.slice_in_dim(x, 2 * half, None, axis=axis)
-        x = jnp.concatenate([low + high, rest], axis=axis) if is_odd else low + high
-    return x
+    return divide(rows, mean(lambda x: x, rows, -2))

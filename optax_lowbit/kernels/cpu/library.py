@@ -11,6 +11,7 @@ import jax
 _HANDLERS = {
     "optax_lowbit_step": "LowbitStep",
     "optax_lowbit_rank1_maxima": "LowbitRank1Maxima",
+    "optax_lowbit_square_sums": "LowbitSquareSums",
     "optax_lowbit_quantize": "LowbitQuantize",
     "optax_lowbit_dequantize": "LowbitDequantize",
 }

@@ -32,7 +32,7 @@ def why_not(op: str, shape: tuple[int, ...], dtype: Any, *specs: QuantSpec | Non
     """Why the kernel of ``op`` cannot take a leaf; None if it can.
 
     Args:
-      op: ``"adam"``, ``"momentum"``, ``"quantize"`` or ``"dequantize"``.
+      op: ``"adam"``, ``"momentum"``, ``"quantize"``, ``"dequantize"`` or ``"square_sums"``.
       shape: The leaf's.
       dtype: Of the gradient, or of the array to be quantized.
       specs: Of the op's moments in their order; None for a factored second moment.
@@ -43,6 +43,8 @@ def why_not(op: str, shape: tuple[int, ...], dtype: Any, *specs: QuantSpec | Non
         return "no elements, or no axes"
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"dtype {dtype}"
+    if op == "square_sums":
+        return None if len(shape) > 1 else "no matrix"
     first, *rest = specs
     for spec in specs:
         if spec is not None and (reason := _why_not_spec(spec)):
@@ -152,6 +154,23 @@ def _rows_and_columns(scales: Any) -> tuple[jax.Array, jax.Array]:
     """Rank-1 scales as one for each row and one for each column: all but the last axis in one."""
     *leading, columns = scales
     return functools.reduce(jnp.minimum, leading), columns
+
+
+def square_sums(x: jax.Array, row_parts: int, column_parts: int) -> tuple[jax.Array, jax.Array]:
+    """Sums of squares of the last axis' ``column_parts`` equal parts and of the rows' ``row_parts``.
+
+    Their order is fixed, whatever the number of threads.
+
+    Returns:
+      Sums of shape ``(..., rows, column_parts)`` and ``(..., row_parts, columns)``, float32.
+    """
+    *leading, rows, columns = x.shape
+    outputs = [
+        jax.ShapeDtypeStruct((*leading, rows, column_parts), jnp.float32),
+        jax.ShapeDtypeStruct((*leading, row_parts, columns), jnp.float32),
+    ]
+    by_row, by_column = jax.ffi.ffi_call("optax_lowbit_square_sums", outputs)(x)
+    return by_row, by_column
 
 
 def quantize(x: jax.Array, spec: QuantSpec) -> QuantizedArray:

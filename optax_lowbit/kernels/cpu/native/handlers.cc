@@ -172,6 +172,38 @@ ffi::Error rank1_maxima(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rema
   return ffi::Error::Success();
 }
 
+// Rows whose sums by column are added up one after the other.
+constexpr int64_t kChunk = 256;
+
+// x -> sums of squares by row, of equal parts of it, and by column
+ffi::Error square_sums(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> by_row,
+                       ffi::Result<ffi::AnyBuffer> by_column) {
+  const int64_t columns = last_dimension(x), row_parts = last_dimension(*by_row);
+  const int64_t bands = rows_of(*by_column, 1), band = rows_of(x, 1) / bands;
+  const int64_t chunks = (band + kChunk - 1) / kChunk, n = columns / row_parts;
+  float* row_sums = static_cast<float*>(by_row->untyped_data());
+  float* column_sums = static_cast<float*>(by_column->untyped_data());
+  std::vector<float> sums(chunks > 1 ? bands * chunks * columns : 0);
+  float* sums_of_chunks = chunks > 1 ? sums.data() : column_sums;
+  run_all(pool, bands * chunks, [&](int64_t i) {
+    const int64_t first = i / chunks * band + i % chunks * kChunk;
+    const int64_t last = std::min(first + kChunk, (i / chunks + 1) * band);
+    std::vector<float> squares(columns + 32);  // 32: whole vectors are added, zeros at the end
+    for (int64_t row = first; row < last; row++)
+      for (int64_t part = 0; part < row_parts; part++)
+        target().square_sums(array(x), row * columns + part * n, n, row_sums + row * row_parts + part,
+                             squares.data() + part * n);
+    std::memcpy(sums_of_chunks + i * columns, squares.data(), columns * sizeof(float));
+  });
+  if (chunks == 1) return ffi::Error::Success();
+  for (int64_t i = 0; i < bands * columns; i++) {
+    column_sums[i] = 0;
+    const float* of_band = sums_of_chunks + i / columns * chunks * columns + i % columns;
+    for (int64_t chunk = 0; chunk < chunks; chunk++) column_sums[i] += of_band[chunk * columns];
+  }
+  return ffi::Error::Success();
+}
+
 // x -> codes, scales
 ffi::Error quantize(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> codes,
                     ffi::Result<ffi::AnyBuffer> scales, int64_t bits, int64_t block, Table values,
@@ -224,6 +256,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     LowbitRank1Maxima, lowbit::rank1_maxima,
     LOWBIT_CODES(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets(), "nu"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LowbitSquareSums, lowbit::square_sums,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LowbitQuantize, lowbit::quantize,
                               LOWBIT_CODES(ffi::Ffi::Bind()
                                                .Ctx<ffi::ThreadPool>()

@@ -69,6 +69,7 @@ struct Target {
   const char* name;
   void (*step)(const Step&, int64_t first, int64_t last);
   void (*maxima)(const Step&, int64_t first_row, int64_t last_row, float* columns);
+  void (*square_sums)(const Array&, int64_t start, int64_t n, float* row, float* columns);
   void (*quantize)(const Array&, const Moment&, int64_t columns, int64_t first, int64_t last);
   void (*dequantize)(const Moment&, const Array&, int64_t columns, int64_t first, int64_t last);
 };

@@ -33,7 +33,7 @@ namespace {
 #include "coding.inc"
 #include "arrays.inc"
 #include "steps.inc"
-constexpr Target kTarget{"generic", run_step, run_maxima, run_quantize, run_dequantize};
+constexpr Target kTarget{"generic", run_step, run_maxima, run_square_sums, run_quantize, run_dequantize};
 }  // namespace
 }  // namespace generic
 
@@ -45,7 +45,7 @@ namespace {
 #include "coding.inc"
 #include "arrays.inc"
 #include "steps.inc"
-constexpr Target kTarget{"avx2", run_step, run_maxima, run_quantize, run_dequantize};
+constexpr Target kTarget{"avx2", run_step, run_maxima, run_square_sums, run_quantize, run_dequantize};
 }  // namespace
 }  // namespace avx2
 LOWBIT_END
@@ -57,7 +57,7 @@ namespace {
 #include "coding.inc"
 #include "arrays.inc"
 #include "steps.inc"
-constexpr Target kTarget{"avx512", run_step, run_maxima, run_quantize, run_dequantize};
+constexpr Target kTarget{"avx512", run_step, run_maxima, run_square_sums, run_quantize, run_dequantize};
 }  // namespace
 }  // namespace avx512
 LOWBIT_END
