@@ -22,6 +22,7 @@ TORCH_ADAM: dict[str, Any] = {"lr": RATE, "betas": BETAS, "eps": EPSILON, "weigh
 
 UPDATES = frozenset({"matrix", "large", "tree", "scaling"})
 EVERYTHING = UPDATES | {"training", "memory", "threads"}
+NATIVE = EVERYTHING | {"instructions"}
 BASELINE = "optax.adamw, float32"
 
 
@@ -158,12 +159,12 @@ TORCH = "torch AdamW(fused=True), float32"
 PLAIN = {"jax": "optax.sgd, no momentum", "torch": "torch SGD, no momentum"}
 
 CONTESTANTS = (
-    Contestant(BASELINE, _adamw),
+    Contestant(BASELINE, _adamw, NATIVE),
     Contestant("optax.adamw, mu in bfloat16", _adamw_bfloat16),
-    Contestant("adamw4bit", lambda: from_optax(_rank1())),
-    Contestant("adamw4bit, fused_apply", _fused(_rank1)),
-    Contestant("adamw4bit, nu in blocks", lambda: from_optax(_block())),
-    Contestant(FUSED_BLOCK, _fused(_block)),
+    Contestant("adamw4bit", lambda: from_optax(_rank1()), NATIVE),
+    Contestant("adamw4bit, fused_apply", _fused(_rank1), NATIVE),
+    Contestant("adamw4bit, nu in blocks", lambda: from_optax(_block()), NATIVE),
+    Contestant(FUSED_BLOCK, _fused(_block), NATIVE),
     Contestant("factor4bit", _factor),
     Contestant("adamw8bit", _adamw8bit),
     Contestant(SGD, _sgd, reference=SGD),

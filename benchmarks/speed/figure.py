@@ -20,7 +20,7 @@ def draw(ratios: dict[str, dict[str, float]], sizes: dict[str, dict[int, float]]
       sizes: By contestant and number of elements.
       path: Of the PNG.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 6), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(16, 6), layout="constrained")
     draw_ratios(left, ratios)
     draw_sizes(right, sizes)
     figure.savefig(path, dpi=110)
@@ -53,4 +53,4 @@ def draw_sizes(axes: Any, sizes: dict[str, dict[int, float]]) -> None:
     axes.set_xlabel("elements of a matrix")
     axes.set_ylabel("ns an element (minimum)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))

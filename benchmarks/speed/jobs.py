@@ -31,6 +31,7 @@ class Job:
       kind: ``"time"`` for contestants in turns, ``"memory"`` for the peak of a single one.
       trial_size: As in `start_jax`.
       bandwidth_bytes: Size of the array whose reading and writing is timed with them.
+      instructions: Which of the native kernels' instruction sets they use; empty for the best.
       memory_limit: Bytes of all contestants that are alive at a time, by an estimate.
     """
 
@@ -41,6 +42,7 @@ class Job:
     kind: Literal["time", "memory"] = "time"
     trial_size: int = 2048
     bandwidth_bytes: int = 2**28
+    instructions: str = ""
     memory_limit: int = 8 * GIGABYTE
 
     @classmethod
@@ -72,6 +74,8 @@ class Job:
                 "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
                 "TORCHINDUCTOR_CACHE_DIR": folder,
             }
+            if self.instructions:
+                environment["LOWBIT_CPU_TARGET"] = self.instructions
             if self.kind == "memory":
                 # Freed arrays go back to the system at once, so that they aren't counted.
                 environment["MALLOC_MMAP_THRESHOLD_"] = str(2**17)

@@ -13,6 +13,7 @@ from benchmarks.speed.jax_steps import Bandwidth
 from benchmarks.speed.jobs import Job
 from benchmarks.speed.rounds import Runner, interleave
 from benchmarks.speed.workloads import Workload
+from optax_lowbit.kernels.cpu.library import target_name
 
 BANDWIDTH = "bandwidth"
 
@@ -21,7 +22,8 @@ def measure(job: Job) -> dict[str, Any]:
     """Runs ``job`` in this process.
 
     Returns:
-      ``workload``, ``elements``, ``leaves``, ``cores`` (their number) and, of a timing job,
+      ``workload``, ``elements``, ``leaves``, ``cores`` (their number), ``instructions`` as asked
+      for and ``native kernels``, those that there are (or None); and, of a timing job,
       ``groups`` as of `time_group`; of a memory job ``contestant`` and what `peak_memory` returns.
       ``refused`` has a peer's error by its name.
     """
@@ -31,6 +33,8 @@ def measure(job: Job) -> dict[str, Any]:
         "elements": job.workload.elements,
         "leaves": len(job.workload.shapes),
         "cores": len(job.cores),
+        "instructions": job.instructions,
+        "native kernels": target_name(),
         "refused": refused,
     }
     contestants = [BY_NAME[name] for name in job.contestants]

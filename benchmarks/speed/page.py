@@ -48,6 +48,7 @@ TITLES = {
     "training": "Inside a training step",
     "scaling": "By size",
     "threads": "By number of processors",
+    "instructions": "By instruction set",
     "memory": "Memory",
 }
 
@@ -242,6 +243,19 @@ def threads_section(part: dict) -> str:
     )
 
 
+def instructions_section(part: dict) -> str:
+    """Tables by the instruction set of the native kernels."""
+    jobs = [job for job in part["jobs"] if job["instructions"] == job["native kernels"]]
+    if not jobs:
+        return "The native kernels were not built."
+    labels = [job["instructions"] for job in jobs]
+    return (
+        f"{counts(jobs[0])}. The native kernels as they run where there are no better instructions "
+        "(`LOWBIT_CPU_TARGET`), a process of its own for each; XLA's code, Optax's with it, uses "
+        f"all that the processor has.\n\n{across_section(jobs, labels)}"
+    )
+
+
 def memory_section(part: dict) -> str:
     """A table of peak memory."""
     rows = []
@@ -276,6 +290,7 @@ SECTIONS = {
     "training": training_section,
     "scaling": scaling_section,
     "threads": threads_section,
+    "instructions": instructions_section,
     "memory": memory_section,
 }
 

@@ -10,7 +10,9 @@ from benchmarks.speed.jobs import Job
 from benchmarks.speed.rounds import Rounds
 from benchmarks.speed.workloads import SMOLLM2, Workload, decoder, perceptron, power_of_two, square
 
-PARTS = ("matrix", "large", "tree", "training", "scaling", "threads", "memory")
+PARTS = ("matrix", "large", "tree", "training", "scaling", "threads", "instructions", "memory")
+# Of the native kernels, by the names that they have for themselves.
+INSTRUCTION_SETS = ("avx512", "avx2", "generic")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,11 @@ class Plan:
             counts = sorted({1, min(2, len(cores))})
             return [
                 job(self.matrix, rounds=self.short_rounds, cores=cores[:count]) for count in counts
+            ]
+        if part == "instructions":
+            return [
+                job(self.matrix, rounds=self.short_rounds, instructions=name)
+                for name in INSTRUCTION_SETS
             ]
         if part == "memory":
             return [job(self.matrix, kind="memory", contestants=(name,)) for name in names]

@@ -1,6 +1,7 @@
 """Which kernel takes a leaf: an explicit predicate of platform, shape, dtype and specs."""
 
 import importlib
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, Literal, get_args
 
@@ -28,6 +29,11 @@ def kernels(backend: str) -> ModuleType:
     return importlib.import_module(f"optax_lowbit.kernels.{folder}")
 
 
+def options(backend: str) -> dict[str, bool]:
+    """Keyword arguments of a backend's functions."""
+    return {"interpret": True} if backend == "interpret" else {}
+
+
 def why_not(
     backend: str, op: str, shape: tuple[int, ...], dtype: Any, *specs: QuantSpec | None
 ) -> str | None:
@@ -44,25 +50,30 @@ def why_not(
 
 
 def platforms(
-    op: str, shape: tuple[int, ...], dtype: Any, *specs: QuantSpec | None
+    backend: str, op: str, shape: tuple[int, ...], dtype: Any, *specs: QuantSpec | None
 ) -> dict[str, str]:
-    """The backend of each platform of this process under ``"auto"``.
+    """The backend of each platform of this process: the one that is named, or the best it has.
 
     To compile for a platform that the process does not have, its backend must be named: tracing
     kernels for every platform there is would take longer than compiling for one.
     """
     chosen = {}
-    for platform in names():
-        name = KERNELS.get(platform, "reference")
-        if name != "reference" and why_not(name, op, shape, dtype, *specs):
+    for platform in jax.extend.backend.backends():
+        name = KERNELS.get(platform, "reference") if backend == "auto" else backend
+        if backend == "auto" and name != "reference" and why_not(name, op, shape, dtype, *specs):
             name = "reference"
         chosen[platform] = name
     return chosen
 
 
-def names() -> tuple[str, ...]:
-    """The platforms of this process."""
-    return tuple(jax.extend.backend.backends())
+def by_platform(
+    chosen: Mapping[str, str], run: Callable[[str], Callable[..., Any]], *operands: Any
+) -> Any:
+    """``run(name)(*operands)`` with the backend of the platform that it is compiled for."""
+    if len(set(chosen.values())) == 1:
+        return run(next(iter(chosen.values())))(*operands)
+    branches = {platform: run(name) for platform, name in chosen.items()}
+    return jax.lax.platform_dependent(*operands, **branches)
 
 
 def platform_backend() -> str | None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.extend.backend
 import jax.numpy as jnp
 
 from optax_lowbit.kernels import backends
@@ -36,7 +37,9 @@ def square_means(
         parts = tuple(math.gcd(size, most_shards()) for size in x.shape[-2:])
 
         def kernel(_, x, *, spread):
-            own_parts = (part // (full // own) for part, full, own in zip(parts, shape, x.shape[-2:]))
+            own_parts = (
+                part // (full // own) for part, full, own in zip(parts, shape, x.shape[-2:])
+            )
             by_row, by_column = cpu.square_sums(x, *own_parts)
             return _sum_of_parts(by_row, -1, spread), _sum_of_parts(by_column, -2, spread)
 
@@ -45,15 +48,10 @@ def square_means(
         rows, columns = per_device(kernel, unused, (x,), group, exchanges=True)
         return rows / shape[-1] + eps1, columns / shape[-2] + eps1
 
-    takes = cpu.why_not("square_sums", x.shape, x.dtype) is None
-    if not takes or backend not in ("auto", "cpu"):
-        return reference(x)
-    if backend == "cpu":
-        return native(x)
-    branches = {name: native if name == "cpu" else reference for name in backends.names()}
-    if len(branches) == 1:
-        return next(iter(branches.values()))(x)
-    return jax.lax.platform_dependent(x, **branches)
+    takes = backend in ("auto", "cpu") and cpu.why_not("square_sums", x.shape, x.dtype) is None
+    platforms = jax.extend.backend.backends()
+    chosen = {name: "cpu" if takes and name == "cpu" else "reference" for name in platforms}
+    return backends.by_platform(chosen, {"cpu": native, "reference": reference}.__getitem__, x)
 
 
 def _sum_of_parts(x: jax.Array, axis: int, spread: Sequence[tuple[str, ...]]) -> jax.Array:

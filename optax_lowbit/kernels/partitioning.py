@@ -7,7 +7,12 @@ from typing import Any
 
 import jax
 import jax.core
-from jax.experimental.custom_partitioning import custom_partitioning
+from jax.experimental.custom_partitioning import (
+    ArrayMapping,
+    CompoundFactor,
+    SdyShardingRule,
+    custom_partitioning,
+)
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_lowbit.kernels.meshes import is_explicit, mesh_axes, most_shards
@@ -111,26 +116,49 @@ def _on_auto_mesh(on_part, coefficients, arrays, group):
         return mesh, on_shards, shardings(results), taken
 
     def rule(mesh, operands, results):
-        del mesh
-        # The coefficients have one axis, and every array that is no constant those of the leaf.
-        leaf, arrays = operands[1], operands[1:count]
-        factors = ["whole", *(_factors(str(i), x, leaf) for i, x in enumerate(arrays))]
-        for number, constant in enumerate(operands[count:]):
-            factors.append(" ".join(f"constant{number}of{i}" for i in range(len(constant.shape))))
-        outputs = [_factors(_like(x, arrays), x, leaf) for x in results]
-        return f"{', '.join(factors)} -> {', '.join(outputs)}"
+        blocks, rest = divmod(operands[1].shape[-1], group)
+        # Blocks that some axes of the mesh do not divide cannot be spread: the leaf alone is then.
+        blocks = 1 if rest or blocks % mesh.size else blocks
+        return _rule(operands[:count], operands[count:], results, blocks)
 
     partitioned.def_partition(partition=partition, sharding_rule=rule)
     return partitioned(coefficients, *arrays, *traced.consts)
 
 
-def _factors(name: str, x: Any, leaf: Any) -> str:
-    """Names of an array's axes, which are the leaf's where they are as long."""
-    shape, leaf_shape = x.shape, leaf.shape
-    return " ".join(
-        f"leaf{axis}" if size == leaf_shape[axis] else f"other{name}of{axis}"
-        for axis, size in enumerate(shape)
-    )
+def _rule(operands, constants, results, blocks) -> SdyShardingRule:
+    """How axes of operands and results belong together: those of the leaf, and whole blocks."""
+    arrays = operands[1:]  # after the coefficients
+    leaf = arrays[0]
+    sizes: dict[str, int] = {}
+
+    def mapping(name, x):
+        axes = enumerate(zip(x.shape, leaf.shape))
+        factors = [
+            f"leaf{axis}" if size == leaf_size else f"other{name}of{axis}"
+            for axis, (size, leaf_size) in axes
+        ]
+        if blocks > 1 and x.shape[-1] % blocks == 0:
+            factors[-1] = _in_blocks(x.shape[-1] // blocks, sizes)
+        return ArrayMapping(*factors)
+
+    operand_mappings = [ArrayMapping("whole")]
+    operand_mappings += [mapping(i, x) for i, x in enumerate(arrays)]
+    for number, constant in enumerate(constants):
+        axes = range(len(constant.shape))
+        operand_mappings.append(ArrayMapping(*(f"constant{number}of{axis}" for axis in axes)))
+    result_mappings = [mapping(_like(x, arrays), x) for x in results]
+    mappings = (*operand_mappings, *result_mappings)
+    if sizes and not any("blocks" in factors for factors in mappings):
+        sizes["blocks"] = blocks
+    return SdyShardingRule(tuple(operand_mappings), tuple(result_mappings), **sizes)
+
+
+def _in_blocks(length: int, sizes: dict[str, int]) -> str | CompoundFactor:
+    """The factors of an axis of blocks, of which each has ``length``; puts down their sizes."""
+    if length == 1:
+        return "blocks"
+    sizes[f"within{length}"] = length
+    return CompoundFactor("blocks", f"within{length}")
 
 
 def _like(x: Any, operands: Sequence[Any]) -> str:

@@ -71,7 +71,7 @@ class FusedAdam:
 
     def run(self, backend, scalars, grad, moments, factors, descent):
         """One call, or two under rank-1: the new scales must be known before codes are written."""
-        kernels, options = backends.kernels(backend), _options(backend)
+        kernels, options = backends.kernels(backend), backends.options(backend)
         mu, nu = moments["mu"], moments.get("nu", factors)
         group, nu_scales = mu.spec.group_size, None
         if is_quantized(nu) and isinstance(nu.scales, tuple):
@@ -114,7 +114,7 @@ class FusedMomentum:
     def run(self, backend, scalars, grad, moments, factors, descent):
         """One call."""
         del factors
-        kernels, options = backends.kernels(backend), _options(backend)
+        kernels, options = backends.kernels(backend), backends.options(backend)
 
         def step(scalars, grad, trace, descent):
             (decay,) = scalars
@@ -155,46 +155,37 @@ def step_leaf(
       The update, or the new parameters if there is a descent; and the new moments.
     """
 
-    def reference(grad, moments, factors, descent):
-        update, moments = update_leaf(step, grad, moments, key, factors)
-        return descended(update, descent), moments
+    def run(name):
+        if name == "reference":
+            return functools.partial(_by_reference, step, key)
+        return functools.partial(_by_kernel, fused, name, scalars)
 
     operands = grad, moments, factors, descent
     is_low_bit = all(map(is_quantized, moments.values()))
-    if fused is None or scalars is None or backend == "reference" or not is_low_bit:
-        return reference(*operands)
-    kernel = functools.partial(_by_kernel, fused, scalars)
-    if backend != "auto":
-        return kernel(backend)(*operands)
-    chosen = backends.platforms(fused.op, grad.shape, grad.dtype, *fused.specs(moments))
-    branches = {
-        platform: reference if name == "reference" else kernel(name)
-        for platform, name in chosen.items()
-    }
-    if len(set(chosen.values())) == 1:
-        return next(iter(branches.values()))(*operands)
-    return jax.lax.platform_dependent(*operands, **branches)
+    if fused is None or scalars is None or not is_low_bit:
+        return run("reference")(*operands)
+    specs = fused.specs(moments)
+    chosen = backends.platforms(backend, fused.op, grad.shape, grad.dtype, *specs)
+    return backends.by_platform(chosen, run, *operands)
 
 
-def _by_kernel(fused: Fused, scalars: jax.Array, backend: str) -> Callable[..., Any]:
-    def kernel(grad, moments, factors, descent):
-        if descent is None or descent.key is None or backend == "cpu":
-            return fused.run(backend, scalars, grad, moments, factors, descent)
-        # Kernels in Pallas round to nearest alone.
-        update, moments = fused.run(backend, scalars, grad, moments, factors, None)
-        return descended(update, descent), moments
+def _by_reference(step, key, grad, moments, factors, descent):
+    update, moments = update_leaf(step, grad, moments, key, factors)
+    return descended(update, descent), moments
 
-    return kernel
+
+def _by_kernel(fused, backend, scalars, grad, moments, factors, descent):
+    if descent is None or descent.key is None or backend == "cpu":
+        return fused.run(backend, scalars, grad, moments, factors, descent)
+    # Kernels in Pallas round to nearest alone.
+    update, moments = fused.run(backend, scalars, grad, moments, factors, None)
+    return descended(update, descent), moments
 
 
 def _over_other_axes(maxima: jax.Array, axis: int, spread: Any) -> jax.Array:
     """Maxima along ``axis`` over all devices that the other axes are spread over."""
     names = [name for i, others in enumerate(spread) if i != axis for name in others]
     return jax.lax.pmax(maxima, tuple(names)) if names else maxima
-
-
-def _options(backend: str) -> dict[str, bool]:
-    return {"interpret": True} if backend == "interpret" else {}
 
 
 def _on_leaves(

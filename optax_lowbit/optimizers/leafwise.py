@@ -10,6 +10,7 @@ References:
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -143,37 +144,45 @@ def update_state(
       fused: What the kernels know of the step.
       descents: One for each leaf, for a step that writes parameters.
     """
-    paths_and_grads, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_variable)
+    grads, treedef = jax.tree.flatten(updates, is_leaf=is_variable)
     columns = {name: treedef.flatten_up_to(getattr(state, name)) for name in names}
-    rows = [dict(zip(names, row)) for row in zip(*columns.values())]
-    step_key = noise_key(key, state.count)
-    leaves = [
-        Leaf(
-            unwrapped(grad),
-            {name: x if is_low_bit(x) else unwrapped(x) for name, x in row.items()},
-            fold_in_path(step_key, path),
-            descent,
-        )
-        for (path, grad), row, descent in zip(paths_and_grads, rows, descents or [None] * len(rows))
-    ]
-    results, new_state = _step_plain_leaves(transform, state, names, leaves)
+    leaves = _leaves(updates, state, columns, key, descents)
+    new_leaves, new_state = _step_plain_leaves(transform, state, names, leaves)
     step = _step_of(transform, state, names)
     count: Any = optax.safe_increment(state.count)
     scalars = None if fused is None else fused.scalars(count)
     results = [
-        step_one(leaf, step, scalars) if result is None else result
-        for leaf, result in zip(leaves, results)
+        new or step_one(leaf, step, scalars) for leaf, new in zip(leaves, new_leaves, strict=True)
     ]
-    new_updates = [
-        wrapped_like(grad, update) for (_, grad), (update, _) in zip(paths_and_grads, results)
-    ]
+    new_updates = [wrapped_like(grad, update) for grad, (update, _) in zip(grads, results)]
     new_moments = {
-        name: treedef.unflatten(
-            wrapped_like(row[name], new[name]) for row, (_, new) in zip(rows, results)
-        )
-        for name in names
+        name: treedef.unflatten(wrapped_like(x, new[name]) for x, (_, new) in zip(column, results))
+        for name, column in columns.items()
     }
     return treedef.unflatten(new_updates), new_state._replace(**new_moments)
+
+
+def _leaves(
+    updates: optax.Updates,
+    state: Any,
+    columns: Mapping[str, Sequence[Any]],
+    key: jax.Array | int | None,
+    descents: Sequence[Descent] | None,
+) -> list[Leaf]:
+    """The leaves of the gradients, each with its moments, which ``columns`` has by name."""
+    paths_and_grads, _ = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_variable)
+    step_key = noise_key(key, state.count)
+    return [
+        Leaf(
+            unwrapped(grad),
+            {name: x if is_low_bit(x) else unwrapped(x) for name, x in zip(columns, row)},
+            fold_in_path(step_key, path),
+            descent,
+        )
+        for (path, grad), row, descent in zip(
+            paths_and_grads, zip(*columns.values()), descents or [None] * len(paths_and_grads)
+        )
+    ]
 
 
 def _step_of(transform: "Inner", state: Any, names: tuple[str, ...]) -> Step:
@@ -192,7 +201,8 @@ def _step_plain_leaves(
 
     They go through optax together: the program is optax's own, so its bits are too.
     """
-    plain = [leaf for leaf in leaves if not any(map(is_low_bit, leaf.moments.values()))]
+    is_plain = [not any(map(is_low_bit, leaf.moments.values())) for leaf in leaves]
+    plain = list(itertools.compress(leaves, is_plain))
     updates, new_state = transform.update(
         [widened(leaf.grad) for leaf in plain],
         state._replace(**{n: [widened(leaf.moments[n]) for leaf in plain] for n in names}),
@@ -205,8 +215,7 @@ def _step_plain_leaves(
         )
         for leaf, update, *row in zip(plain, updates, *columns)
     )
-    is_plain = [not any(map(is_low_bit, leaf.moments.values())) for leaf in leaves]
-    return [next(results) if plain else None for plain in is_plain], new_state
+    return [next(results) if each else None for each in is_plain], new_state
 
 
 def record_backends(

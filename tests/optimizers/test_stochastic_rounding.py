@@ -18,7 +18,7 @@ BACKENDS = ["auto", "reference", "interpret"]
 
 
 def neighbours(x):
-    """The bfloat16 numbers around float32 ones: the upper halves, and one in the last place more."""
+    """The bfloat16 numbers around float32 ones, that nearer to zero first."""
     bits = np.asarray(x, np.float32).view(np.uint32)
     upper = bits & np.uint32(0xFFFF0000)
     away = np.where(bits == upper, upper, upper + np.uint32(0x10000))
@@ -53,7 +53,7 @@ def test_small_steps_are_not_lost():
 
 
 @pytest.mark.parametrize(
-    "value", [0.0, -0.0, 1.5, -2.0**-120, np.inf, -np.inf, np.nan], ids=lambda v: str(v)
+    "value", [0.0, -0.0, 1.5, -(2.0**-120), np.inf, -np.inf, np.nan], ids=lambda v: str(v)
 )
 def test_what_bfloat16_has_stays(value):
     params = jnp.full(256, value, jnp.bfloat16)

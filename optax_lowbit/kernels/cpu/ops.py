@@ -157,9 +157,9 @@ def _rows_and_columns(scales: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def square_sums(x: jax.Array, row_parts: int, column_parts: int) -> tuple[jax.Array, jax.Array]:
-    """Sums of squares of the last axis' ``column_parts`` equal parts and of the rows' ``row_parts``.
+    """Sums of squares over equal parts of the last axis, and of the last but one.
 
-    Their order is fixed, whatever the number of threads.
+    They are added up in the same order whatever the number of threads.
 
     Returns:
       Sums of shape ``(..., rows, column_parts)`` and ``(..., row_parts, columns)``, float32.

@@ -29,13 +29,19 @@ struct Codebook {
   bool has_half_gaps = false;
   // Whether code i stands for (i + 1) / 16.
   bool is_linear16 = false;
-  // 8 bits: for the upper half of a float32 as an index, the code of the least value with that
-  // half. At most one boundary lies among the values of one index, so one comparison is left.
-  std::vector<uint8_t> code_of_high_half;
+  // 8 bits: a cell of all values with the same upper half, by that half. Its lowest 8 bits are the
+  // code of the least value; above them is the lower half of the boundary among its values, if
+  // there is one: at most one does lie there.
+  std::vector<int32_t> cells;
 };
 
-inline std::vector<uint8_t> codes_of_high_halves(const std::vector<float>& boundaries) {
-  std::vector<uint8_t> codes((1 << 16) + 3, 0);  // 3: a gather reads words
+// The lower half of a float, ascending with the float.
+inline uint32_t ascending_low_half(uint32_t word) {
+  return (word >> 31 ? ~word : word) & 0xffff;
+}
+
+inline std::vector<int32_t> cells_of(const std::vector<float>& boundaries) {
+  std::vector<int32_t> cells(1 << 16, 0xffff << 8);
   for (uint32_t half = 0; half < (1 << 16); half++) {
     // The value of least magnitude for a positive sign, of largest for a negative one.
     const uint32_t word = (half << 16) | (half & 0x8000 ? 0xffff : 0);
@@ -43,9 +49,14 @@ inline std::vector<uint8_t> codes_of_high_halves(const std::vector<float>& bound
     std::memcpy(&least, &word, sizeof least);
     const bool is_nan = (half & 0x7f80) == 0x7f80 && !std::isinf(least);
     if (is_nan) continue;
-    codes[half] = std::lower_bound(boundaries.begin(), boundaries.end(), least) - boundaries.begin();
+    const auto next = std::lower_bound(boundaries.begin(), boundaries.end(), least);
+    uint32_t boundary = 0;
+    if (next != boundaries.end()) std::memcpy(&boundary, &*next, sizeof boundary);
+    const bool is_inside = next != boundaries.end() && boundary >> 16 == half;
+    const uint32_t low_half = is_inside ? ascending_low_half(boundary) : 0xffff;
+    cells[half] = int32_t(low_half << 8 | uint32_t(next - boundaries.begin()));
   }
-  return codes;
+  return cells;
 }
 
 // The codebook with these values and boundaries, made once.
@@ -76,7 +87,7 @@ inline const Codebook& codebook_of(const float* values, size_t count, const floa
       book->half_gaps.push_back(std::isinf(boundary) ? 0.0f : (next - boundary) / 2);
       book->has_half_gaps = book->has_half_gaps && std::fabs(boundary) > 1e-6f;
     }
-    if (bits == 8) book->code_of_high_half = codes_of_high_halves(book->boundaries);
+    if (bits == 8) book->cells = cells_of(limits);
   }
   return *book;
 }

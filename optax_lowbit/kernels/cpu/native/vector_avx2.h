@@ -117,6 +117,14 @@ LOWBIT_INLINE __m256i is_above8(__m256 x, __m256 y) {
   return _mm256_srli_epi32(_mm256_castps_si256(_mm256_cmp_ps(x, y, _CMP_GT_OQ)), 31);
 }
 LOWBIT_INLINE Ints is_above(Floats x, Floats y) { return {is_above8(x.a, y.a), is_above8(x.b, y.b)}; }
+LOWBIT_INLINE Ints is_above(Ints x, Ints y) {
+  return {_mm256_srli_epi32(_mm256_cmpgt_epi32(x.a, y.a), 31),
+          _mm256_srli_epi32(_mm256_cmpgt_epi32(x.b, y.b), 31)};
+}
+// -1 where x is negative, else 0.
+LOWBIT_INLINE Ints sign_fill(Ints x) {
+  return {_mm256_srai_epi32(x.a, 31), _mm256_srai_epi32(x.b, 31)};
+}
 LOWBIT_INLINE __m256i where_nan8(__m256 x, __m256i then, __m256i otherwise) {
   const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
   return _mm256_blendv_epi8(otherwise, then, is_nan);
@@ -157,11 +165,8 @@ LOWBIT_INLINE Table16 scaled(Table16 table, Floats x) {
 LOWBIT_INLINE Floats look_up(const float* table, Ints index) {
   return {_mm256_i32gather_ps(table, index.a, 4), _mm256_i32gather_ps(table, index.b, 4)};
 }
-// Single bytes; the table is readable for three bytes more.
-LOWBIT_INLINE Ints look_up(const uint8_t* table, Ints index) {
-  const Ints words = {_mm256_i32gather_epi32((const int*)table, index.a, 1),
-                      _mm256_i32gather_epi32((const int*)table, index.b, 1)};
-  return words & all(255);
+LOWBIT_INLINE Ints look_up(const int32_t* table, Ints index) {
+  return {_mm256_i32gather_epi32(table, index.a, 4), _mm256_i32gather_epi32(table, index.b, 4)};
 }
 
 // How many of 15 ascending boundaries lie strictly below x: a binary search in four steps, of which

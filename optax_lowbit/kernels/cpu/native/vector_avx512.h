@@ -65,6 +65,11 @@ LOWBIT_INLINE Floats product_below(const float* values, const float* gaps, float
 LOWBIT_INLINE Ints is_above(Floats a, Floats b) {
   return {_mm512_maskz_set1_epi32(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), 1)};
 }
+LOWBIT_INLINE Ints is_above(Ints a, Ints b) {
+  return {_mm512_maskz_set1_epi32(_mm512_cmpgt_epi32_mask(a.v, b.v), 1)};
+}
+// -1 where x is negative, else 0.
+LOWBIT_INLINE Ints sign_fill(Ints x) { return {_mm512_srai_epi32(x.v, 31)}; }
 LOWBIT_INLINE Ints where_nan(Floats x, Ints then, Ints otherwise) {
   return {_mm512_mask_mov_epi32(otherwise.v, _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q), then.v)};
 }
@@ -88,9 +93,8 @@ LOWBIT_INLINE Table16 scaled(Table16 table, Floats x) { return {_mm512_mul_ps(ta
 LOWBIT_INLINE Floats look_up(const float* table, Ints index) {
   return {_mm512_i32gather_ps(index.v, table, 4)};
 }
-// Single bytes; the table is readable for three bytes more.
-LOWBIT_INLINE Ints look_up(const uint8_t* table, Ints index) {
-  return {_mm512_and_si512(_mm512_i32gather_epi32(index.v, table, 1), _mm512_set1_epi32(255))};
+LOWBIT_INLINE Ints look_up(const int32_t* table, Ints index) {
+  return {_mm512_i32gather_epi32(index.v, table, 4)};
 }
 
 // How many of 15 ascending boundaries lie strictly below x: a binary search in four steps.

@@ -134,6 +134,13 @@ LOWBIT_INLINE Floats product_below(const float* values, const float* gaps, float
 LOWBIT_INLINE Ints is_above(Floats a, Floats b) {
   return quarters<Ints>([=](int i) { return -(Ints4)(a.v[i] > b.v[i]); });
 }
+LOWBIT_INLINE Ints is_above(Ints a, Ints b) {
+  return quarters<Ints>([=](int i) { return -(Ints4)(a.v[i] > b.v[i]); });
+}
+// -1 where x is negative, else 0.
+LOWBIT_INLINE Ints sign_fill(Ints x) {
+  return quarters<Ints>([=](int i) { return x.v[i] >> 31; });
+}
 LOWBIT_INLINE Ints where_nan(Floats x, Ints then, Ints otherwise) {
   return quarters<Ints>([=](int i) {
     return choose(x.v[i] != x.v[i], then.v[i], otherwise.v[i]);
@@ -173,7 +180,7 @@ LOWBIT_INLINE Floats look_up(const float* table, Ints index) {
 LOWBIT_INLINE Floats look_up(const Table16& table, Ints index) {
   return look_up(table.values, index & all(15));
 }
-LOWBIT_INLINE Ints look_up(const uint8_t* table, Ints index) {
+LOWBIT_INLINE Ints look_up(const int32_t* table, Ints index) {
   int32_t values[16];
   look_up_each(table, index, values);
   return copied_to<Ints>(values);

@@ -1,0 +1,82 @@
+"""Quantizing and dequantizing by whatever kernel takes an array."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_lowbit import quant
+from optax_lowbit.kernels import backends
+from optax_lowbit.kernels.partitioning import per_device
+from optax_lowbit.quant import QuantizedArray, QuantSpec
+from optax_lowbit.quant.array import code_padding
+
+
+def quantize(x: jax.Array, spec: QuantSpec, backend: backends.Backend = "auto") -> QuantizedArray:
+    """:func:`optax_lowbit.quantize` to nearest, by a kernel where one takes it.
+
+    Args:
+      x: Float array.
+      spec: How to store it; rounding to nearest.
+      backend: A :data:`~optax_lowbit.kernels.backends.Backend`.
+
+    Raises:
+      ValueError: If the backend is unknown, or is named and cannot take the array.
+    """
+    chosen = _chosen("quantize", backend, x, spec)
+    return backends.by_platform(chosen, lambda name: functools.partial(_quantized, name, spec), x)
+
+
+def dequantize(q: QuantizedArray, backend: backends.Backend = "auto") -> jax.Array:
+    """:func:`optax_lowbit.dequantize`, by a kernel where one takes it.
+
+    Args:
+      q: The array.
+      backend: A :data:`~optax_lowbit.kernels.backends.Backend`.
+
+    Raises:
+      ValueError: If the backend is unknown, or is named and cannot take the array.
+    """
+    chosen = _chosen("dequantize", backend, q, q.spec)
+    return backends.by_platform(chosen, lambda name: functools.partial(_dequantized, name), q)
+
+
+def _quantized(backend: str, spec: QuantSpec, x: jax.Array) -> QuantizedArray:
+    if backend == "reference":
+        return quant.quantize(x, spec)
+
+    def kernel(_, x):
+        q = backends.kernels(backend).quantize(x, spec, **backends.options(backend))
+        return q.codes, q.scales
+
+    codes, scales = per_device(kernel, _unused(), (x,), spec.group_size)
+    return QuantizedArray(codes, scales, spec, code_padding(x.shape[-1], spec.bits), x.dtype)
+
+
+def _dequantized(backend: str, q: QuantizedArray) -> jax.Array:
+    if backend == "reference":
+        return quant.dequantize(q)
+
+    def kernel(_, codes, scales):
+        # Of shards none has padding: they hold whole blocks.
+        part = dataclasses.replace(q, codes=codes, scales=scales)
+        return (backends.kernels(backend).dequantize(part, **backends.options(backend)),)
+
+    bytes_in_block = q.spec.group_size * q.spec.bits // 8
+    (x,) = per_device(kernel, _unused(), (q.codes, q.scales), bytes_in_block)
+    return x
+
+
+def _unused() -> jax.Array:
+    """In place of a step's coefficients."""
+    return jnp.zeros((1,), jnp.float32)
+
+
+def _chosen(op: str, backend: str, array: Any, spec: QuantSpec) -> dict[str, str]:
+    backends.checked(backend)
+    if backend not in ("auto", "reference"):
+        if reason := backends.why_not(backend, op, array.shape, array.dtype, spec):
+            raise ValueError(f"backend={backend!r} cannot {op} this array: {reason}")
+    return backends.platforms(backend, op, array.shape, array.dtype, spec)
