@@ -1,4 +1,4 @@
-"""Row and column means with the same bits on every mesh."""
+"""Row and column means with the same bits on every mesh whose axes divide the device count."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -33,13 +33,13 @@ def square_means(
         return mean(square, x, -1), mean(square, x, -2)
 
     def native(x):
-        # Every shard has whole parts, so sums of parts do not depend on how they are spread.
+        # Every shard has whole parts, so sums of parts do not depend on how they are spread; unless
+        # an axis of the mesh does not divide the number of devices: then a shard is a part.
         parts = tuple(math.gcd(size, most_shards()) for size in x.shape[-2:])
 
         def kernel(_, x, *, spread):
-            own_parts = (
-                part // (full // own) for part, full, own in zip(parts, shape, x.shape[-2:])
-            )
+            shards = [full // own for full, own in zip(shape, x.shape[-2:])]
+            own_parts = (n // k if n % k == 0 else 1 for n, k in zip(parts, shards))
             by_row, by_column = cpu.square_sums(x, *own_parts)
             return _sum_of_parts(by_row, -1, spread), _sum_of_parts(by_column, -2, spread)
 

@@ -28,8 +28,10 @@ class Descent(NamedTuple):
     params: jax.Array
     learning_rate: jax.Array
     weight_decay: jax.Array
-    # For stochastic rounding of bfloat16 parameters; a kernel is given `Noise`.
-    key: random_bits.Key | Noise | None = None
+    # For stochastic rounding of bfloat16 parameters.
+    key: random_bits.Key | None = None
+    # The same for a kernel.
+    noise: Noise | None = None
 
 
 def descended(update: jax.Array, descent: Descent | None) -> jax.Array:

@@ -133,7 +133,7 @@ def _rule(operands, constants, results, blocks) -> SdyShardingRule:
 
     def mapping(name, x):
         axes = enumerate(zip(x.shape, leaf.shape))
-        factors = [
+        factors: list[str | CompoundFactor] = [
             f"leaf{axis}" if size == leaf_size else f"other{name}of{axis}"
             for axis, (size, leaf_size) in axes
         ]
@@ -150,7 +150,8 @@ def _rule(operands, constants, results, blocks) -> SdyShardingRule:
     mappings = (*operand_mappings, *result_mappings)
     if sizes and not any("blocks" in factors for factors in mappings):
         sizes["blocks"] = blocks
-    return SdyShardingRule(tuple(operand_mappings), tuple(result_mappings), **sizes)
+    named: Any = sizes
+    return SdyShardingRule(tuple(operand_mappings), tuple(result_mappings), **named)
 
 
 def _in_blocks(length: int, sizes: dict[str, int]) -> str | CompoundFactor:

@@ -60,12 +60,15 @@ def _dequantized(backend: str, q: QuantizedArray) -> jax.Array:
         return quant.dequantize(q)
 
     def kernel(_, codes, scales):
-        # Of shards none has padding: they hold whole blocks.
+        # Shards hold whole blocks, without padding; a row with padding is not spread.
         part = dataclasses.replace(q, codes=codes, scales=scales)
         return (backends.kernels(backend).dequantize(part, **backends.options(backend)),)
 
-    bytes_in_block = q.spec.group_size * q.spec.bits // 8
-    (x,) = per_device(kernel, _unused(), (q.codes, q.scales), bytes_in_block)
+    group = q.spec.group_size * q.spec.bits // 8
+    if q.shape[-1] % q.spec.group_size:
+        group = q.codes.shape[-1]
+    arrays: Any = (q.codes, q.scales)  # scales of blocks: one array
+    (x,) = per_device(kernel, _unused(), arrays, group)
     return x
 
 

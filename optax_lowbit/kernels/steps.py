@@ -153,7 +153,11 @@ def step_leaf(
 
     Returns:
       The update, or the new parameters if there is a descent; and the new moments.
+
+    Raises:
+      ValueError: If gradient, moments and parameters are not of one shape.
     """
+    _check_shapes(grad, moments, descent)
 
     def run(name):
         if name == "reference":
@@ -174,10 +178,27 @@ def _by_reference(step, key, grad, moments, factors, descent):
     return descended(update, descent), moments
 
 
+def _check_shapes(grad: jax.Array, moments: Moments, descent: Descent | None) -> None:
+    # Before a kernel reads one array as long as another.
+    others = {name: moment.shape for name, moment in moments.items()}
+    if descent is not None:
+        others["params"] = descent.params.shape
+    for name, shape in others.items():
+        if shape != grad.shape:
+            raise ValueError(
+                f"updates must have the shapes that the optimizer was initialized with: a gradient "
+                f"of shape {grad.shape} has {name} of shape {shape}"
+            )
+
+
 def _by_kernel(fused, backend, scalars, grad, moments, factors, descent):
-    if descent is None or descent.key is None or backend == "cpu":
+    # Kernels know float32 and bfloat16, and those in Pallas round to nearest alone.
+    takes_descent = descent is None or (
+        descent.params.dtype in (jnp.float32, jnp.bfloat16)
+        and (descent.key is None or backend == "cpu")
+    )
+    if takes_descent:
         return fused.run(backend, scalars, grad, moments, factors, descent)
-    # Kernels in Pallas round to nearest alone.
     update, moments = fused.run(backend, scalars, grad, moments, factors, None)
     return descended(update, descent), moments
 
@@ -213,7 +234,7 @@ def _on_leaves(
         stored, params, noise = tree.unflatten(flat)
         stored = jax.tree.map(lambda x: _of_part(x, grad), stored, is_leaf=is_quantized)
         values = list(vector)
-        local = Descent(params, *values[-2:], noise) if descent else None
+        local = Descent(params, values[-2], values[-1], noise=noise) if descent else None
         result, *new = step(values[: scalars.size], grad, *stored, local)
         return result, *jax.tree.leaves(new)
 

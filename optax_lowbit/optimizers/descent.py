@@ -93,14 +93,15 @@ def fused_apply(
 
     What ``updates, state = tx.update(grads, state, params)`` and
     ``params = optax.apply_updates(params, updates)`` do, without the update in between: half the
-    bytes. States are the same to the bit; parameters are, up to the rounding of two sums.
+    bytes. States are the same to the bit; parameters are, up to the rounding of two sums (and, if
+    gradients are in bfloat16, of the update).
 
     .. math::
       p_t = p_{t-1} - \eta\, (u_t + \lambda p_{t-1})
 
     Args:
-      tx: From :func:`adamw4bit`, :func:`sgd4bit`, :func:`factor4bit` or another alias of this
-        library, not wrapped or chained.
+      tx: From :func:`adamw4bit`, :func:`factor4bit`, :func:`sgd4bit` with momentum, or another
+        alias of this library; not wrapped or chained.
       grads: Gradients.
       state: From ``tx.init``, or the last step. Donate it, and the parameters.
       params: Parameters, of any float dtype; the sum is in float32.

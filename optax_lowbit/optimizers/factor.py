@@ -65,7 +65,7 @@ def scale_by_factor4bit(
       nu_spec: How second moments of large vectors are stored; None: not quantized.
       policy: As in :func:`scale_by_adam4bit`; leaves too small to quantize are not factored either.
       key: A `jax.random.key` or a seed; needed if a spec rounds stochastically.
-      backend: As in :func:`scale_by_adam4bit`. Row and column means are XLA's in any case.
+      backend: As in :func:`scale_by_adam4bit`. Row and column means are XLA's but on a CPU.
 
     Returns:
       The corresponding :class:`optax.GradientTransformationExtraArgs`. Its state is an

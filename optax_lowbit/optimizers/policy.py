@@ -190,6 +190,8 @@ def _has_unsigned_form(spec: QuantSpec) -> bool:
 
 def _within_overhead(spec: QuantSpec, shape: tuple[int, ...]) -> tuple[QuantSpec | None, str]:
     """The spec, or the nearest layout whose scales cost little enough, or None."""
+    if not shape:
+        return None, "a scalar"
     if _overhead(spec, shape) < MAX_OVERHEAD:
         return spec, ""
     blocks = dataclasses.replace(spec, scaling="block")

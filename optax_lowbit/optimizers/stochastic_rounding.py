@@ -14,7 +14,7 @@ from optax_lowbit.quant import random_bits
 def apply_updates_stochastic(params: Any, updates: Any, key: jax.Array | int) -> Any:
     r"""Adds updates to parameters; sums in bfloat16 are rounded stochastically.
 
-    Bfloat16 has 8 bits of precision: an update of less than 1/256 of its parameter is rounded away
+    Bfloat16 has 8 bits of precision: an update of less than 1/512 of its parameter is rounded away
     by :func:`optax.apply_updates`, step after step. Here a sum :math:`s` between the neighbours
     :math:`a < b` becomes :math:`b` with probability :math:`(s - a) / (b - a)`, so its mean is
     :math:`s`. The bits are those of Threefry-2x32 for the path, the row and the column of an

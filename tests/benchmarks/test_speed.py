@@ -220,8 +220,7 @@ def test_quick_run_measures_every_part_and_writes_nothing(tmp_path):
     assert before == [path.read_bytes() if path.exists() else None for path in WRITTEN]
     titles = re.findall(r"^## (.+)$", process.stdout, re.MULTILINE)
     assert titles == [*pages.TITLES.values(), "How this was measured"]
-    # One row in each of four tables of steps, two by size, two by processors, two by instructions and
-    # one of memory.
+    # A row in each of four tables of steps, six by size, processors and instructions, and one more.
     rows = re.findall(rf"^\| {re.escape(FUSED_BLOCK)} \|(.+)\|$", process.stdout, re.MULTILINE)
     assert len(rows) == 4 + 2 + 2 + 2 + 1
     assert all(re.fullmatch(r"[-+.\d |]+", row) for row in rows)

@@ -22,7 +22,8 @@ import pytest
 from jax.experimental import topologies
 
 from optax_lowbit.kernels import pallas_gpu
-from optax_lowbit.kernels.adam import Coefficients, Descent
+from optax_lowbit.kernels.adam import Coefficients
+from optax_lowbit.kernels.parameters import Descent
 from optax_lowbit.optimizers.presets import (
     FIRST_MOMENT_4BIT,
     FIRST_MOMENT_8BIT,

@@ -22,6 +22,7 @@ from optax_lowbit.optimizers.presets import (
     FIRST_MOMENT_8BIT,
     SECOND_MOMENT_4BIT,
 )
+from optax_lowbit.quant import codebooks
 
 pytestmark = pytest.mark.skipif(
     library.library() is None, reason="the native kernels were not built: no C++ compiler"
@@ -245,6 +246,62 @@ def test_fused_apply_equals_the_two_step_path(name, dtype, backend):
             ours, theirs, change, old = (np.asarray(x, np.float64) for x in leaves)
             bound = rounding * (np.abs(theirs) + np.abs(old) + 4 * np.abs(change))
             assert (np.abs(ours - theirs) <= bound).all(), (np.abs(ours - theirs) / bound).max()
+
+
+@pytest.mark.parametrize("name", ["adamw4bit", "adamw8bit", "factor4bit"])
+def test_squares_beyond_float32_give_no_update(name):
+    """As in Optax: a number over infinity. An estimate of the root of infinity would be NaN."""
+    grad = jnp.ones((64, 256)).at[3, 5].set(1e20)
+    results = {}
+    for backend in ("cpu", "reference"):
+        tx = MAKERS[name](backend=backend)
+        params = jnp.ones((64, 256))
+        results[backend] = jax.jit(tx.update)(grad, tx.init(params), params)[0]
+    np.testing.assert_allclose(results["cpu"], results["reference"], rtol=1e-5)
+    assert np.isfinite(results["cpu"][3, 5])
+
+
+def test_parameters_of_other_dtypes_are_stepped_by_the_kernel_and_then_written():
+    tx = MAKERS["adamw4bit"]()
+    params, grad = jnp.ones((64, 256), jnp.float16), jnp.ones((64, 256))
+    state = tx.init(params)
+    new, _ = jax.jit(functools.partial(optax_lowbit.fused_apply, tx))(grad, state, params)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = tx.update(grad, state, params)
+    assert new.dtype == jnp.float16
+    np.testing.assert_allclose(new, 1 + updates, rtol=2**-10)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_arrays_of_different_shapes_are_refused(backend):
+    tx = MAKERS["adamw4bit"](backend=backend)
+    state, long = tx.init(jnp.ones((32, 256))), jnp.ones((64, 256))
+    with pytest.raises(
+        ValueError, match=r"gradient of shape \(64, 256\) has mu of shape \(32, 256"
+    ):
+        tx.update(long, state, long)
+    with pytest.raises(ValueError, match=r"has params of shape \(32, 256\)"):
+        optax_lowbit.fused_apply(tx, long, tx.init(long), jnp.ones((32, 256)))
+
+
+@pytest.mark.parametrize("scale", [2e-38, 3e-30, 1e-27, 1e-24, 1.0, 1e30])
+def test_values_next_to_boundaries(scale):
+    """Thresholds instead of quotients: every boundary of every scale, two units around it."""
+    boundaries = codebooks.decision_table(FIRST_MOMENT_4BIT.values).boundaries
+    rng = np.random.default_rng(0)
+    scales = np.float32(scale) * rng.uniform(1, 2, (40, 1)).astype(np.float32)
+    near = (boundaries * scales).astype(np.float32)
+    steps = [near]
+    for direction in (-np.inf, np.inf):
+        for _ in range(2):
+            step = steps[-1] if steps[-1] is not near else near
+            steps.append(np.nextafter(step, np.float32(direction)))
+        steps.append(near)
+    x = np.concatenate([scales, *steps], axis=1)
+    x = np.pad(x, ((0, 0), (0, 128 - x.shape[1])))
+    spec = dataclasses.replace(FIRST_MOMENT_4BIT, scaling="block", block_size=128)
+    ours = jax.jit(ops.quantize, static_argnums=1)(jnp.asarray(x), spec)
+    np.testing.assert_array_equal(ours.codes, quantize(jnp.asarray(x), spec).codes)
 
 
 def test_fused_apply_refuses_what_it_cannot_see_into():

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from optax_lowbit.kernels import pallas_gpu
-from optax_lowbit.kernels.adam import Descent, adam_direction, adam_step, coefficients
+from optax_lowbit.kernels.adam import adam_direction, adam_step, coefficients
 from optax_lowbit.kernels.pallas_gpu.moments import rank_by_selects
+from optax_lowbit.kernels.parameters import Descent
 from optax_lowbit.kernels.reference import update_leaf
 from optax_lowbit.optimizers.presets import (
     FIRST_MOMENT_4BIT,

@@ -66,6 +66,17 @@ def test_shards_are_quantized_where_they_are(axes):
         assert "optax_lowbit_quantize" in text
 
 
+def test_a_row_that_ends_within_a_byte_is_not_spread():
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(4, 255)), jnp.float32)
+    expected = optax_lowbit.quantize(x, SPECS["nf4"])
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        place = NamedSharding(mesh, PartitionSpec(None, "x"))
+        q = jax.tree.map(lambda array: jax.device_put(array, place), expected)
+        back = jax.jit(quantization.dequantize)(q)
+    np.testing.assert_array_equal(np.asarray(back), optax_lowbit.dequantize(expected))
+
+
 def test_what_no_kernel_takes_goes_to_the_reference_unless_one_is_named():
     x = jnp.abs(jnp.asarray(np.random.default_rng(2).normal(size=(64, 256)), jnp.float32))
     assert_equal(

@@ -111,6 +111,17 @@ def test_rank1_and_factored_updates_exchange_little(name, layout):
     assert max(found) <= 512 * 2048 // 32
 
 
+def test_a_mesh_that_does_not_divide_the_devices():
+    """Six of eight: sums of other parts, so equal but for their rounding."""
+    mesh = jax.make_mesh((6,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:6])
+    grad = np.random.default_rng(0).normal(size=(12, 256)).astype(np.float32)
+    tx = optax_lowbit.factor4bit(1e-2, policy=optax_lowbit.Policy(min_size=0))
+    expected, _ = jax.jit(tx.update)(grad, tx.init(jnp.asarray(grad)), grad)
+    spread = jax.device_put(grad, NamedSharding(mesh, PartitionSpec("x")))
+    updates, _ = jax.jit(tx.update)(spread, tx.init(spread), spread)
+    np.testing.assert_allclose(updates, expected, rtol=1e-5)
+
+
 def test_control_a_misaligned_border_needs_collectives():
     """Blocks of 128 over shards of 64 columns: the check above can fail."""
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))

@@ -1,8 +1,9 @@
 """The native CPU kernels as functions of arrays of one device.
 
 They differ from the reference in this: an update multiplies by the reciprocals of the bias
-corrections (see :class:`~optax_lowbit.kernels.adam.Coefficients`). Square roots and divisions are
-the processor's, correctly rounded; codes come from the very quotients that the reference compares.
+corrections (see :class:`~optax_lowbit.kernels.adam.Coefficients`), and with AVX-512 its square root
+is an estimate and a Newton step, 2 units in the last place off at most. Codes are those of the
+quotients that the reference compares.
 """
 
 import functools
@@ -193,7 +194,7 @@ def _step(second, c, grad, mu, nu_spec, nu_arrays, nu_outputs, descent):
     arrays = [grad, mu.codes, mu.scales, *nu_arrays]
     if descent is not None:
         arrays.append(descent.params)
-        arrays += jax.tree.leaves(descent.key)
+        arrays += jax.tree.leaves(descent.noise)
     result = grad if descent is None else descent.params
     outputs = [result, mu.codes, mu.scales, *nu_outputs]
     # Every output takes the place of an operand; 1: the coefficients come first.
@@ -208,7 +209,7 @@ def _step(second, c, grad, mu, nu_spec, nu_arrays, nu_outputs, descent):
         *arrays,
         second=np.int64(second),
         descend=descent is not None,
-        has_noise=descent is not None and descent.key is not None,
+        has_noise=descent is not None and descent.noise is not None,
         **_codes("mu", mu.spec),
         **_codes("nu", nu_spec),
     )

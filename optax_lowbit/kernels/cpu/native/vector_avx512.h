@@ -36,12 +36,13 @@ LOWBIT_INLINE Floats lesser(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v
 // num / (sqrt(w) + eps) for w >= 0 and an eps that is no less than 1e-30, to 3 units in the last
 // place: the root by an estimate and a Newton step, for which the divider has no time left.
 LOWBIT_INLINE Floats over_root(Floats num, Floats w, Floats eps) {
-  const __mmask16 nonzero = _mm512_cmp_ps_mask(w.v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+  // The root of zero and of infinity is itself.
+  const __mmask16 is_usual = ~_mm512_fpclass_ps_mask(w.v, 0x02 | 0x04 | 0x08);
   const __m512 r = _mm512_rsqrt14_ps(w.v);
-  const __m512 s = _mm512_maskz_mul_ps(nonzero, w.v, r);
-  const __m512 half_r = _mm512_maskz_mul_ps(nonzero, r, _mm512_set1_ps(0.5f));
+  const __m512 s = _mm512_mask_mul_ps(w.v, is_usual, w.v, r);
+  const __m512 half_r = _mm512_mul_ps(r, _mm512_set1_ps(0.5f));
   const __m512 error = _mm512_fnmadd_ps(s, s, w.v);
-  const __m512 d = _mm512_fmadd_ps(half_r, error, _mm512_add_ps(s, eps.v));
+  const __m512 d = _mm512_mask3_fmadd_ps(half_r, error, _mm512_add_ps(s, eps.v), is_usual);
   return {_mm512_div_ps(num.v, d)};
 }
 
