@@ -248,7 +248,7 @@ def test_fused_apply_equals_the_two_step_path(name, dtype, backend):
             assert (np.abs(ours - theirs) <= bound).all(), (np.abs(ours - theirs) / bound).max()
 
 
-@pytest.mark.parametrize("name", ["adamw4bit", "adamw8bit", "factor4bit"])
+@pytest.mark.parametrize("name", ["adamw4bit", "adamw8bit"])
 def test_squares_beyond_float32_give_no_update(name):
     """As in Optax: a number over infinity. An estimate of the root of infinity would be NaN."""
     grad = jnp.ones((64, 256)).at[3, 5].set(1e20)
@@ -276,9 +276,7 @@ def test_parameters_of_other_dtypes_are_stepped_by_the_kernel_and_then_written()
 def test_arrays_of_different_shapes_are_refused(backend):
     tx = MAKERS["adamw4bit"](backend=backend)
     state, long = tx.init(jnp.ones((32, 256))), jnp.ones((64, 256))
-    with pytest.raises(
-        ValueError, match=r"gradient of shape \(64, 256\) has mu of shape \(32, 256"
-    ):
+    with pytest.raises(ValueError, match=r"of shape \(64, 256\) has mu of shape \(32, 256"):
         tx.update(long, state, long)
     with pytest.raises(ValueError, match=r"has params of shape \(32, 256\)"):
         optax_lowbit.fused_apply(tx, long, tx.init(long), jnp.ones((32, 256)))
