@@ -57,10 +57,12 @@ def platforms(
     To compile for a platform that the process does not have, its backend must be named: tracing
     kernels for every platform there is would take longer than compiling for one.
     """
+    if backend != "auto":
+        return dict.fromkeys(jax.extend.backend.backends(), backend)
     chosen = {}
     for platform in jax.extend.backend.backends():
-        name = KERNELS.get(platform, "reference") if backend == "auto" else backend
-        if backend == "auto" and name != "reference" and why_not(name, op, shape, dtype, *specs):
+        name = KERNELS.get(platform, "reference")
+        if name != "reference" and why_not(name, op, shape, dtype, *specs):
             name = "reference"
         chosen[platform] = name
     return chosen

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from optax_lowbit.kernels import backends
 from optax_lowbit.kernels.cpu import ops as cpu
 from optax_lowbit.kernels.meshes import axis_shards, is_explicit, most_shards
-from optax_lowbit.kernels.partitioning import per_device
+from optax_lowbit.kernels.partitioning import no_coefficients, per_device
 from optax_lowbit.kernels.tiling import as_bits, from_bits, over_tiles, plan_tiles
 
 # Pieces of an axis that are added up one after the other.
@@ -44,8 +44,8 @@ def square_means(
             return _sum_of_parts(by_row, -1, spread), _sum_of_parts(by_column, -2, spread)
 
         shape = x.shape[-2:]
-        unused, group = jnp.zeros((1,), jnp.float32), shape[-1] // parts[-1]
-        rows, columns = per_device(kernel, unused, (x,), group, exchanges=True)
+        group = shape[-1] // parts[-1]
+        rows, columns = per_device(kernel, no_coefficients(), (x,), group, exchanges=True)
         return rows / shape[-1] + eps1, columns / shape[-2] + eps1
 
     takes = backend in ("auto", "cpu") and cpu.why_not("square_sums", x.shape, x.dtype) is None

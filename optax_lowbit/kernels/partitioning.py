@@ -70,6 +70,11 @@ def per_device(
     return run(coefficients, *arrays)
 
 
+def no_coefficients() -> jax.Array:
+    """For a kernel that needs none."""
+    return jax.numpy.zeros((1,), jax.numpy.float32)
+
+
 def _on_explicit_mesh(on_part, coefficients, arrays):
     # Shards hold whole groups there: checked when the state was made.
     sharding = jax.typeof(arrays[0]).sharding

@@ -5,11 +5,10 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from optax_lowbit import quant
 from optax_lowbit.kernels import backends
-from optax_lowbit.kernels.partitioning import per_device
+from optax_lowbit.kernels.partitioning import no_coefficients, per_device
 from optax_lowbit.quant import QuantizedArray, QuantSpec
 from optax_lowbit.quant.array import code_padding
 
@@ -51,7 +50,7 @@ def _quantized(backend: str, spec: QuantSpec, x: jax.Array) -> QuantizedArray:
         q = backends.kernels(backend).quantize(x, spec, **backends.options(backend))
         return q.codes, q.scales
 
-    codes, scales = per_device(kernel, _unused(), (x,), spec.group_size)
+    codes, scales = per_device(kernel, no_coefficients(), (x,), spec.group_size)
     return QuantizedArray(codes, scales, spec, code_padding(x.shape[-1], spec.bits), x.dtype)
 
 
@@ -68,13 +67,8 @@ def _dequantized(backend: str, q: QuantizedArray) -> jax.Array:
     if q.shape[-1] % q.spec.group_size:
         group = q.codes.shape[-1]
     arrays: Any = (q.codes, q.scales)  # scales of blocks: one array
-    (x,) = per_device(kernel, _unused(), arrays, group)
+    (x,) = per_device(kernel, no_coefficients(), arrays, group)
     return x
-
-
-def _unused() -> jax.Array:
-    """In place of a step's coefficients."""
-    return jnp.zeros((1,), jnp.float32)
 
 
 def _chosen(op: str, backend: str, array: Any, spec: QuantSpec) -> dict[str, str]:

@@ -144,9 +144,10 @@ def update_state(
       fused: What the kernels know of the step.
       descents: One for each leaf, for a step that writes parameters.
     """
-    grads, treedef = jax.tree.flatten(updates, is_leaf=is_variable)
+    paths_and_grads, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_variable)
     columns = {name: treedef.flatten_up_to(getattr(state, name)) for name in names}
-    leaves = _leaves(updates, state, columns, key, descents)
+    step_key = noise_key(key, state.count)
+    leaves = _leaves(paths_and_grads, columns, step_key, descents)
     new_leaves, new_state = _step_plain_leaves(transform, state, names, leaves)
     step = _step_of(transform, state, names)
     count: Any = optax.safe_increment(state.count)
@@ -154,7 +155,9 @@ def update_state(
     results = [
         new or step_one(leaf, step, scalars) for leaf, new in zip(leaves, new_leaves, strict=True)
     ]
-    new_updates = [wrapped_like(grad, update) for grad, (update, _) in zip(grads, results)]
+    new_updates = [
+        wrapped_like(grad, update) for (_, grad), (update, _) in zip(paths_and_grads, results)
+    ]
     new_moments = {
         name: treedef.unflatten(wrapped_like(x, new[name]) for x, (_, new) in zip(column, results))
         for name, column in columns.items()
@@ -163,15 +166,12 @@ def update_state(
 
 
 def _leaves(
-    updates: optax.Updates,
-    state: Any,
+    paths_and_grads: Sequence[tuple[Any, Any]],
     columns: Mapping[str, Sequence[Any]],
-    key: jax.Array | int | None,
+    step_key: random_bits.Key | None,
     descents: Sequence[Descent] | None,
 ) -> list[Leaf]:
     """The leaves of the gradients, each with its moments, which ``columns`` has by name."""
-    paths_and_grads, _ = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_variable)
-    step_key = noise_key(key, state.count)
     return [
         Leaf(
             unwrapped(grad),

@@ -291,10 +291,10 @@ def test_values_next_to_boundaries(scale):
     near = (boundaries * scales).astype(np.float32)
     steps = [near]
     for direction in (-np.inf, np.inf):
+        step = near
         for _ in range(2):
-            step = steps[-1] if steps[-1] is not near else near
-            steps.append(np.nextafter(step, np.float32(direction)))
-        steps.append(near)
+            step = np.nextafter(step, np.float32(direction))
+            steps.append(step)
     x = np.concatenate([scales, *steps], axis=1)
     x = np.pad(x, ((0, 0), (0, 128 - x.shape[1])))
     spec = dataclasses.replace(FIRST_MOMENT_4BIT, scaling="block", block_size=128)

@@ -162,3 +162,10 @@ def test_description_prints_a_line_a_leaf_and_the_reasons():
 def test_impossible_arguments_are_refused_at_construction(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_scalar_stays_in_float32_whatever_the_least_size():
+    tx = optax_lowbit.adamw4bit(1e-3, policy=optax_lowbit.Policy(min_size=0))
+    params = {"scale": jnp.float32(1), "w": jnp.ones((64, 256))}
+    assert tx.init(params)[0].mu["scale"].dtype == jnp.float32
+    assert "a scalar" in str(optax_lowbit.describe(tx, params))

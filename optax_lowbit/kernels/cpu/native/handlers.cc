@@ -92,8 +92,8 @@ void in_pieces(ffi::ThreadPool& pool, int64_t count, int64_t elements_each, cons
 //   params, if it descends; words of a key, rows, columns, if it rounds stochastically
 // -> update or params, mu codes, mu scales, [nu codes, [nu scales]]
 ffi::Error step(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                int64_t second, bool descend, bool has_noise, int64_t mu_bits, int64_t mu_block, Table mu_values,
-                Table mu_boundaries, int64_t nu_bits, int64_t nu_block, Table nu_values,
+                int64_t second, bool descend, bool has_noise, int64_t mu_bits, int64_t mu_block,
+                Table mu_values, Table mu_boundaries, int64_t nu_bits, int64_t nu_block, Table nu_values,
                 Table nu_boundaries) {
   Arguments from(args, rets);
   Step step;
@@ -191,8 +191,8 @@ ffi::Error square_sums(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::
     std::vector<float> squares(columns + 32);  // 32: whole vectors are added, zeros at the end
     for (int64_t row = first; row < last; row++)
       for (int64_t part = 0; part < row_parts; part++)
-        target().square_sums(array(x), row * columns + part * n, n, row_sums + row * row_parts + part,
-                             squares.data() + part * n);
+        target().square_sums(array(x), row * columns + part * n, n,
+                             row_sums + row * row_parts + part, squares.data() + part * n);
     std::memcpy(sums_of_chunks + i * columns, squares.data(), columns * sizeof(float));
   });
   if (chunks == 1) return ffi::Error::Success();

@@ -33,6 +33,7 @@ namespace {
 #include "coding.inc"
 #include "arrays.inc"
 #include "steps.inc"
+#include "quantization.inc"
 constexpr Target kTarget{"generic", run_step, run_maxima, run_square_sums, run_quantize, run_dequantize};
 }  // namespace
 }  // namespace generic
@@ -45,6 +46,7 @@ namespace {
 #include "coding.inc"
 #include "arrays.inc"
 #include "steps.inc"
+#include "quantization.inc"
 constexpr Target kTarget{"avx2", run_step, run_maxima, run_square_sums, run_quantize, run_dequantize};
 }  // namespace
 }  // namespace avx2
@@ -57,6 +59,7 @@ namespace {
 #include "coding.inc"
 #include "arrays.inc"
 #include "steps.inc"
+#include "quantization.inc"
 constexpr Target kTarget{"avx512", run_step, run_maxima, run_square_sums, run_quantize, run_dequantize};
 }  // namespace
 }  // namespace avx512
