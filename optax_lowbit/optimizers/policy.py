@@ -162,14 +162,14 @@ def record(decision: Record) -> None:
 
 def path_name(path: tuple[Any, ...]) -> str:
     """A tree path as ``a/b/0``, without the field that holds a Flax variable's value."""
-    names = [_key_name(key) for key in path]
-    if (
-        names
-        and names[-1] in ("value", "raw_value")
-        and isinstance(path[-1], jax.tree_util.GetAttrKey)
-    ):
-        names.pop()
-    return "/".join(names)
+    return "/".join(path_names(path))
+
+
+def path_names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """The keys of a tree path, without the field that holds a Flax variable's value."""
+    names = tuple(_key_name(key) for key in path)
+    is_field = bool(path) and isinstance(path[-1], jax.tree_util.GetAttrKey)
+    return names[:-1] if is_field and names[-1] in ("value", "raw_value") else names
 
 
 def _key_name(key: Any) -> str:
