@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from optax_lowbit.kernels.reference import widened
 from optax_lowbit.quant import random_bits
-from optax_lowbit.quant.array import element_indices
+from optax_lowbit.quant.random_bits import element_indices
 from optax_lowbit.quant.rounding import stochastic_bfloat16
 
 

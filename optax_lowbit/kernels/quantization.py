@@ -10,7 +10,7 @@ from optax_lowbit import quant
 from optax_lowbit.kernels import backends
 from optax_lowbit.kernels.partitioning import no_coefficients, per_device
 from optax_lowbit.quant import QuantizedArray, QuantSpec
-from optax_lowbit.quant.array import code_padding
+from optax_lowbit.quant.array import code_padding, with_coded_scales, with_float_scales
 
 
 def quantize(x: jax.Array, spec: QuantSpec, backend: backends.Backend = "auto") -> QuantizedArray:
@@ -25,7 +25,9 @@ def quantize(x: jax.Array, spec: QuantSpec, backend: backends.Backend = "auto") 
       ValueError: If the backend is unknown, or is named and cannot take the array.
     """
     chosen = _chosen("quantize", backend, x, spec)
-    return backends.by_platform(chosen, lambda name: functools.partial(_quantized, name, spec), x)
+    plain = dataclasses.replace(spec, double_quant=False)
+    q = backends.by_platform(chosen, lambda name: functools.partial(_quantized, name, plain), x)
+    return with_coded_scales(q, spec)
 
 
 def dequantize(q: QuantizedArray, backend: backends.Backend = "auto") -> jax.Array:
@@ -39,6 +41,7 @@ def dequantize(q: QuantizedArray, backend: backends.Backend = "auto") -> jax.Arr
       ValueError: If the backend is unknown, or is named and cannot take the array.
     """
     chosen = _chosen("dequantize", backend, q, q.spec)
+    q = with_float_scales(q)
     return backends.by_platform(chosen, lambda name: functools.partial(_dequantized, name), q)
 
 

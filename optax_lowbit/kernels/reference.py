@@ -25,7 +25,6 @@ from optax_lowbit.quant.array import (
     code_padding,
     compute_scales,
     decode,
-    element_indices,
     encode,
     encode_unpacked,
     to_float32,
@@ -65,7 +64,7 @@ def update_leaf(
 def _update_whole(step, grad, moments, key, constants):
     floats = {name: _to_float(moment) for name, moment in moments.items()}
     update, new = step(widened(grad), floats, constants)
-    indices = element_indices(grad.shape)
+    indices = random_bits.element_indices(grad.shape)
     stored = {}
     for name, moment in moments.items():
         if is_quantized(moment):
@@ -195,7 +194,12 @@ def _scales_like(x: jax.Array, moment: QuantizedArray):
 def _noise(name, moment, key, indices) -> jax.Array | None:
     if moment.spec.rounding != "stochastic":
         return None
-    return random_bits.uniform(random_bits.fold_in(key, name_hash(name)), *indices)
+    return random_bits.uniform(moment_key(key, name), *indices)
+
+
+def moment_key(key: random_bits.Key, name: str) -> random_bits.Key:
+    """The key of one moment of a leaf."""
+    return random_bits.fold_in(key, name_hash(name))
 
 
 def _to_float(moment) -> jax.Array:

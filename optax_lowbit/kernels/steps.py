@@ -12,9 +12,9 @@ from optax_lowbit.kernels import backends
 from optax_lowbit.kernels.adam import Coefficients, coefficients
 from optax_lowbit.kernels.parameters import Descent, descended, noise_operands
 from optax_lowbit.kernels.partitioning import per_device
-from optax_lowbit.kernels.reference import Step, update_leaf
-from optax_lowbit.quant import QuantSpec, is_quantized
-from optax_lowbit.quant.array import code_padding
+from optax_lowbit.kernels.reference import Step, moment_key, update_leaf
+from optax_lowbit.quant import QuantSpec, is_quantized, random_bits
+from optax_lowbit.quant.array import code_padding, with_coded_scales, with_float_scales
 
 Moments = dict[str, Any]
 
@@ -158,6 +158,7 @@ def step_leaf(
       ValueError: If gradient, moments and parameters are not of one shape.
     """
     _check_shapes(grad, moments, descent)
+    stored, moments = moments, {name: _with_float_scales(x) for name, x in moments.items()}
 
     def run(name):
         if name == "reference":
@@ -167,10 +168,25 @@ def step_leaf(
     operands = grad, moments, factors, descent
     is_low_bit = all(map(is_quantized, moments.values()))
     if fused is None or scalars is None or not is_low_bit:
-        return run("reference")(*operands)
-    specs = fused.specs(moments)
-    chosen = backends.platforms(backend, fused.op, grad.shape, grad.dtype, *specs)
-    return backends.by_platform(chosen, run, *operands)
+        result, moments = run("reference")(*operands)
+    else:
+        specs = fused.specs(moments)
+        chosen = backends.platforms(backend, fused.op, grad.shape, grad.dtype, *specs)
+        result, moments = backends.by_platform(chosen, run, *operands)
+    return result, {name: _stored_like(x, name, moments[name], key) for name, x in stored.items()}
+
+
+def _with_float_scales(moment: Any) -> Any:
+    return with_float_scales(moment) if is_quantized(moment) else moment
+
+
+def _stored_like(old: Any, name: str, new: Any, key: random_bits.Key | None) -> Any:
+    """``new`` with its scales in 8 bits, if those of ``old`` are."""
+    if not is_quantized(old) or not old.spec.double_quant:
+        return new
+    is_random = old.spec.rounding == "stochastic"
+    words = random_bits.fold_in(moment_key(key, name), 0) if is_random else None
+    return with_coded_scales(new, old.spec, words)
 
 
 def _by_reference(step, key, grad, moments, factors, descent):

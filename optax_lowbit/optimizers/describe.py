@@ -111,7 +111,8 @@ def _storage(decision: Decision) -> str:
         return decision.dtype
     table = spec.codebook if isinstance(spec.codebook, str) else f"{len(spec.codebook)} values"
     block = f" {spec.block_size}" if spec.scaling == "block" else ""
-    return f"{table} {spec.bits}b {spec.scaling}{block}"
+    scales = ", 8b scales" if spec.double_quant else ""
+    return f"{table} {spec.bits}b {spec.scaling}{block}{scales}"
 
 
 def _kernel(choice: KernelChoice | None) -> tuple[str, str]:

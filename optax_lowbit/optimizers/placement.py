@@ -8,23 +8,32 @@ import jax.core
 import jax.numpy as jnp
 
 from optax_lowbit.kernels.meshes import mesh_axes
+from optax_lowbit.quant import QuantSpec, double_quant
 
 
-def check_alignment(path: str, param: jax.Array, group: int) -> None:
-    """Raises ValueError if shards of the last axis do not hold whole groups of codes.
+def check_alignment(path: str, param: jax.Array, spec: QuantSpec) -> None:
+    """Raises ValueError if shards do not hold whole groups of codes, and of coded scales.
 
     On an Explicit mesh no array is moved unasked, so it could only fail later.
     """
     sharding = jax.typeof(param).sharding
-    entry = sharding.spec[-1] if param.ndim else None
-    parts = math.prod(sharding.mesh.shape[name] for name in mesh_axes(entry))
-    if parts > 1 and param.shape[-1] % (parts * group):
-        raise ValueError(
-            f"the last axis of parameter {path!r}, of {param.shape[-1]} elements, is sharded "
-            f"{parts} ways over {entry!r}, so it must be a multiple of {parts} x "
-            f"{group} for its state to be kept in groups of {group}; shard "
-            "another axis, or give this parameter a smaller block_size or None in policy.rules"
-        )
+    groups = {-1: spec.group_size}
+    if spec.double_quant:
+        groups = {-1: spec.block_size * double_quant.GROUP} if param.ndim == 1 else groups
+        groups[-2] = double_quant.GROUP
+    for axis, group in groups.items():
+        if param.ndim < -axis:
+            continue
+        entry, size = sharding.spec[axis], param.shape[axis]
+        parts = math.prod(sharding.mesh.shape[name] for name in mesh_axes(entry))
+        if parts > 1 and size % (parts * group):
+            raise ValueError(
+                f"the {'last axis' if axis == -1 else 'last but one axis'} of parameter {path!r}, "
+                f"of {size} elements, is sharded {parts} ways over {entry!r}, so it must be a "
+                f"multiple of {parts} x {group} for its state to be kept in groups of {group}; "
+                "shard another axis, or give this parameter a smaller block_size or None in "
+                "policy.rules"
+            )
 
 
 def zeros_placed_like(param: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:

@@ -14,6 +14,7 @@ from optax_lowbit.optimizers.placement import check_alignment, zeros_placed_like
 from optax_lowbit.optimizers.policy import Decision, Factored, Policy, path_name, record
 from optax_lowbit.quant import QuantizedArray, QuantSpec, flax_serialization, quantize
 from optax_lowbit.quant.array import abstract_quantized
+from optax_lowbit.quant.double_quant import CodedScales
 
 if TYPE_CHECKING:
     from optax_lowbit.optimizers.leafwise import Moment
@@ -55,7 +56,7 @@ class FactoredMoment:
 
 def init_moment(name: str, moment: "Moment", params: Any, policy: Policy) -> Any:
     """A tree of zero moments shaped like ``params``, which may be abstract."""
-    flax_serialization.ensure_registered(QuantizedArray, FactoredMoment)
+    flax_serialization.ensure_registered(QuantizedArray, CodedScales, FactoredMoment)
 
     def init_leaf(path, leaf):
         param = unwrapped(leaf)
@@ -63,7 +64,7 @@ def init_moment(name: str, moment: "Moment", params: Any, policy: Policy) -> Any
         default = Factored() if moment.factored and len(param.shape) > 1 else moment.spec
         spec, reason = policy.choose(name, label, param, default, moment.nonnegative)
         if isinstance(spec, QuantSpec) and is_explicit(param):
-            check_alignment(label, param, spec.group_size)
+            check_alignment(label, param, spec)
         value = zero_moment(param, spec, moment.dtype)
         nbytes = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(value))
         dtype = str(value.dtype)

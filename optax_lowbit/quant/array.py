@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_lowbit.quant import codebooks, packing, random_bits, rounding, scaling
+from optax_lowbit.quant import codebooks, double_quant, packing, random_bits, rounding, scaling
+from optax_lowbit.quant.double_quant import CodedScales
 
 Scaling = Literal["tensor", "row", "column", "block", "rank1"]
 Rounding = Literal["nearest", "stochastic"]
@@ -51,6 +52,9 @@ class QuantSpec:
     # Let the scale carry the sign of the element with the largest magnitude, which then is always
     # code +1, exactly: the dynamic-exponent tables have a +1 and no -1.
     signed_scale: bool = False
+    # Keep the scales in 8 bits, and one float32 for each 256 of them down a column of blocks; see
+    # `optax_lowbit.quant.double_quant`. Needs scaling="block".
+    double_quant: bool = False
 
     def __post_init__(self):
         if not isinstance(self.codebook, str | tuple):
@@ -59,11 +63,9 @@ class QuantSpec:
             )
         if type(self.bits) is not int or self.bits not in codebooks.BITS:
             raise ValueError(f"bits must be one of {codebooks.BITS}, got {self.bits!r}")
-        if not isinstance(self.signed, bool) or not isinstance(self.signed_scale, bool):
-            raise TypeError(
-                "signed and signed_scale must be bools, "
-                f"got signed={self.signed!r}, signed_scale={self.signed_scale!r}"
-            )
+        for name in ("signed", "signed_scale", "double_quant"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
         if self.scaling not in get_args(Scaling):
             raise ValueError(f"scaling must be one of {get_args(Scaling)}, got {self.scaling!r}")
         if self.rounding not in get_args(Rounding):
@@ -74,6 +76,10 @@ class QuantSpec:
             raise ValueError(
                 "signed_scale=True needs signed=True and a scaling other than 'rank1', "
                 f"got signed={self.signed}, scaling={self.scaling!r}"
+            )
+        if self.double_quant and self.scaling != "block":
+            raise ValueError(
+                f"double_quant=True needs scaling='block', got scaling={self.scaling!r}"
             )
         self._check_table()
 
@@ -116,9 +122,11 @@ class QuantizedArray:
 
     1. ``codes`` is uint8 of shape ``(..., ceil(n * b / 8))``; leading axes are the array's own.
     2. ``scales`` is float32, or a tuple of float32 arrays (``"rank1"``), each of the array's rank;
-       axes that it has no scales along are 1. See :mod:`optax_lowbit.quant.scaling`.
+       axes that it has no scales along are 1. See :mod:`optax_lowbit.quant.scaling`. Under
+       ``spec.double_quant`` it is a :class:`~optax_lowbit.quant.double_quant.CodedScales`.
     3. The static fields hold for any slice of leading axes and for any slice of the last axis at
-       borders of ``spec.group_size``, hence under ``vmap``, ``scan`` and ``shard_map``.
+       borders of ``spec.group_size``, hence under ``vmap``, ``scan`` and ``shard_map``. Under
+       ``spec.double_quant`` the rows of a slice begin at a multiple of 256.
     4. A 0-d array has 0-d codes (one byte, not packed) and a 0-d scale.
 
     Attributes:
@@ -131,7 +139,7 @@ class QuantizedArray:
     """
 
     codes: jax.Array
-    scales: scaling.Scales
+    scales: scaling.Scales | CodedScales
     spec: QuantSpec = dataclasses.field(metadata={"static": True})
     padding: int | None = dataclasses.field(metadata={"static": True})
     dtype: np.dtype = dataclasses.field(metadata={"static": True})
@@ -260,9 +268,33 @@ def dequantize(q: QuantizedArray) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="spec", inline=True)
 def _quantize(x: jax.Array, spec: QuantSpec, key: random_bits.Key | None) -> QuantizedArray:
-    noise = None if key is None else random_bits.uniform(key, *element_indices(x.shape))
+    noise = None if key is None else random_bits.uniform(key, *random_bits.element_indices(x.shape))
     values = to_float32(x)
-    return encode(values, compute_scales(values, spec), spec, x.dtype, noise)
+    q = encode(values, compute_scales(values, spec), spec, x.dtype, noise)
+    return with_coded_scales(q, spec, None if key is None else random_bits.fold_in(key, 0))
+
+
+def with_float_scales(q: QuantizedArray) -> QuantizedArray:
+    """``q`` with scales in float32, of a spec without ``double_quant``; itself if it is so."""
+    if not isinstance(q.scales, CodedScales):
+        return q
+    scales = double_quant.float_scales(q.scales, q.spec.signed_scale)
+    spec = dataclasses.replace(q.spec, double_quant=False)
+    return dataclasses.replace(q, scales=scales, spec=spec)
+
+
+def with_coded_scales(
+    q: QuantizedArray, spec: QuantSpec, key: random_bits.Key | None = None
+) -> QuantizedArray:
+    """``q``, whose scales are in float32, as ``spec`` has it; ``key`` is of stochastic rounding.
+
+    The codes stay, though the scales under which they are read are rounded after them.
+    """
+    if not spec.double_quant or not q.ndim:
+        return dataclasses.replace(q, spec=spec)
+    scales: Any = q.scales
+    coded = double_quant.code_scales(scales, spec.signed_scale, key)
+    return dataclasses.replace(q, scales=coded, spec=spec)
 
 
 @functools.partial(jax.jit, inline=True)
@@ -272,6 +304,7 @@ def _dequantize(q: QuantizedArray) -> jax.Array:
 
 def decode(q: QuantizedArray) -> Any:
     """:func:`dequantize` in float32, whatever ``q.dtype``."""
+    q = with_float_scales(q)
     spec = q.spec
     if q.padding is None:
         return rounding.code_values(q.codes, spec.values) * q.scales
@@ -287,7 +320,7 @@ def encode(
     dtype: np.dtype,
     noise: jax.Array | None = None,
 ) -> QuantizedArray:
-    """Float32 ``x`` as codes under given scales; ``noise`` is that of stochastic rounding."""
+    """Float32 ``x`` as codes under float32 scales; ``noise`` is that of stochastic rounding."""
     noises = [] if noise is None else [noise]
     if x.ndim == 0:
         codes = _codes(spec, x, scales, *noises)
@@ -341,6 +374,8 @@ def abstract_quantized(shape: tuple[int, ...], dtype: np.dtype, spec: QuantSpec)
     if not shape:
         codes: Any = jax.ShapeDtypeStruct((), jnp.uint8)
         return QuantizedArray(codes, scales, spec, None, np.dtype(dtype))
+    if spec.double_quant:
+        scales = double_quant.coded_shapes(scales.shape)
     *lead, n = shape
     codes = jax.ShapeDtypeStruct((*lead, packing.packed_size(n, spec.bits)), jnp.uint8)
     return QuantizedArray(codes, scales, spec, code_padding(n, spec.bits), np.dtype(dtype))
@@ -357,13 +392,3 @@ def to_float32(x: jax.Array) -> jax.Array:
         return x.astype(jnp.float32)
     largest = float(jnp.finfo(jnp.float32).max)
     return jnp.where(jnp.isfinite(x), jnp.clip(x, -largest, largest), x).astype(jnp.float32)
-
-
-def element_indices(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Row (over all leading axes, row-major) and column of every element, uint32 of ``shape``."""
-    row = jnp.zeros(shape, jnp.uint32)
-    for axis, size in enumerate(shape[:-1]):
-        row = row * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-    if not shape:
-        return row, row
-    return row, jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)

@@ -50,7 +50,7 @@ def encode_and_pack(
     parts = []
     if full:
         grouped = [a[..., : full * group].reshape(*lead, full, group) for a in arrays]
-        parts.append(_pack_group(encode, grouped, bits).reshape(*lead, -1))
+        parts.append(_pack_group(encode, grouped, bits).reshape(*lead, full * group * bits // 8))
     if n % group or not full:
         parts.append(_pack_group(encode, [a[..., full * group :] for a in arrays], bits))
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)

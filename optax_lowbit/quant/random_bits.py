@@ -78,3 +78,13 @@ def uniform(key: Key, rows: jax.Array, columns: jax.Array) -> jax.Array:
     """Float32 uniforms in [0, 1) with 24 bits, one for each pair of uint32 indices."""
     bits, _ = threefry2x32(key, rows, columns)
     return (bits >> 8).astype(jnp.float32) * jnp.float32(2**-24)
+
+
+def element_indices(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Row (over all leading axes, row-major) and column of every element, uint32 of ``shape``."""
+    row = jnp.zeros(shape, jnp.uint32)
+    for axis, size in enumerate(shape[:-1]):
+        row = row * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    if not shape:
+        return row, row
+    return row, jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)

@@ -12,7 +12,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optax_lowbit import QuantSpec, dequantize, is_quantized, quantize
 from optax_lowbit.quant import packing, random_bits, rounding
-from optax_lowbit.quant.array import abstract_quantized, element_indices
+from optax_lowbit.quant.array import abstract_quantized
+from optax_lowbit.quant.random_bits import element_indices
 
 SIGNED = QuantSpec(codebook="dynamic_exponent", bits=4, signed=True, scaling="block")
 UNSIGNED = QuantSpec(codebook="linear", bits=4, signed=False, scaling="rank1")
