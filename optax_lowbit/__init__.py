@@ -4,6 +4,7 @@ import importlib.metadata
 
 from optax_lowbit.optimizers import (
     Description,
+    DiagnosticsState,
     FactoredMoment,
     Policy,
     Trace4bitState,
@@ -21,6 +22,7 @@ from optax_lowbit.optimizers import (
     sgd4bit,
     sgd8bit,
     trace4bit,
+    with_diagnostics,
 )
 from optax_lowbit.quant import (
     QuantizedArray,
@@ -35,6 +37,7 @@ __version__ = importlib.metadata.version("optax-lowbit")
 
 __all__ = (
     "Description",
+    "DiagnosticsState",
     "FactoredMoment",
     "Policy",
     "QuantSpec",
@@ -58,4 +61,5 @@ __all__ = (
     "sgd4bit",
     "sgd8bit",
     "trace4bit",
+    "with_diagnostics",
 )

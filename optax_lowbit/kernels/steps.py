@@ -184,8 +184,9 @@ def _stored_like(old: Any, name: str, new: Any, key: random_bits.Key | None) -> 
     """``new`` with its scales in 8 bits, if those of ``old`` are."""
     if not is_quantized(old) or not old.spec.double_quant:
         return new
-    is_random = old.spec.rounding == "stochastic"
-    words = random_bits.fold_in(moment_key(key, name), 0) if is_random else None
+    words = None
+    if key is not None and old.spec.rounding == "stochastic":
+        words = random_bits.fold_in(moment_key(key, name), 0)
     return with_coded_scales(new, old.spec, words)
 
 

@@ -2,6 +2,7 @@ from optax_lowbit.optimizers.adam4bit import adam4bit, adamw4bit, scale_by_adam4
 from optax_lowbit.optimizers.adam8bit import adam8bit, adamw8bit, scale_by_adam8bit
 from optax_lowbit.optimizers.descent import fused_apply
 from optax_lowbit.optimizers.describe import Description, describe
+from optax_lowbit.optimizers.diagnostics import DiagnosticsState, with_diagnostics
 from optax_lowbit.optimizers.factor import factor4bit, scale_by_factor4bit
 from optax_lowbit.optimizers.policy import Policy
 from optax_lowbit.optimizers.sgd import Trace4bitState, sgd4bit, sgd8bit, trace4bit
@@ -10,6 +11,7 @@ from optax_lowbit.optimizers.storage import FactoredMoment
 
 __all__ = (
     "Description",
+    "DiagnosticsState",
     "FactoredMoment",
     "Policy",
     "Trace4bitState",
@@ -27,4 +29,5 @@ __all__ = (
     "sgd4bit",
     "sgd8bit",
     "trace4bit",
+    "with_diagnostics",
 )

@@ -139,7 +139,7 @@ class QuantizedArray:
     """
 
     codes: jax.Array
-    scales: scaling.Scales | CodedScales
+    scales: Any  # see 2
     spec: QuantSpec = dataclasses.field(metadata={"static": True})
     padding: int | None = dataclasses.field(metadata={"static": True})
     dtype: np.dtype = dataclasses.field(metadata={"static": True})
