@@ -1,3 +1,4 @@
+from optax_lowbit.optimizers.accumulation import accumulate
 from optax_lowbit.optimizers.adagrad import ScaleByRssWithCountState, adagrad8bit
 from optax_lowbit.optimizers.adam4bit import adam4bit, adamw4bit, scale_by_adam4bit
 from optax_lowbit.optimizers.adam8bit import adam8bit, adamw8bit, scale_by_adam8bit
@@ -18,6 +19,7 @@ __all__ = (
     "Policy",
     "ScaleByRssWithCountState",
     "Trace4bitState",
+    "accumulate",
     "adagrad8bit",
     "adam4bit",
     "adam8bit",

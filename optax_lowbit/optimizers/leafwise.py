@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_lowbit.kernels.backends import Backend, checked, platform_backend, why_not
@@ -33,8 +34,8 @@ from optax_lowbit.quant import QuantizedArray, QuantSpec, random_bits
 class Moment:
     """A field of an optax state that has a value for every element of the parameters."""
 
-    # How it is stored; None for `dtype`.
-    spec: QuantSpec | None
+    # How it is stored; a dtype for leaves that are large enough; None for `dtype`.
+    spec: QuantSpec | np.dtype | None
     # Whether it never has a negative value.
     nonnegative: bool = False
     # Whether matrices keep their row and column means instead, and `spec` is for vectors.

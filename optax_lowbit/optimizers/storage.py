@@ -72,18 +72,22 @@ def init_moment(name: str, moment: "Moment", params: Any, policy: Policy) -> Any
         nbytes = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(value))
         dtype = str(value.dtype)
         record(Decision(label, tuple(param.shape), name, spec, dtype, nbytes, reason))
-        return wrapped_like(leaf, value) if spec is None else value
+        return value if isinstance(spec, QuantSpec | Factored) else wrapped_like(leaf, value)
 
     return jax.tree_util.tree_map_with_path(init_leaf, params, is_leaf=is_variable)
 
 
 def fresh_moment(
-    param: Any, spec: QuantSpec | Factored | None, dtype: Any, initial: jax.typing.ArrayLike = 0.0
+    param: Any,
+    spec: QuantSpec | Factored | np.dtype | None,
+    dtype: Any,
+    initial: jax.typing.ArrayLike,
 ) -> Any:
     """A constant for one parameter, quantized if there is a spec. Always buffers of their own."""
     if isinstance(spec, Factored):
         return FactoredMoment(_zeros_reduced(param, -1), _zeros_reduced(param, -2))
-    if spec is None:
+    if not isinstance(spec, QuantSpec):
+        dtype = dtype if spec is None else spec
         if dtype is None:
             dtype = float_dtype(param.dtype)
         return jnp.full_like(param, initial, dtype=dtype)
