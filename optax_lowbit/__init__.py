@@ -3,6 +3,7 @@
 import importlib.metadata
 
 from optax_lowbit.optimizers import (
+    CorrectedBfloat16State,
     Description,
     FactoredMoment,
     Policy,
@@ -16,9 +17,11 @@ from optax_lowbit.optimizers import (
     adamw8bit,
     ademamix4bit,
     apply_updates_stochastic,
+    correct_bfloat16,
     describe,
     factor4bit,
     fused_apply,
+    join_bfloat16,
     lion4bit,
     lion8bit,
     rmsprop8bit,
@@ -27,6 +30,7 @@ from optax_lowbit.optimizers import (
     scale_by_factor4bit,
     sgd4bit,
     sgd8bit,
+    split_bfloat16,
     trace4bit,
 )
 from optax_lowbit.quant import (
@@ -41,6 +45,7 @@ from optax_lowbit.quant import (
 __version__ = importlib.metadata.version("optax-lowbit")
 
 __all__ = (
+    "CorrectedBfloat16State",
     "Description",
     "FactoredMoment",
     "Policy",
@@ -57,11 +62,13 @@ __all__ = (
     "ademamix4bit",
     "apply_updates_stochastic",
     "codebook",
+    "correct_bfloat16",
     "dequantize",
     "describe",
     "factor4bit",
     "fused_apply",
     "is_quantized",
+    "join_bfloat16",
     "lion4bit",
     "lion8bit",
     "quantize",
@@ -71,5 +78,6 @@ __all__ = (
     "scale_by_factor4bit",
     "sgd4bit",
     "sgd8bit",
+    "split_bfloat16",
     "trace4bit",
 )

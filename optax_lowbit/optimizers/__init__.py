@@ -3,6 +3,12 @@ from optax_lowbit.optimizers.adagrad import ScaleByRssWithCountState, adagrad8bi
 from optax_lowbit.optimizers.adam4bit import adam4bit, adamw4bit, scale_by_adam4bit
 from optax_lowbit.optimizers.adam8bit import adam8bit, adamw8bit, scale_by_adam8bit
 from optax_lowbit.optimizers.ademamix import ademamix4bit
+from optax_lowbit.optimizers.corrected_bfloat16 import (
+    CorrectedBfloat16State,
+    correct_bfloat16,
+    join_bfloat16,
+    split_bfloat16,
+)
 from optax_lowbit.optimizers.descent import fused_apply
 from optax_lowbit.optimizers.describe import Description, describe
 from optax_lowbit.optimizers.factor import factor4bit, scale_by_factor4bit
@@ -14,6 +20,7 @@ from optax_lowbit.optimizers.stochastic_rounding import apply_updates_stochastic
 from optax_lowbit.optimizers.storage import FactoredMoment
 
 __all__ = (
+    "CorrectedBfloat16State",
     "Description",
     "FactoredMoment",
     "Policy",
@@ -27,9 +34,11 @@ __all__ = (
     "adamw8bit",
     "ademamix4bit",
     "apply_updates_stochastic",
+    "correct_bfloat16",
     "describe",
     "factor4bit",
     "fused_apply",
+    "join_bfloat16",
     "lion4bit",
     "lion8bit",
     "rmsprop8bit",
@@ -38,5 +47,6 @@ __all__ = (
     "scale_by_factor4bit",
     "sgd4bit",
     "sgd8bit",
+    "split_bfloat16",
     "trace4bit",
 )

@@ -112,13 +112,16 @@ def accumulate(
         is_last = state.mini_step == every_k_schedule(state.gradient_step) - 1
         means, acc_grads = _accumulated(updates, state, is_last, key)
 
-        def step():
-            return inner.update(means, state.inner_opt_state, params, **extra_args)
+        def step(carry):
+            _, means, inner_state = carry
+            updates, inner_state = inner.update(means, inner_state, params, **extra_args)
+            updates = jax.tree.map(lambda u, mean: u.astype(mean.dtype), updates, means)
+            return jnp.zeros_like(is_last), updates, inner_state
 
-        def wait():
-            return jax.tree.map(jnp.zeros_like, jax.eval_shape(step)[0]), state.inner_opt_state
-
-        updates, inner_state = jax.lax.cond(is_last, step, wait)
+        # Not a lax.cond, which would hold the gradients twice: a loop writes over what it is given.
+        carry = (is_last, means, state.inner_opt_state)
+        _, updates, inner_state = jax.lax.while_loop(lambda carry: carry[0], step, carry)
+        updates = jax.tree.map(lambda u: jnp.where(is_last, u, 0), updates)
         steps = optax.safe_increment(state.gradient_step)
         return updates, optax.MultiStepsState(
             mini_step=jnp.where(is_last, 0, optax.safe_increment(state.mini_step)),

@@ -53,8 +53,11 @@ def growing(step):
     return step + 1
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("every_k", [1, 3, growing], ids=["1", "3", "growing"])
+@pytest.mark.parametrize(
+    ("every_k", "dtype"),
+    [(1, jnp.float32), (3, jnp.bfloat16), (growing, jnp.float32)],
+    ids=["1", "3-bfloat16", "growing"],
+)
 def test_small_leaves_are_optax_s_to_the_bit(every_k, dtype):
     shapes = {"matrix": (8, 128), "scalar": (), "vector": (5,)}
     params, grads = normal_tree(shapes, dtype=dtype), gradients(6, shapes, dtype)
@@ -68,7 +71,7 @@ def test_small_leaves_are_optax_s_to_the_bit(every_k, dtype):
     assert_bit_equal(results, expected)
 
 
-@pytest.mark.parametrize("spec", [SPEC, jnp.bfloat16, None], ids=["8 bits", "bfloat16", "float32"])
+@pytest.mark.parametrize("spec", [SPEC, jnp.bfloat16], ids=["8 bits", "bfloat16"])
 def test_updates_are_zeros_until_the_last_mini_step(spec):
     params, grads = normal_tree(), gradients(5)
     results = run(accumulate(optax.sgd(1.0), 2, spec), params, grads)
@@ -110,10 +113,12 @@ def test_the_mean_over_keys_is_the_mean_gradient(spec):
 
     def mean_by(key):
         tx = accumulate(optax.identity(), count, spec, policy=ALL, key=key)
-        state = tx.init(grads[0])
-        for grad in grads:
-            update, state = tx.update(grad, state)
-        return update
+
+        def body(state, grad):
+            updates, state = tx.update(grad, state)
+            return state, updates
+
+        return jax.lax.scan(body, tx.init(grads[0]), grads)[1][-1]
 
     means = jax.jit(lambda keys: jax.lax.map(mean_by, keys, batch_size=100))(
         jax.random.split(jax.random.key(0, impl="threefry2x32"), keys)
@@ -166,9 +171,8 @@ def test_extra_arguments_and_parameters_reach_the_inner_transform():
     np.testing.assert_allclose(updates["matrix"], 2 * grads["matrix"] + params["matrix"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("spec", [SPEC, jnp.bfloat16], ids=["8 bits", "bfloat16"])
-def test_one_compilation_and_a_scan(spec, caplog):
-    tx = accumulate(optax_lowbit.adamw4bit(1e-2), 2, spec)
+def test_one_compilation_and_a_scan(caplog):
+    tx = accumulate(optax_lowbit.sgd4bit(1e-2, 0.9), 2)
     params, grads = normal_tree(), gradients(3)
     update = jax.jit(tx.update)
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
@@ -192,8 +196,11 @@ def test_one_compilation_and_a_scan(spec, caplog):
     assert_bit_equal(scanned.acc_grads, looped[-1].acc_grads)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("spec", [SPEC, jnp.bfloat16], ids=["8 bits", "bfloat16"])
+@pytest.mark.parametrize(
+    ("spec", "axis_type"),
+    [(SPEC, AxisType.Auto), (SPEC, AxisType.Explicit), (jnp.bfloat16, AxisType.Auto)],
+    ids=["8 bits", "8 bits-explicit", "bfloat16"],
+)
 def test_on_eight_devices_the_bits_are_the_same_without_traffic(spec, axis_type):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(axis_type,) * 2)
     place = NamedSharding(mesh, PartitionSpec("a", "b"))
@@ -231,17 +238,16 @@ def test_bytes_of_the_accumulator():
 
 MEASURE = """
 import json, jax, jax.numpy as jnp, optax, optax_lowbit
-params = {f"w{i}": jax.ShapeDtypeStruct((2048, 2048), "float32") for i in range(4)}
+params = jax.ShapeDtypeStruct((2048, 2048), "float32")
 
 def temporaries(tx):
     state = jax.eval_shape(tx.init, params)
     compiled = jax.jit(tx.update, donate_argnums=(0, 1)).lower(params, state, params).compile()
-    return compiled.memory_analysis().temp_size_in_bytes / (4 * 2048**2 * 4)
+    return compiled.memory_analysis().temp_size_in_bytes / (4 * 2048**2)
 
-inner = optax_lowbit.adamw4bit(1e-3)
+inner = optax_lowbit.lion8bit(1e-3)
 print(json.dumps({
     "8 bits": temporaries(optax_lowbit.accumulate(inner, 4)),
-    "bfloat16": temporaries(optax_lowbit.accumulate(inner, 4, jnp.bfloat16)),
     "MultiSteps": temporaries(optax.MultiSteps(inner, 4)),
 }))
 """
@@ -258,9 +264,7 @@ def test_temporaries_are_those_of_a_tile():
         timeout=300,
     )
     measured = json.loads(process.stdout.splitlines()[-1])
-    print(measured)
-    assert measured["8 bits"] < 0.1, measured
-    assert measured["bfloat16"] < 0.1, measured
+    assert measured["8 bits"] < 0.05 < measured["MultiSteps"], measured
 
 
 def test_rules_and_odd_trees():
@@ -276,7 +280,7 @@ def test_rules_and_odd_trees():
     for spec in (SPEC, jnp.bfloat16):
         tx = accumulate(optax.sgd(0.1), 2, spec, policy=policy)
         state = tx.init(params)
-        updates, new_state = jax.jit(tx.update)(params, state, params)
+        updates, new_state = jax.eval_shape(tx.update, params, state, params)
         assert_same_types(updates, params)
         assert_same_types(new_state, state)
         acc = state.acc_grads
@@ -316,9 +320,9 @@ def test_impossible_arguments_are_refused_at_construction(arguments, keywords, e
 
 
 def test_it_wraps_low_bit_and_other_transforms():
-    tx = optax.chain(optax.clip(1.0), accumulate(optax_lowbit.adamw4bit(1e-2), 2))
+    tx = optax.chain(optax.clip(1.0), accumulate(optax_lowbit.sgd4bit(1e-2, 0.9), 2))
     params, grads = normal_tree(), gradients(2)
     results = run(tx, params, grads)
     assert results[1][0]["matrix"].all()
-    assert len(quantized_leaves(results[1][1])) == 3
+    assert len(quantized_leaves(results[1][1])) == 2
     assert_bit_equal(optax.tree.map_params(tx, lambda x: x, results[1][1]), results[1][1])
