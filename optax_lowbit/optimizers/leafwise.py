@@ -162,7 +162,10 @@ def update_state(
     leaves = _leaves(paths_and_grads, columns, step_key, descents)
     new_leaves, new_state = _step_plain_leaves(transform, state, names, leaves)
     step = _step_of(transform, state, names)
-    scalars: Any = None if fused is None else fused.scalars(optax.safe_increment(state.count))
+    scalars = None
+    if fused is not None:
+        count: Any = optax.safe_increment(state.count)
+        scalars = fused.scalars(count)
     results = [
         new or step_one(leaf, step, scalars) for leaf, new in zip(leaves, new_leaves, strict=True)
     ]

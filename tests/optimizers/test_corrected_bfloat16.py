@@ -59,8 +59,8 @@ def random_corrections(rng, params):
 
 
 def test_24_bits_are_split_and_joined_one_to_one():
-    """Every bfloat16 with all of 256 corrections: together the 2**24 floats of 24 bits."""
-    upper = ALL_BITS.ravel()[::7]
+    """Every seventh bfloat16 and the largest, with the next 8 bits: floats of 24 bits."""
+    upper = np.append(ALL_BITS.ravel()[::7], np.uint16([0x7F7F, 0xFF7F]))  # the largest
     whole = (upper.astype(np.uint32)[:, None] << 16) + (np.arange(256, dtype=np.uint32) << 8)
     weights = whole.view(np.float32)
     weights = weights[np.isfinite(weights).all(1)]
@@ -112,14 +112,13 @@ def test_apply_updates_gives_the_new_parameters_whatever_they_are():
         reached = exact(new, state.correction)
         finite = numbers & np.isfinite(np.asarray(new, np.float32))
         assert (np.asarray(state.correction)[~finite] == 0).all()
-        # Rounding to 24 bits, or where float32 has no difference, that of the old parameter; or a
-        # subnormal, which some platforms take for zero.
+        # Rounding to 24 bits, or where float32 has no difference, that of the old parameter; and
+        # weight, update, and difference may each be subnormal, which CPUs take for zero.
         allowed = np.maximum(2.0**-16 * np.abs(aim), 2.0**-24 * np.abs(weights))
-        error = np.abs(reached - aim)
-        normal = np.abs(aim) >= LEAST_NORMAL
-        assert (error <= allowed + LEAST_NORMAL * ~normal)[finite].all(), name
-        if name != "as large":
-            assert finite.mean() > 0.4 or name in ("infinite", "nan"), name
+        allowed = allowed + 3 * LEAST_NORMAL
+        error = np.abs(np.subtract(reached, aim, where=finite, out=np.zeros_like(aim)))
+        assert (error <= allowed)[finite].all(), name
+        assert finite.mean() > 0.9 or name in ("infinite", "nan"), name
         # What is not a number stays visible: infinity where 24 bits overflow, NaN where float32
         # has one.
         np.testing.assert_array_equal(np.isnan(np.asarray(new, np.float32)), np.isnan(aim), name)
