@@ -35,9 +35,10 @@ def correct_bfloat16() -> optax.GradientTransformationExtraArgs:
     An update :math:`u` gives :math:`w' = w + u` in float32, rounded to nearest in its upper 24
     bits, and so :math:`p'` and :math:`c'`. What is emitted is :math:`p' - p`, in float32, to which
     `optax.apply_updates` adds :math:`p` and has :math:`p'` exactly, whatever the two are. (Where
-    float32 has no such difference, as for 1 and :math:`-2^{-24}`, or the platform takes it for zero,
-    as CPUs do below :math:`2^{-126}`, :math:`p'` is what the sum gives, and :math:`c' = 0`.) So 15 bits of a weight's fraction are kept, and updates as small
-    as :math:`2^{-17}` of it, where bfloat16 alone loses those below :math:`2^{-9}`.
+    float32 has no such difference, as for 1 and :math:`-2^{-24}`, or the platform takes it for
+    zero, as CPUs do below :math:`2^{-126}`, :math:`p'` is what the sum gives, and :math:`c' = 0`.)
+    So 15 bits of a weight's fraction are kept, and updates as small as :math:`2^{-17}` of it, where
+    bfloat16 alone loses those below :math:`2^{-9}`.
 
     Infinities and NaN stay, and have no correction. Parameters of other dtypes, and their updates,
     pass unchanged. All is elementwise: the same on every mesh, and without communication.
