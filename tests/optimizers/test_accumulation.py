@@ -320,7 +320,7 @@ def test_impossible_arguments_are_refused_at_construction(arguments, keywords, e
 
 
 def test_it_wraps_low_bit_and_other_transforms():
-    tx = optax.chain(optax.clip(1.0), accumulate(optax_lowbit.sgd4bit(1e-2, 0.9), 2))
+    tx = optax.chain(optax.clip(9.0), accumulate(optax_lowbit.sgd4bit(1e-2, 0.9), 2))
     params, grads = normal_tree(), gradients(2)
     results = run(tx, params, grads)
     assert results[1][0]["matrix"].all()
