@@ -42,7 +42,12 @@ def descend(
         direction_state, *decay_state, rate_state = state
         negative_rate: Any
         negative_rate, rate_state = rate.update(jnp.float32(1), rate_state)
-        decays = _decays(weight_decay, mask, params)
+        decay_now = weight_decay
+        if callable(weight_decay):
+            count = optax.tree.get(decay_state, "count")
+            decay_now = weight_decay(count)
+            decay_state = optax.tree.set(decay_state, count=optax.safe_increment(count))
+        decays = _decays(decay_now, mask, params)
         descents = [
             Descent(p, -negative_rate, decay, leaf_key)
             for (p, leaf_key), decay in zip(_with_keys(params, key), decays)

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_lowbit.kernels.backends import Backend, checked, platform_backend, why_not
@@ -32,14 +34,16 @@ from optax_lowbit.quant import QuantizedArray, QuantSpec, random_bits
 class Moment:
     """A field of an optax state that has a value for every element of the parameters."""
 
-    # How it is stored; None for `dtype`.
-    spec: QuantSpec | None
+    # How it is stored; a dtype for leaves that are large enough; None for `dtype`.
+    spec: QuantSpec | np.dtype | None
     # Whether it never has a negative value.
     nonnegative: bool = False
     # Whether matrices keep their row and column means instead, and `spec` is for vectors.
     factored: bool = False
     # Of leaves that are not quantized; None: float32, or wider if the parameter is.
     dtype: Any = None
+    # What every element is at first; of a moment that is not factored.
+    initial: jax.typing.ArrayLike = 0.0
 
 
 def quantize_moments(
@@ -49,17 +53,21 @@ def quantize_moments(
     key: jax.Array | int | None,
     fused: Fused | None = None,
     backend: Backend = "auto",
+    restored: Callable[[dict[str, Any]], dict[str, Any]] = lambda moments: moments,
 ) -> "LowBitTransformation":
     """``inner``, elementwise, with the named fields of its NamedTuple state kept in few bits.
 
     Args:
       inner: A transform whose update of an element depends on that element alone. What its state
-        has beside the moments (a count) must not depend on the parameters.
+        has beside the moments (a count) must not depend on the parameters. With a key it needs a
+        count: see :func:`counted`.
       moments: The moments by field name.
       policy: Decides leaf by leaf; None: the default one.
       key: For stochastic rounding.
       fused: The same step as the kernels know it; None: there is no kernel.
       backend: Which kernel.
+      restored: Makes dequantized moments of a leaf, which the reference's step is given, consistent
+        with one another.
 
     Returns:
       A transform with the same state type.
@@ -78,9 +86,13 @@ def quantize_moments(
         return state._replace(**fields)
 
     def step_one(leaf: Leaf, step: Step, scalars: Any) -> tuple[jax.Array, dict[str, Any]]:
+        def restored_step(grad, moments, constants):
+            return step(grad, restored(moments), constants)
+
         return step_leaf(
-            step, fused, backend, scalars, leaf.grad, leaf.moments, leaf.key, descent=leaf.descent
-        )
+            restored_step, fused, backend, scalars, leaf.grad, leaf.moments, leaf.key,
+            descent=leaf.descent,
+        )  # fmt: skip
 
     def step_all(updates, state, descents=None):
         return update_state(
@@ -146,12 +158,14 @@ def update_state(
     """
     paths_and_grads, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_variable)
     columns = {name: treedef.flatten_up_to(getattr(state, name)) for name in names}
-    step_key = noise_key(key, state.count)
+    step_key = None if key is None else noise_key(key, state.count)
     leaves = _leaves(paths_and_grads, columns, step_key, descents)
     new_leaves, new_state = _step_plain_leaves(transform, state, names, leaves)
     step = _step_of(transform, state, names)
-    count: Any = optax.safe_increment(state.count)
-    scalars = None if fused is None else fused.scalars(count)
+    scalars = None
+    if fused is not None:
+        count: Any = optax.safe_increment(state.count)
+        scalars = fused.scalars(count)
     results = [
         new or step_one(leaf, step, scalars) for leaf, new in zip(leaves, new_leaves, strict=True)
     ]
@@ -283,6 +297,29 @@ def under_standard_promotion(inner: optax.GradientTransformation) -> Inner:
     return Inner(inner.init, update_fn)
 
 
+def counted(
+    inner: optax.GradientTransformation, state_type: Callable[..., Any]
+) -> optax.GradientTransformation:
+    """``inner`` with its state's fields behind a count, which numbers the draws of random rounding.
+
+    Args:
+      inner: A transform whose state is a NamedTuple without a count.
+      state_type: The NamedTuple of ``count`` and the fields of that state.
+    """
+    transform: Any = inner
+    uncounted = type(transform.init(()))
+
+    def init_fn(params):
+        return state_type(jnp.zeros([], jnp.int32), *transform.init(params))
+
+    def update_fn(updates, state, params=None):
+        count, *fields = state
+        updates, new_state = transform.update(updates, uncounted(*fields), params)
+        return updates, state_type(optax.safe_increment(count), *new_state)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
 def checked_policy(
     moments: Mapping[str, Moment], policy: Policy | None, key: jax.Array | int | None
 ) -> Policy:
@@ -312,9 +349,9 @@ def checked_policy(
     return policy
 
 
-def noise_key(key: jax.Array | int | None, count: Any) -> random_bits.Key | None:
+def noise_key(key: jax.Array | int, count: Any) -> random_bits.Key:
     """The key of one step."""
-    return None if key is None else random_bits.fold_in(random_bits.key_words(key), count)
+    return random_bits.fold_in(random_bits.key_words(key), count)
 
 
 def fold_in_path(key: random_bits.Key | None, path: tuple[Any, ...]) -> random_bits.Key | None:

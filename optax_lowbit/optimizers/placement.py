@@ -38,20 +38,24 @@ def check_alignment(path: str, param: jax.Array, spec: QuantSpec) -> None:
 
 def zeros_placed_like(param: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     """Zeros of the leaf's shape and dtype, on the devices of a concrete parameter."""
+    return jnp.zeros(leaf.shape, leaf.dtype, device=placement_like(param, leaf.shape))
+
+
+def placement_like(param: Any, shape: tuple[int, ...]) -> jax.sharding.Sharding | None:
+    """Where an array of the shape lies beside a concrete parameter; None where JAX puts it."""
     sharding = None
     if not isinstance(param, jax.core.Tracer):
         sharding = getattr(param, "sharding", None)
     if isinstance(sharding, jax.sharding.NamedSharding):
-        sharding = jax.sharding.NamedSharding(
+        return jax.sharding.NamedSharding(
             sharding.mesh,
-            _divisible_spec(sharding, leaf.shape),
+            _divisible_spec(sharding, shape),
             memory_kind=sharding.memory_kind,
         )
-        return jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
     # Left to JAX where it is one device: naming it would commit the array, which an update does
     # not, and the second update would compile again.
     on_default = sharding is None or sharding.device_set == {jax.local_devices()[0]}
-    return jnp.zeros(leaf.shape, leaf.dtype, device=None if on_default else sharding)
+    return None if on_default else sharding
 
 
 def _divisible_spec(

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_lowbit.quant import QuantSpec
 from optax_lowbit.quant.array import abstract_quantized
@@ -71,9 +72,9 @@ class Policy:
         moment: str,
         path: str,
         leaf: Any,
-        default: QuantSpec | Factored | None,
+        default: QuantSpec | Factored | np.dtype | None,
         nonnegative: bool,
-    ) -> tuple[QuantSpec | Factored | None, str]:
+    ) -> tuple[QuantSpec | Factored | np.dtype | None, str]:
         """The spec of one moment of one leaf, or None and why it stays in float32."""
         spec, reason = self._from_rules(moment, path, leaf, default, nonnegative)
         if spec is None:
@@ -87,6 +88,8 @@ class Policy:
             rows_and_columns = sum(leaf.shape[-2:]) / math.prod(leaf.shape[-2:])
             if rows_and_columns > MAX_OVERHEAD:
                 return None, "too few rows or columns for their means to pay"
+            return spec, ""
+        if isinstance(spec, np.dtype):
             return spec, ""
         if not nonnegative and not spec.signed:
             raise ValueError(
@@ -117,7 +120,7 @@ class Decision:
     path: str
     shape: tuple[int, ...]
     moment: str
-    spec: QuantSpec | Factored | None
+    spec: QuantSpec | Factored | np.dtype | None
     dtype: str
     nbytes: int
     # Why it is not quantized, or differs from its spec; empty if neither.

@@ -3,13 +3,12 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from optax_lowbit.kernels.backends import Backend
 from optax_lowbit.kernels.steps import FusedMomentum
 from optax_lowbit.optimizers.descent import descend
-from optax_lowbit.optimizers.leafwise import Moment, quantize_moments
+from optax_lowbit.optimizers.leafwise import Moment, counted, quantize_moments
 from optax_lowbit.optimizers.policy import Policy
 from optax_lowbit.optimizers.presets import FIRST_MOMENT_4BIT, FIRST_MOMENT_8BIT
 from optax_lowbit.quant import QuantSpec
@@ -66,22 +65,9 @@ def trace4bit(
       2023, Algorithm 2.
     """
     moments = {"trace": Moment(trace_spec, dtype=accumulator_dtype)}
-    inner, fused = _counted_trace(decay, nesterov), FusedMomentum(decay, nesterov)
+    inner = counted(optax.trace(decay, nesterov), Trace4bitState)
+    fused = FusedMomentum(decay, nesterov)
     return quantize_moments(inner, moments, policy, key, fused, backend)
-
-
-def _counted_trace(decay: jax.typing.ArrayLike, nesterov: bool) -> optax.GradientTransformation:
-    inner: Any = optax.trace(decay, nesterov)
-
-    def init_fn(params):
-        (trace,) = inner.init(params)
-        return Trace4bitState(jnp.zeros([], jnp.int32), trace)
-
-    def update_fn(updates, state, params=None):
-        updates, (trace,) = inner.update(updates, optax.TraceState(state.trace), params)
-        return updates, Trace4bitState(optax.safe_increment(state.count), trace)
-
-    return optax.GradientTransformation(init_fn, update_fn)
 
 
 def sgd4bit(

@@ -22,6 +22,9 @@ class Case:
     name: str
     factory: Callable[..., optax.GradientTransformationExtraArgs]
     arguments: tuple[tuple[str, Any], ...]
+    moments: tuple[str, ...] = ("mu", "nu")
+    # The constant learning rate that reaches small targets, if not that of Adam or of momentum.
+    small_rate: float | None = None
 
     def make(self, **overrides) -> optax.GradientTransformationExtraArgs:
         return self.factory(**{**dict(self.arguments), **overrides})
@@ -40,12 +43,16 @@ class Case:
         return self.has("momentum") or self.has("decay")
 
     @property
-    def moments(self) -> tuple[str, ...]:
-        return ("trace",) if self.is_momentum else ("mu", "nu")
+    def has_count(self) -> bool:
+        """Whether its core counts its steps, as most of optax's do."""
+        return self.factory not in (optax_lowbit.rmsprop8bit, optax_lowbit.adagrad8bit)
 
 
-def _case(factory, suffix="", **arguments) -> Case:
-    return Case(factory.__name__ + suffix, factory, tuple(arguments.items()))
+def _case(factory, suffix="", moments=("mu", "nu"), small_rate=None, **arguments) -> Case:
+    if "momentum" in arguments or "decay" in arguments:
+        moments = ("trace",)
+    name = factory.__name__ + suffix
+    return Case(name, factory, tuple(arguments.items()), moments, small_rate)
 
 
 OPTIMIZERS = [
@@ -57,6 +64,18 @@ OPTIMIZERS = [
     _case(optax_lowbit.adamw8bit, learning_rate=1e-2),
     _case(optax_lowbit.adam8bit, learning_rate=1e-2),
     _case(optax_lowbit.sgd8bit, learning_rate=1e-3, momentum=0.9),
+    _case(optax_lowbit.lion8bit, moments=("mu",), small_rate=3e-3, learning_rate=1e-2),
+    # An average of 100 steps: that of 10,000 does not converge in hundreds, with optax's either.
+    _case(
+        optax_lowbit.ademamix4bit,
+        moments=("m1", "m2", "nu"),
+        learning_rate=1e-2,
+        b3=0.99,
+        alpha=1.0,
+    ),
+    _case(optax_lowbit.rmsprop8bit, moments=("nu",), learning_rate=1e-2),
+    _case(optax_lowbit.rmsprop8bit, "-centered", learning_rate=1e-2, centered=True),
+    _case(optax_lowbit.adagrad8bit, moments=("sum_of_squares",), small_rate=1.0, learning_rate=1.0),
 ]
 CORES = [
     _case(optax_lowbit.scale_by_adam4bit),

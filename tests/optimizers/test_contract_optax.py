@@ -9,6 +9,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import optax_lowbit
 from optax_lowbit import FactoredMoment, Policy, QuantSpec, dequantize, is_quantized
 from tests.optimizers.cases import (
     FAMILIES,
@@ -45,7 +46,8 @@ def test_two_steps_with_an_unexpected_argument(case):
     for name, leaf in new_params.items():
         assert jnp.isfinite(leaf).all(), name
         assert (leaf != params[name]).any(), name
-    assert optax.tree.get(state, "count") == 2
+    if case.has_count:
+        assert optax.tree.get(state, "count") == 2
 
 
 @each_family
@@ -102,7 +104,7 @@ def descend(tx, loss, params, steps):
 def test_converges_on_a_small_target(case, target):
     start, end = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), TARGETS[target])
     loss = rosenbrock if target == "rosenbrock" else squared_distance(end)
-    tx = case.make_descending(1e-3 if case.is_momentum else 1e-2)
+    tx = case.make_descending(case.small_rate or (1e-3 if case.is_momentum else 1e-2))
     found = descend(tx, loss, start, 10_000)
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(end)):
         np.testing.assert_allclose(x, y, rtol=3e-2, atol=3e-2)
@@ -113,6 +115,8 @@ def test_converges_on_a_quantized_target(case):
     shapes = {"matrix": (64, 128)} if case.has("learning_rate") else {"vector": (8192,)}
     start, end = normal_tree(shapes, seed=0), normal_tree(shapes, seed=1)
     peak = 0.02 if case.is_momentum else 0.1
+    if case.factory is optax_lowbit.adagrad8bit:
+        peak = 1.0
     tx = case.make_descending(optax.schedules.cosine_decay_schedule(peak, 300))
     assert quantized_leaves(jax.eval_shape(tx.init, start))
     found = descend(tx, squared_distance(end), start, 300)
