@@ -2,6 +2,7 @@
 
 import importlib.metadata
 
+from optax_lowbit.checkpoint import convert_state
 from optax_lowbit.optimizers import (
     Description,
     FactoredMoment,
@@ -46,6 +47,7 @@ __all__ = (
     "adamw8bit",
     "apply_updates_stochastic",
     "codebook",
+    "convert_state",
     "dequantize",
     "describe",
     "factor4bit",
