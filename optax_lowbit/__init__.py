@@ -2,7 +2,7 @@
 
 import importlib.metadata
 
-from optax_lowbit.checkpoint import convert_state
+from optax_lowbit.checkpoint import convert_state, import_state
 from optax_lowbit.optimizers import (
     Description,
     FactoredMoment,
@@ -52,6 +52,7 @@ __all__ = (
     "describe",
     "factor4bit",
     "fused_apply",
+    "import_state",
     "is_quantized",
     "quantize",
     "scale_by_adam4bit",

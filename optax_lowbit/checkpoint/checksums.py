@@ -9,7 +9,7 @@ import numpy as np
 from optax_lowbit.quant.array import element_indices
 
 
-def checksum(x: Any) -> jax.Array:
+def checksum(x: jax.Array | np.ndarray | np.generic) -> Any:
     r"""A 32-bit sum over all elements of a hash of value and position, as a uint32 scalar.
 
     With the 32-bit words :math:`w_i` of the array (smaller elements are a word each, larger ones
@@ -18,19 +18,25 @@ def checksum(x: Any) -> jax.Array:
     any other change goes unnoticed with a probability of :math:`2^{-32}`. Shards are added up where
     they lie: only the sums are exchanged.
     """
-    return _checksum(_host_words(x) if isinstance(x, np.ndarray) else x)
+    if isinstance(x, np.ndarray | np.generic):
+        words = _host_words(x)
+        return _mixed_sum(words, np.arange(words.size, dtype=np.uint32), np)
+    return _on_devices(x)
 
 
 @jax.jit
-def _checksum(x: jax.Array) -> jax.Array:
+def _on_devices(x: jax.Array) -> jax.Array:
     words = _words(x)
     row, column = element_indices(words.shape)
     width = words.shape[-1] if words.ndim else 1
-    index = row * jnp.uint32(width & 0xFFFFFFFF) + column
-    mixed = words ^ (index * jnp.uint32(0x9E3779B1))
+    return _mixed_sum(words, row * jnp.uint32(width & 0xFFFFFFFF) + column, jnp)
+
+
+def _mixed_sum(words: Any, index: Any, xp: Any) -> Any:
+    mixed = words ^ (index * xp.uint32(0x9E3779B1))
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        mixed = (mixed ^ mixed >> shift) * jnp.uint32(factor)
-    return jnp.sum(mixed ^ mixed >> 16, dtype=jnp.uint32)
+        mixed = (mixed ^ mixed >> shift) * xp.uint32(factor)
+    return xp.sum(mixed ^ mixed >> 16, dtype=xp.uint32)
 
 
 def _words(x: jax.Array) -> jax.Array:
@@ -42,7 +48,7 @@ def _words(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, kind).astype(jnp.uint32)
 
 
-def _host_words(x: np.ndarray) -> np.ndarray:
+def _host_words(x: np.ndarray | np.generic) -> np.ndarray:
     """The words of an array of NumPy, which JAX might not take as it is (64 bits)."""
     kind = {1: np.uint8, 2: np.uint16}.get(x.dtype.itemsize, np.uint32)
-    return np.frombuffer(np.ascontiguousarray(x).tobytes(), kind)
+    return np.frombuffer(x.tobytes(), kind).astype(np.uint32)

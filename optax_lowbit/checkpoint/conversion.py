@@ -136,5 +136,3 @@ def _piece_placed(piece: Any, sharding: jax.sharding.Sharding | None) -> jax.Arr
     if sharding is None or piece.sharding == sharding:
         return piece
     return jax.device_put(piece, sharding)
-
-

@@ -28,7 +28,7 @@ Sharding = jax.sharding.Sharding
 
 
 def save(path: Any, state: Any) -> None:
-    """Writes a training state as one checkpoint, and returns when it is complete.
+    """Writes a training state as one checkpoint.
 
     The folder appears under its name only when all is written: a process that dies before leaves
     nothing there, and checkpoints beside it as they were.
@@ -40,6 +40,9 @@ def save(path: Any, state: Any) -> None:
       path: A folder that is not there yet.
       state: A tree of arrays, numbers and low-bit arrays; say, a dict of parameters, optimizer
         state and step.
+
+    Returns:
+      Nothing, when all is written.
 
     Raises:
       ValueError: If the folder exists.
@@ -96,14 +99,12 @@ def save_args(state: Any) -> Any:
         arrays |= manifest.storable_pieces(index, leaf)
     sums = jax.device_get({name: checksum(x) for name, x in arrays.items()})
     stored = manifest.stored_leaves(leaves, {name: int(value) for name, value in sums.items()})
-    # Orbax has no arrays without elements; the manifest is all there is to say about them.
+    items = {MANIFEST: ocp.args.JsonSave(manifest.to_json(stored))}
+    # Orbax has neither arrays without elements nor trees without arrays; the manifest has.
     arrays = {name: x for name, x in arrays.items() if x.size}
-    return ocp.args.Composite(
-        **{
-            ARRAYS: ocp.args.PyTreeSave(arrays),
-            MANIFEST: ocp.args.JsonSave(manifest.to_json(stored)),
-        }
-    )
+    if arrays:
+        items[ARRAYS] = ocp.args.PyTreeSave(arrays)
+    return ocp.args.Composite(**items)
 
 
 def restore(path: Any, like: Any) -> Any:

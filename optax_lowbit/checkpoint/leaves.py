@@ -61,7 +61,9 @@ def leaves_of(tree: Any) -> list[Leaf]:
     def visit(node, keys, state, start):
         children = [((), node)]
         if not is_low_bit(node):
-            children, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
+            children, _ = jax.tree_util.tree_flatten_with_path(
+                node, is_leaf=lambda x: x is not node
+            )
         is_state = isinstance(node, tuple) and hasattr(node, "_fields")
         for key, child in children:
             if not key:

@@ -206,5 +206,3 @@ def _table_crc32(spec: QuantSpec) -> int:
 
 def _crc32(content: Any) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-

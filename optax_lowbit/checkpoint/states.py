@@ -1,5 +1,6 @@
 """From the state of one transform to that of another, in the middle of a run."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import optax
 
 from optax_lowbit.checkpoint.conversion import check_convertible, converted
-from optax_lowbit.checkpoint.leaves import leaves_of, structure_of
+from optax_lowbit.checkpoint.leaves import Leaf, leaves_of, structure_of
 from optax_lowbit.checkpoint.matching import matched
 
 
@@ -50,20 +51,27 @@ def convert_state(
       (1, 8704)
     """
     sources = leaves_of(state)
+    fresh = to.init(params)
+    treedef, targets = structure_of(fresh), leaves_of(fresh)
+    del fresh
+    return filled(treedef, targets, sources)
+
+
+def filled(treedef: Any, targets: list[Leaf], sources: Sequence[Leaf]) -> Any:
+    """The tree of ``targets`` with the values of the sources.
+
+    Targets are taken out of their list one by one, so that zeros go as values come.
+    """
 
     def read_count(index):
         return int(np.asarray(sources[index].value))
 
-    fresh = to.init(params)
-    treedef, targets = structure_of(fresh), leaves_of(fresh)
-    del fresh
     chosen = matched(sources, targets, read_count, can_keep=True)
     for index, target in zip(chosen, targets):
         if index is not None:
             check_convertible(sources[index], target)
     values = []
     for index in chosen:
-        # Taken out, so that zeros go as values come.
         like = targets.pop(0).value
         values.append(like if index is None else converted(sources[index].value, like))
     return jax.tree.unflatten(treedef, values)
