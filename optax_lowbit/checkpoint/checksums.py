@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_lowbit.checkpoint.leaves import on_own_mesh
 from optax_lowbit.quant.array import element_indices
 
 
@@ -21,7 +22,8 @@ def checksum(x: jax.Array | np.ndarray | np.generic) -> Any:
     if isinstance(x, np.ndarray | np.generic):
         words = _host_words(x)
         return _mixed_sum(words, np.arange(words.size, dtype=np.uint32), np)
-    return _on_devices(x)
+    with on_own_mesh(x):
+        return _on_devices(x)
 
 
 @jax.jit

@@ -12,6 +12,7 @@ from optax_lowbit.checkpoint.leaves import (
     Leaf,
     dtype_of,
     is_on_host,
+    on_own_mesh,
     pieces_of,
     shape_of,
 )
@@ -70,7 +71,8 @@ def converted(source: Any, like: Any) -> Any:
             value = dataclasses.replace(source, spec=like.spec, dtype=like.dtype)
     elif is_low_bit(source) or is_low_bit(like) or not _is_integer(source):
         array = source if is_low_bit(source) else jnp.asarray(source)
-        value = _converted(array, _form(like))
+        with on_own_mesh(array):
+            value = _converted(array, _form(like))
     else:
         value = _same_integer(source, dtype_of(like))
     return _placed(value, like)

@@ -43,12 +43,11 @@ def convert_state(
     Examples:
       >>> import jax.numpy as jnp, optax, optax_lowbit
       >>> params = {"w": jnp.ones((128, 128))}
-      >>> tx = optax.adamw(1e-3)
-      >>> _, state = tx.update(params, tx.init(params), params)
+      >>> state = optax.adamw(1e-3).init(params)
       >>> tx = optax_lowbit.adamw4bit(1e-3)
       >>> state = optax_lowbit.convert_state(state, to=tx, params=params)
       >>> int(state[0].count), state[0].mu["w"].nbytes
-      (1, 8704)
+      (0, 8704)
     """
     sources = leaves_of(state)
     fresh = to.init(params)
