@@ -66,7 +66,8 @@ def _lpmm_moment(stored: np.ndarray, state: Entries, shape: Shape) -> Any:
 
 def _lpmm_codes(stored: np.ndarray, bits: int, shape: Shape) -> np.ndarray:
     if stored.dtype.itemsize > 1:  # its simulated quantizers pack nothing
-        return _shaped(stored, shape)
+        # They keep the zeros that fill the last block.
+        return _shaped(stored.reshape(-1)[: _size(shape)], shape)
     width = bits if bits in (1, 2, 4) else 8
     padded = -(-_size(shape) // _LPMM_GROUP) * _LPMM_GROUP
     if stored.size != padded * width // 8 + 1:
@@ -156,10 +157,9 @@ def _table(values: Any) -> np.ndarray:
 
 
 def _shaped(codes: np.ndarray, shape: Shape) -> np.ndarray:
-    # lpmm's simulated quantizers keep the zeros that fill the last block.
-    if codes.size < _size(shape) or codes.size - _size(shape) >= _LPMM_GROUP:
+    if codes.size != _size(shape):
         raise ValueError(f"{codes.size} codes, which is not shape {shape}")
-    return codes.reshape(-1)[: _size(shape)].reshape(shape)
+    return codes.reshape(shape)
 
 
 def _size(shape: Shape) -> int:

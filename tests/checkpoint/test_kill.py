@@ -13,8 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-import optax_lowbit
-from optax_lowbit import QuantSpec, checkpoint
+from optax_lowbit import QuantizedArray, QuantSpec, checkpoint
 from tests.optimizers.cases import assert_bit_equal
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -40,7 +39,8 @@ def save_forever(folder, kind):
 for line in sys.stdin:
     child = os.fork()
     if not child:
-        save_forever(*(f(x) for f, x in zip((pathlib.Path, str), line.split())))
+        folder, kind = line.split()
+        save_forever(pathlib.Path(folder), kind)
     print(child, flush=True)
     os.waitpid(child, 0)
 """
@@ -48,9 +48,11 @@ for line in sys.stdin:
 
 def state_at(step):
     """A state that is known from its step."""
-    spec = QuantSpec(codebook="linear", bits=4, signed=True, scaling="block")
-    values = np.random.default_rng(step).normal(size=(256, 512)).astype(np.float32)
-    return {"mu": optax_lowbit.quantize(jnp.asarray(values), spec), "params": values, "step": step}
+    rng = np.random.default_rng(step)
+    spec = QuantSpec(codebook="linear", bits=8, signed=True, scaling="row")
+    codes = jnp.asarray(rng.integers(0, 256, size=(256, 512)).astype(np.uint8))
+    moment = QuantizedArray(codes, rng.random((256, 1), np.float32), spec, 0, np.dtype(np.float32))
+    return {"mu": moment, "params": rng.random((256, 512), np.float32), "step": step}
 
 
 def steps_in(folder):
@@ -58,7 +60,7 @@ def steps_in(folder):
 
 
 def in_progress(folder):
-    return [path for path in folder.iterdir() if not path.name.isdigit()]
+    return {path.name for path in folder.iterdir() if not path.name.isdigit()}
 
 
 def wait_for(condition, timeout=60):
@@ -93,7 +95,7 @@ def test_kills_leave_the_latest_checkpoint_whole(savers, tmp_path):
     for kill in range(KILLS):
         kind = ("alone", "manager")[kill % 2]
         folder = folders[kind]
-        before = steps_in(folder)
+        before, left_over = steps_in(folder), in_progress(folder)
         savers.stdin.write(f"{folder} {kind}\n")
         savers.stdin.flush()
         child = int(savers.stdout.readline())
@@ -102,15 +104,11 @@ def test_kills_leave_the_latest_checkpoint_whole(savers, tmp_path):
         time.sleep(random.uniform(0, 0.15))
         os.kill(child, signal.SIGKILL)
         wait_for(lambda child=child: not is_alive(child))
-        hits += bool(in_progress(folder))
-        latest = ocp.utils.checkpoint_steps(folder)
-        assert set(latest) == steps_in(folder)
-        assert max(latest) > max(before, default=0)
-        for step in list(steps_in(folder) - before)[-2:]:
-            assert_bit_equal(checkpoint.restore(folder / str(step), like), state_at(step))
-        for path in in_progress(folder):
-            with pytest.raises((ValueError, FileNotFoundError)):
-                checkpoint.restore(path, like)
+        hits += bool(in_progress(folder) - left_over)
+        assert set(ocp.utils.checkpoint_steps(folder)) == steps_in(folder)
+        latest = max(steps_in(folder))
+        assert latest > max(before, default=0)
+        assert_bit_equal(checkpoint.restore(folder / str(latest), like), state_at(latest))
     assert hits >= 5
 
 
