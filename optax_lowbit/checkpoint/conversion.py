@@ -53,9 +53,9 @@ def _is_same_code(a: QuantSpec, b: QuantSpec, ndim: int) -> bool:
     """Whether two specs read the same codes and scales as the same numbers."""
     if ndim and effective_scaling(a.scaling, ndim) != effective_scaling(b.scaling, ndim):
         return False
-    tables = [np.asarray(spec.values, np.float32) for spec in (a, b)]
-    is_same_table = a.bits == b.bits and np.array_equal(*tables)
-    return is_same_table and a.block_size == b.block_size
+    if (a.bits, a.block_size) != (b.bits, b.block_size):
+        return False
+    return np.array_equal(np.asarray(a.values, np.float32), np.asarray(b.values, np.float32))
 
 
 def converted(source: Any, like: Any) -> Any:

@@ -1,11 +1,12 @@
 """Checkpoints: the arrays of a training state, and a manifest that says how to read them."""
 
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import AbstractMesh, AxisType
 
 from optax_lowbit.checkpoint import manifest
 from optax_lowbit.checkpoint.checksums import checksum
@@ -25,6 +26,8 @@ ARRAYS, MANIFEST = "state", "manifest"
 PORTION = 2**28
 
 Sharding = jax.sharding.Sharding
+# A leaf to read, what it is to be like, and the number of the leaf that it becomes.
+Job = tuple[StoredLeaf, Any, int]
 
 
 def save(path: Any, state: Any) -> None:
@@ -99,7 +102,7 @@ def save_args(state: Any) -> Any:
         arrays |= manifest.storable_pieces(index, leaf)
     sums = jax.device_get({name: checksum(x) for name, x in arrays.items()})
     stored = manifest.stored_leaves(leaves, {name: int(value) for name, value in sums.items()})
-    items = {MANIFEST: ocp.args.JsonSave(manifest.to_json(stored))}
+    items: dict[str, Any] = {MANIFEST: ocp.args.JsonSave(manifest.to_json(stored))}
     # Orbax has neither arrays without elements nor trees without arrays; the manifest has.
     arrays = {name: x for name, x in arrays.items() if x.size}
     if arrays:
@@ -191,15 +194,21 @@ def _restored(path: Any, stored: list[StoredLeaf], targets: list[Leaf]) -> list[
             check_convertible(sources[index], target)
     values = [target.value for target in targets]
     for portion in _portions(stored, targets, chosen):
-        places: dict[Piece, Any] = {}
-        for source, like, _ in portion:
-            for piece, place in zip(source.pieces, _places(source, like), strict=True):
-                places.setdefault(piece, place)
-        arrays = _read(path, places)
-        for source, like, number in portion:
-            value = manifest.assembled(source, [arrays[piece.name] for piece in source.pieces])
-            values[number] = converted(value, like)
+        for number, value in _read_like(path, portion):
+            values[number] = value
     return values
+
+
+def _read_like(path: Any, portion: list[Job]) -> Iterator[tuple[int, Any]]:
+    """What leaves become, with the number of each."""
+    places: dict[Piece, Any] = {}
+    for source, like, _ in portion:
+        for piece, place in zip(source.pieces, _places(source, like), strict=True):
+            places.setdefault(piece, place)
+    arrays = _read(path, places)
+    for source, like, number in portion:
+        value = manifest.assembled(source, [arrays[piece.name] for piece in source.pieces])
+        yield number, converted(value, like)
 
 
 def _arrays(targets: list[Leaf]) -> list[Any]:
@@ -208,8 +217,8 @@ def _arrays(targets: list[Leaf]) -> list[Any]:
 
 def _portions(
     stored: list[StoredLeaf], targets: list[Leaf], chosen: list[int | None]
-) -> Iterator[list[tuple[StoredLeaf, Any, int]]]:
-    """Leaves to read at a time, with what each is to be like, and the number of the target."""
+) -> Iterator[list[Job]]:
+    """What to read at a time."""
     direct, indirect = [], []
     for number, (index, target) in enumerate(zip(chosen, targets)):
         if index is not None:
@@ -227,12 +236,17 @@ def _portions(
     yield portion
 
 
-def _places(stored: StoredLeaf, like: Any) -> list[Sharding | None]:
+def _places(stored: StoredLeaf, like: Any) -> Sequence[Sharding | None]:
     """Where to put each array of a stored leaf: as in ``like``, as far as shapes allow."""
     if is_on_host(like):
         return [None] * len(stored.pieces)
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shardings = [getattr(x, "sharding", None) or default for x in jax.tree.leaves(like)]
+    if any(isinstance(getattr(sharding, "mesh", None), AbstractMesh) for sharding in shardings):
+        raise ValueError(
+            f"like has no devices for {stored.leaf.name}, as its mesh is abstract: give it arrays, "
+            "or shardings of a mesh of devices"
+        )
     if is_same_form(stored.leaf.value, like):
         return shardings
     return [_spread(shardings[0], piece.shape) for piece in stored.pieces]
@@ -243,7 +257,9 @@ def _spread(sharding: Sharding, shape: tuple[int, ...]) -> Sharding:
     if not isinstance(sharding, jax.sharding.NamedSharding):
         return sharding
     # Compilers may move parts of arrays whose types do not say where they lie.
-    mesh = jax.sharding.Mesh(sharding.mesh.devices, sharding.mesh.axis_names)
+    devices: Any = sharding.mesh.devices
+    names = sharding.mesh.axis_names
+    mesh = jax.sharding.Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
     return jax.sharding.NamedSharding(mesh, divisible_spec(sharding, shape))
 
 

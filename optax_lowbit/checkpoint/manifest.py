@@ -138,7 +138,7 @@ def from_json(manifest: Any) -> list[StoredLeaf]:
             f"it has version {manifest.get('version')!r} of the format, and this release of "
             f"optax_lowbit reads version {VERSION}"
         )
-    content = manifest.get("leaves")
+    content: Any = manifest.get("leaves")
     if manifest.get("crc32") != _crc32(content):
         raise ValueError("its manifest is damaged: the checksum of it differs")
     return [_stored_leaf(entry) for entry in content]
@@ -164,7 +164,8 @@ def _abstract_value(entry: dict[str, Any], pieces: tuple[Piece, ...]) -> Any:
     if entry["storage"] == "codes":
         return abstract_quantized(shape, dtype, _spec_from_json(entry["spec"]))
     if entry["storage"] == "means":
-        return FactoredMoment(*(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in pieces))
+        means: Any = (piece.abstract() for piece in pieces)
+        return FactoredMoment(*means)
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
