@@ -11,6 +11,7 @@ References:
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -147,9 +148,12 @@ def _quantized(codes: np.ndarray, scales: Any, table: np.ndarray, scaling, block
         scaling=scaling,
         block_size=block,
     )
-    packed = packing.pack(jnp.asarray(codes, jnp.uint8), bits, spec.group_size)
+    packed = _pack(jnp.asarray(codes, jnp.uint8), bits, spec.group_size)
     padding = code_padding(codes.shape[-1], bits)
     return QuantizedArray(packed, scales, spec, padding, np.dtype(np.float32))
+
+
+_pack = jax.jit(packing.pack, static_argnames=("bits", "group"))
 
 
 def _table(values: Any) -> np.ndarray:

@@ -133,6 +133,11 @@ SAME_LAYOUT = {
 }
 
 
+@jax.jit
+def unpacked(q):
+    return packing.unpack(q.codes, q.spec.bits, q.spec.group_size, q.last_dim)
+
+
 def their_codes(file, state, moment, size):
     if file.startswith("bnb"):
         return state["state1" if moment == "exp_avg" else "state2"].reshape(-1)
@@ -163,7 +168,7 @@ def test_codes_and_scales_are_taken_over_where_layouts_agree(golden, file):
         for moment in ("exp_avg", "exp_avg_sq"):
             q = getattr(state[0], MOMENTS[moment])[name]
             assert is_quantized(q)
-            codes = packing.unpack(q.codes, q.spec.bits, q.spec.group_size, q.last_dim)
+            codes = unpacked(q)
             theirs = their_codes(file, saved[name], moment, q.size)
             np.testing.assert_array_equal(np.asarray(codes).reshape(-1), theirs)
             values, sampled = recorded(golden, file, name, moment, q.size)
@@ -183,7 +188,7 @@ def test_rank1_scales_of_a_small_convolution(golden):
     for ours, maxima in zip(scales, theirs):
         np.testing.assert_array_equal(ours, maxima)
     nu = state[0].nu["conv"]
-    codes = packing.unpack(nu.codes, 4, nu.spec.group_size, nu.last_dim)
+    codes = unpacked(nu)
     theirs = their_codes("lpmm", saved["conv"], "exp_avg_sq", nu.size)
     np.testing.assert_array_equal(np.asarray(codes).reshape(-1), theirs)
 

@@ -98,7 +98,7 @@ def test_moments_are_as_close_as_the_table_allows(name):
         assert error.max() > 0
 
 
-@pytest.mark.parametrize("name", ["adamw4bit", "adamw4bit-block", "adamw8bit"])
+@pytest.mark.parametrize("name", ["adamw4bit", "adamw8bit"])
 def test_next_update_is_within_the_bounds_of_its_moments(name):
     """u = m' / (sqrt(v') + eps) is monotone in m' and in v', so bounds of m and v bound it."""
     b1, b2, eps, decay, count = 0.9, 0.999, 1e-8, 1e-4, 4
