@@ -53,7 +53,9 @@ def _is_same_code(a: QuantSpec, b: QuantSpec, ndim: int) -> bool:
     """Whether two specs read the same codes and scales as the same numbers."""
     if ndim and effective_scaling(a.scaling, ndim) != effective_scaling(b.scaling, ndim):
         return False
-    if (a.bits, a.block_size) != (b.bits, b.block_size):
+    elsewhere = {"codebook", "signed", "rounding", "scaling"}  # in the table, or only in writing
+    names = {field.name for field in dataclasses.fields(QuantSpec)} - elsewhere
+    if any(getattr(a, name) != getattr(b, name) for name in names):
         return False
     return np.array_equal(np.asarray(a.values, np.float32), np.asarray(b.values, np.float32))
 
@@ -65,6 +67,9 @@ def converted(source: Any, like: Any) -> Any:
     are rounded to nearest. A full second moment becomes its row and column means; means
     ``r``, ``c`` become ``r c / mean(r)``, which is how :func:`~optax_lowbit.factor4bit` reads them.
     """
+    if _is_integer(source) and not shape_of(source):
+        # A count may become several, and none may share a buffer: states are donated.
+        source = np.asarray(source)
     if is_same_form(source, like):
         value = source
         if is_quantized(like):

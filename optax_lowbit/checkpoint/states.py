@@ -33,8 +33,8 @@ def convert_state(
       params: The parameters: ``to.init(params)`` says how the new state is stored, and where.
 
     Returns:
-      The state for ``to``. A moment that was in few bits and stays in the same bits is the same
-      array: do not donate both states.
+      The state for ``to``. A moment that needs no conversion is the same array in both states, so
+      only one of them can be donated.
 
     Raises:
       ValueError: If a leaf of either state has no counterpart, several, or one of another shape

@@ -224,6 +224,8 @@ def test_position_in_a_chain_does_not_matter():
     new = convert_state(state, to=tx, params=params)
     assert int(new[1].count) == 3 and int(new[2].count) == 3
     assert_bit_equal(convert_state(new, to=tx, params=params), new)
+    buffers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(new)]
+    assert len(set(buffers)) == len(buffers)  # or the state could not be donated
     assert_bit_equal(new[1], convert_state(state, to=TRANSFORMS["adamw4bit"], params=params)[0])
 
 
