@@ -2,6 +2,7 @@
 
 import importlib.metadata
 
+from optax_lowbit.checkpoint import convert_state, import_state
 from optax_lowbit.optimizers import (
     CorrectedBfloat16State,
     Description,
@@ -65,11 +66,13 @@ __all__ = (
     "ademamix4bit",
     "apply_updates_stochastic",
     "codebook",
+    "convert_state",
     "correct_bfloat16",
     "dequantize",
     "describe",
     "factor4bit",
     "fused_apply",
+    "import_state",
     "is_quantized",
     "join_bfloat16",
     "lion4bit",

@@ -49,7 +49,7 @@ def placement_like(param: Any, shape: tuple[int, ...]) -> jax.sharding.Sharding 
     if isinstance(sharding, jax.sharding.NamedSharding):
         return jax.sharding.NamedSharding(
             sharding.mesh,
-            _divisible_spec(sharding, shape),
+            divisible_spec(sharding, shape),
             memory_kind=sharding.memory_kind,
         )
     # Left to JAX where it is one device: naming it would commit the array, which an update does
@@ -58,7 +58,7 @@ def placement_like(param: Any, shape: tuple[int, ...]) -> jax.sharding.Sharding 
     return None if on_default else sharding
 
 
-def _divisible_spec(
+def divisible_spec(
     sharding: jax.sharding.NamedSharding, shape: tuple[int, ...]
 ) -> jax.sharding.PartitionSpec:
     """The parameter's spec, without the mesh axes that do not divide ``shape``."""
