@@ -43,7 +43,7 @@ COUNTERPARTS = {
     "trace4bit": optax.trace,
 }
 # What optax has as a class, or not at all.
-OWN = {"accumulate", "correct_bfloat16"}
+OWN = {"correct_bfloat16"}
 LOW_BIT = {
     "backend", "eps1", "key", "m1_spec", "m2_spec", "mu_spec", "nu_spec", "policy",
     "sum_of_squares_spec", "trace_spec",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_lowbit.checkpoint.leaves import on_own_mesh
-from optax_lowbit.quant.array import element_indices
+from optax_lowbit.quant.random_bits import element_indices
 
 
 def checksum(x: jax.Array | np.ndarray | np.generic) -> Any:
