@@ -30,6 +30,7 @@ from optax_lowbit.quant import (
     is_quantized,
     quantize,
 )
+from optax_lowbit.sharding import check_alignment, state_shardings
 
 __version__ = importlib.metadata.version("optax-lowbit")
 
@@ -45,6 +46,7 @@ __all__ = (
     "adamw4bit",
     "adamw8bit",
     "apply_updates_stochastic",
+    "check_alignment",
     "codebook",
     "dequantize",
     "describe",
@@ -57,5 +59,6 @@ __all__ = (
     "scale_by_factor4bit",
     "sgd4bit",
     "sgd8bit",
+    "state_shardings",
     "trace4bit",
 )
