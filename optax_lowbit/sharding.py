@@ -176,12 +176,12 @@ def _placed(params: Any, param_shardings: Any, mesh: Any) -> list[_Placed]:
 
 
 def _broadcast(param_shardings: Any, params: Any) -> list[Any]:
-    """For each parameter what ``param_shardings``, like ``params`` or a prefix of it, has for it."""
+    """What ``param_shardings``, like ``params`` or a prefix of it, has for each parameter."""
 
     def is_sharding(x):
         return isinstance(x, jax.sharding.Sharding | PartitionSpec)
 
-    prefix = jax.tree.map(unwrapped, param_shardings, is_leaf=lambda x: is_variable(x))
+    prefix = jax.tree.map(unwrapped, param_shardings, is_leaf=is_variable)
     full = jax.tree.map(lambda _: 0, params, is_leaf=is_variable)
     try:
         return jax.tree.leaves(jax.tree.broadcast(prefix, full, is_leaf=is_sharding))
@@ -202,7 +202,7 @@ def _abstract_state(tx: optax.GradientTransformation, params: Any) -> Any:
 
 
 def _misaligned(leaves: list[Any], owner_of: list[int | None], placed: list[_Placed]) -> dict:
-    """A message for each parameter whose shards do not hold whole groups of codes, with its mesh."""
+    """A message, and the mesh, for each parameter whose shards do not hold whole groups."""
     groups: dict[int, int] = {}
     for leaf, owner in zip(leaves, owner_of):
         if owner is not None and is_quantized(leaf) and leaf.shape == placed[owner].shape:
@@ -246,6 +246,4 @@ def _along(param: _Placed, shape: tuple[int, ...], turn: int) -> NamedSharding:
             if all(param.shape[axis] == size for axis, size in zip(axes, shape))
         ]
         entries = [spec[axis] for axis in choices[turn % len(choices)]] if choices else []
-    return NamedSharding(
-        sharding.mesh, PartitionSpec(*entries), memory_kind=sharding.memory_kind
-    )
+    return NamedSharding(sharding.mesh, PartitionSpec(*entries), memory_kind=sharding.memory_kind)

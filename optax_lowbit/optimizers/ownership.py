@@ -63,6 +63,8 @@ def _spans(keys: tuple[tuple[str, bool], ...], longest: int) -> Iterator[tuple[i
     """Where in ``keys`` a parameter's path may lie, the likeliest first."""
     home = max((i + 1 for i, (_, is_field) in enumerate(keys) if is_field), default=0)
     if home:
-        yield from ((home, home + length) for length in range(min(longest, len(keys) - home), 0, -1))
+        yield from (
+            (home, home + length) for length in range(min(longest, len(keys) - home), 0, -1)
+        )
     for length in range(min(longest, len(keys)), -1, -1):
         yield from ((end - length, end) for end in range(len(keys), length - 1, -1))
