@@ -164,15 +164,19 @@ def _placed(params: Any, param_shardings: Any, mesh: Any) -> list[_Placed]:
         if not isinstance(sharding, NamedSharding):
             error = ValueError if param_shardings is None else TypeError
             raise error(f"parameter {path!r} has no NamedSharding but {sharding!r}: {hint}")
-        try:
-            sharding.shard_shape(value.shape)
-        except ValueError as error:
+        if not _fits(sharding, value.shape):
             raise ValueError(
                 f"parameter {path!r} of shape {value.shape} cannot be sharded by {sharding.spec} "
                 f"over {dict(sharding.mesh.shape)}"
-            ) from error
+            )
         placed.append(_Placed(path, tuple(value.shape), sharding))
     return placed
+
+
+def _fits(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:
+    return len(sharding.spec) <= len(shape) and divisible(sharding, shape).is_equivalent_to(
+        sharding, len(shape)
+    )
 
 
 def _broadcast(param_shardings: Any, params: Any) -> list[Any]:
