@@ -2,12 +2,13 @@
 
 import collections
 import itertools
+import math
 import warnings
 from typing import Any, NamedTuple
 
 import jax
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from optax_lowbit.optimizers.flax_variables import is_variable, unwrapped
 from optax_lowbit.optimizers.ownership import is_state_leaf, owners
@@ -21,7 +22,7 @@ def state_shardings(
     params: optax.Params,
     param_shardings: Any = None,
     *,
-    mesh: Mesh | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
 ) -> Any:
     """The sharding of every array of ``tx.init(params)``, for `jax.jit`, `jax.device_put` or Orbax.
 
@@ -69,7 +70,7 @@ def state_shardings(
       >>> shardings = optax_lowbit.state_shardings(tx, params)
       >>> state = jax.jit(tx.init, out_shardings=shardings)(params)
       >>> shardings[0].mu["w"].codes.spec, state[0].mu["w"].codes.sharding.spec
-      (PartitionSpec('data',), PartitionSpec('data', None))
+      (P('data', None), P('data', None))
 
     .. seealso:: :func:`check_alignment`
     """
@@ -78,7 +79,9 @@ def state_shardings(
     leaves, treedef = jax.tree.flatten(state, is_leaf=is_state_leaf)
     owner_of = owners(state, params)
     _complain(_misaligned(leaves, owner_of, placed))
-    rest = _replicated(placed, mesh) if leaves else None
+    if not leaves:
+        return state
+    rest = _replicated(placed, mesh)
     turns: collections.Counter[Any] = collections.Counter()
     shardings = []
     for leaf, owner in zip(leaves, owner_of):
@@ -95,7 +98,7 @@ def check_alignment(
     params: optax.Params,
     param_shardings: Any = None,
     *,
-    mesh: Mesh | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
 ) -> None:
     """Raises if a step of ``tx`` would have to exchange codes between devices.
 
@@ -105,6 +108,9 @@ def check_alignment(
     Args:
       tx: Any optax transform.
       params, param_shardings, mesh: As in :func:`state_shardings`.
+
+    Returns:
+      None, if all is aligned.
 
     Raises:
       ValueError: If there is such a parameter: for each one its path, the length of the axis, how
@@ -210,7 +216,7 @@ def _misaligned(leaves: list[Any], owner_of: list[int | None], placed: list[_Pla
     groups: dict[int, int] = {}
     for leaf, owner in zip(leaves, owner_of):
         if owner is not None and is_quantized(leaf) and leaf.shape == placed[owner].shape:
-            groups[owner] = max(leaf.spec.group_size, groups.get(owner, 1))
+            groups[owner] = math.lcm(leaf.spec.group_size, groups.get(owner, 1))
     messages = {}
     for owner, group in groups.items():
         message = misalignment(*placed[owner], group)
@@ -230,9 +236,11 @@ def _complain(messages: dict) -> None:
 
 def _replicated(placed: list[_Placed], mesh: Any) -> NamedSharding:
     """For what belongs to no parameter."""
-    if mesh is None and not placed:
+    if placed:
+        mesh = placed[0].sharding.mesh
+    if mesh is None:
         raise ValueError("mesh must be given where there are no parameters, got None")
-    return NamedSharding(placed[0].sharding.mesh if placed else mesh, PartitionSpec())
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def _along(param: _Placed, shape: tuple[int, ...], turn: int) -> NamedSharding:
