@@ -379,6 +379,8 @@ def shard_map_case(layout, axis_type=AxisType.Auto):
 def test_an_update_in_shard_map_has_the_bits_of_one_device(name, layout, backend):
     tx = SHARD_MAPPED[name](backend)
     mesh, specs, params, grads = shard_map_case(layout)
+    if backend == "reference":  # which takes long to compile
+        specs, params, *grads = ({"weight": x["weight"]} for x in (specs, params, *grads))
     result = shard_mapped(tx, mesh, specs, place(params, mesh, specs), grads)
     (updates, state), (expected, expected_state) = result, whole(tx, params, grads)
     jax.tree.map(np.testing.assert_array_equal, state, expected_state)
