@@ -1,6 +1,5 @@
 """state_shardings: where it puts a state is where it is born, and where every step leaves it."""
 
-import os
 import pathlib
 import re
 import socket
@@ -27,7 +26,7 @@ NU_BLOCK = QuantSpec(codebook="linear", bits=4, signed=False, scaling="block")
 COLUMN = QuantSpec(
     codebook="dynamic_exponent", bits=4, signed=True, scaling="column", signed_scale=True
 )
-ABSTRACT = AbstractMesh((2, 4), ("a", "b"))
+ABSTRACT = AbstractMesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
 SPECS = {"bias": P("b"), "scalar": P(), "stack": P(None, "a", "b"), "weight": P("a", "b")}
 SHAPES = {"bias": (1024,), "scalar": (), "stack": (3, 8, 1024), "weight": (16, 1024)}
 
@@ -442,7 +441,6 @@ def test_two_processes_have_the_bits_of_one(tmp_path):
         subprocess.Popen(
             [*command, str(rank), str(port), tmp_path / "result.npz"],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
             stderr=subprocess.PIPE,
             text=True,
         )
