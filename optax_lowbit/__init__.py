@@ -44,6 +44,7 @@ from optax_lowbit.quant import (
     is_quantized,
     quantize,
 )
+from optax_lowbit.sharding import check_alignment, state_shardings
 
 __version__ = importlib.metadata.version("optax-lowbit")
 
@@ -65,6 +66,7 @@ __all__ = (
     "adamw8bit",
     "ademamix4bit",
     "apply_updates_stochastic",
+    "check_alignment",
     "codebook",
     "convert_state",
     "correct_bfloat16",
@@ -85,6 +87,7 @@ __all__ = (
     "sgd4bit",
     "sgd8bit",
     "split_bfloat16",
+    "state_shardings",
     "trace4bit",
     "with_diagnostics",
 )

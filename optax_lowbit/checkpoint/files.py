@@ -19,7 +19,7 @@ from optax_lowbit.checkpoint.leaves import (
 )
 from optax_lowbit.checkpoint.manifest import Piece, StoredLeaf
 from optax_lowbit.checkpoint.matching import matched
-from optax_lowbit.optimizers.placement import divisible_spec
+from optax_lowbit.optimizers.placement import divisible
 
 ARRAYS, MANIFEST = "state", "manifest"
 # Arrays that are to be converted are read in portions of this many bytes, and at least a leaf.
@@ -260,7 +260,7 @@ def _spread(sharding: Sharding, shape: tuple[int, ...]) -> Sharding:
     devices: Any = sharding.mesh.devices
     names = sharding.mesh.axis_names
     mesh = jax.sharding.Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
-    return jax.sharding.NamedSharding(mesh, divisible_spec(sharding, shape))
+    return divisible(jax.sharding.NamedSharding(mesh, sharding.spec), shape)
 
 
 def _read(path: Any, places: Mapping[Piece, Sharding | None]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """How an array is spread over devices, as far as its type and the mesh tell."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -33,3 +34,23 @@ def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     if entry is None:
         return ()
     return entry if isinstance(entry, tuple) else (entry,)
+
+
+def varying_axes(x: jax.Array) -> frozenset[str]:
+    """The mesh axes that ``x`` differs along in `jax.shard_map`; none under check_vma=False."""
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def as_varying(x: jax.Array, axes: Iterable[str]) -> jax.Array:
+    """``x`` with the type of what differs along these mesh axes inside `jax.shard_map`."""
+    missing = tuple(sorted(set(axes) - varying_axes(x)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def axes_to_exchange(leaf: jax.Array, statistic: jax.Array) -> tuple[str, ...]:
+    """The mesh axes that a leaf is spread over inside `jax.shard_map` and a statistic of it is not.
+
+    The leaf's maxima or means along an array axis are one for all devices along these, so they must
+    be exchanged. Known from the types of the old state; none under check_vma=False.
+    """
+    return tuple(sorted(varying_axes(leaf) - varying_axes(statistic)))

@@ -15,7 +15,13 @@ from jax.experimental.custom_partitioning import (
 )
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_lowbit.kernels.meshes import is_explicit, mesh_axes, most_shards
+from optax_lowbit.kernels.meshes import (
+    as_varying,
+    is_explicit,
+    mesh_axes,
+    most_shards,
+    varying_axes,
+)
 
 Kernel = Callable[..., tuple[jax.Array, ...]]
 
@@ -53,7 +59,10 @@ def per_device(
         leaf = arrays[0]
         mesh = jax.typeof(leaf).sharding.mesh
         if most_shards() == 1 or (not mesh.empty and mesh.manual_axes):
-            return on_part([None] * leaf.ndim, coefficients, *arrays)
+            # What a kernel gives has no type that tells along which axes of a shard_map it differs.
+            axes = frozenset().union(*map(varying_axes, (coefficients, *arrays)))
+            results = on_part([None] * leaf.ndim, coefficients, *arrays)
+            return tuple(as_varying(x, axes) for x in results)
         if is_explicit(leaf):
             return _on_explicit_mesh(on_part, coefficients, arrays)
         return _on_auto_mesh(on_part, coefficients, arrays, group)

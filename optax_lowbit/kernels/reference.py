@@ -19,7 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_lowbit.kernels import tiling
-from optax_lowbit.kernels.meshes import axis_shards
+from optax_lowbit.kernels.meshes import (
+    as_varying,
+    axes_to_exchange,
+    axis_shards,
+    varying_axes,
+)
 from optax_lowbit.quant import QuantizedArray, is_quantized, packing, random_bits
 from optax_lowbit.quant.array import (
     code_padding,
@@ -29,7 +34,7 @@ from optax_lowbit.quant.array import (
     encode_unpacked,
     to_float32,
 )
-from optax_lowbit.quant.scaling import effective_scaling, merge_scales
+from optax_lowbit.quant.scaling import Scales, effective_scaling, merge_scales
 
 # (gradient, moments, constants) -> (update, new moments), of one leaf or one tile.
 Step = Callable[[jax.Array, dict[str, jax.Array], Any], tuple[jax.Array, dict[str, jax.Array]]]
@@ -69,7 +74,7 @@ def _update_whole(step, grad, moments, key, constants):
     for name, moment in moments.items():
         if is_quantized(moment):
             values = to_float32(new[name])
-            scales = _scales_like(values, moment)
+            scales = exchanged(_scales_like(values, moment), moment, grad)
             noise = _noise(name, moment, key, indices)
             stored[name] = encode(values, scales, moment.spec, moment.dtype, noise)
         else:
@@ -96,7 +101,8 @@ def _update_tiles(plan, step, grad, moments, key, constants):
         }
         return step(widened(grad_tile), floats, constants_tile)
 
-    new_scales = jax.tree.map(jnp.zeros_like, old_scales)
+    axes = varying_axes(grad)
+    new_scales = jax.tree.map(lambda x: as_varying(jnp.zeros_like(x), axes), old_scales)
     if spanning:
 
         def scales_body(tile, read_only, scales):
@@ -109,6 +115,7 @@ def _update_tiles(plan, step, grad, moments, key, constants):
 
         read_only = (grad, stored, old_scales, constants)
         new_scales = tiling.over_tiles(plan, scales_body, read_only, new_scales)
+        new_scales = {n: exchanged(s, moments[n], grad) for n, s in new_scales.items()}
 
     def body(tile, read_only, carry):
         old_scales, new_scales, constants_tile = read_only
@@ -184,6 +191,29 @@ def _unpacked(name, x, moment, scales, key, indices) -> _Stored:
 
 def _spans_tiles(moment) -> bool:
     return is_quantized(moment) and effective_scaling(moment.spec.scaling, moment.ndim) != "block"
+
+
+def exchanged(scales: Scales, moment: QuantizedArray, leaf: jax.Array) -> Scales:
+    """The scales of all shards together, of those of this one inside `jax.shard_map`.
+
+    Args:
+      scales: Those of the new moment.
+      moment: The old one.
+      leaf: The shard.
+    """
+
+    def largest(new, old):
+        axes = axes_to_exchange(leaf, old)
+        if not axes:
+            return new
+        # As integers, in which NaN is the largest.
+        bits = jax.lax.bitcast_convert_type(jnp.abs(new), jnp.int32)
+        magnitude = jax.lax.bitcast_convert_type(jax.lax.pmax(bits, axes), jnp.float32)
+        if not moment.spec.signed_scale:
+            return magnitude
+        return jnp.where(jax.lax.pmax(new, axes) < magnitude, -magnitude, magnitude)
+
+    return jax.tree.map(largest, scales, moment.scales)
 
 
 def _scales_like(x: jax.Array, moment: QuantizedArray):

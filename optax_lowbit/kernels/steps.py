@@ -12,7 +12,7 @@ from optax_lowbit.kernels import backends
 from optax_lowbit.kernels.adam import Coefficients, coefficients
 from optax_lowbit.kernels.parameters import Descent, descended, noise_operands
 from optax_lowbit.kernels.partitioning import per_device
-from optax_lowbit.kernels.reference import Step, moment_key, update_leaf
+from optax_lowbit.kernels.reference import Step, exchanged, moment_key, update_leaf
 from optax_lowbit.quant import QuantSpec, is_quantized, random_bits
 from optax_lowbit.quant.array import code_padding, with_coded_scales, with_float_scales
 
@@ -84,6 +84,7 @@ class FusedAdam:
             nu_scales = per_device(
                 maxima, scalars, (grad, nu.codes, *nu.scales), group, exchanges=True
             )
+            nu_scales = exchanged(nu_scales, nu, grad)
 
         def step(c, grad, mu, nu, nu_scales, descent):
             return kernels.adam(
@@ -91,6 +92,8 @@ class FusedAdam:
             )
 
         result, mu, nu = _on_leaves(step, scalars, grad, (mu, nu, nu_scales), descent, group, 2)
+        if nu_scales is not None:
+            nu = dataclasses.replace(nu, scales=nu_scales)  # with the types of what was exchanged
         return result, {"mu": mu, "nu": nu} if "nu" in moments else {"mu": mu}
 
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from optax_lowbit.kernels.backends import Backend, checked
-from optax_lowbit.kernels.means import mean, square_means
+from optax_lowbit.kernels.means import ManualAxes, mean, square_means
+from optax_lowbit.kernels.meshes import axes_to_exchange
 from optax_lowbit.kernels.steps import FusedAdam, step_leaf
 from optax_lowbit.optimizers.descent import Mask, descend
 from optax_lowbit.optimizers.leafwise import (
@@ -115,8 +116,9 @@ def scale_by_factor4bit(
             grad, leaf_moments, key, descent = leaf
             nu, factors, step = leaf_moments["nu"], None, adam_step
             if isinstance(nu, FactoredMoment):
-                nu = _update_means(grad, nu, b2, eps1, backend)
-                factors, step = (_shares(nu.rows), nu.columns), factored_step
+                axes = _manual_axes(grad, nu)
+                nu = _update_means(grad, nu, b2, eps1, backend, axes)
+                factors, step = (_shares(nu.rows, axes), nu.columns), factored_step
                 leaf_moments = {"mu": leaf_moments["mu"]}
             result, new = step_leaf(
                 step, fused, backend, scalars, grad, leaf_moments, key, factors, descent
@@ -184,16 +186,20 @@ def _first_moment_estimate(grad, mu, b1, count, nesterov):
     return b1 * ahead + (1 - b1) * optax.tree.bias_correction(grad, b1, count)
 
 
-def _update_means(grad: jax.Array, nu: FactoredMoment, b2, eps1, backend) -> FactoredMoment:
+def _manual_axes(grad: jax.Array, nu: FactoredMoment) -> ManualAxes:
+    return ManualAxes(axes_to_exchange(grad, nu.columns), axes_to_exchange(grad, nu.rows))
+
+
+def _update_means(grad: jax.Array, nu: FactoredMoment, b2, eps1, backend, axes) -> FactoredMoment:
     def decayed(old, mean):
         # One product only: of the two in b2 * old + (1 - b2) * mean the compiler may fuse either
         # one with the sum, and which one depends on how the means were exchanged.
         return old + (1 - b2) * (mean - old)
 
-    rows, columns = square_means(grad, eps1, backend)
+    rows, columns = square_means(grad, eps1, backend, axes)
     return FactoredMoment(decayed(nu.rows, rows), decayed(nu.columns, columns))
 
 
-def _shares(rows: jax.Array) -> jax.Array:
+def _shares(rows: jax.Array, axes: ManualAxes) -> jax.Array:
     """Row means over their mean; 0 if that is 0."""
-    return divide(rows, mean(lambda x: x, rows, -2))
+    return divide(rows, mean(lambda x: x, rows, -2, axes.rows))

@@ -11,29 +11,42 @@ from optax_lowbit.kernels.meshes import mesh_axes
 from optax_lowbit.quant import QuantSpec, double_quant
 
 
-def check_alignment(path: str, param: jax.Array, spec: QuantSpec) -> None:
-    """Raises ValueError if shards do not hold whole groups of codes, and of coded scales.
-
-    On an Explicit mesh no array is moved unasked, so it could only fail later.
-    """
-    sharding = jax.typeof(param).sharding
-    groups = {-1: spec.group_size}
-    if spec.double_quant:
-        groups = {-1: spec.block_size * double_quant.GROUP} if param.ndim == 1 else groups
-        groups[-2] = double_quant.GROUP
-    for axis, group in groups.items():
-        if param.ndim < -axis:
-            continue
-        entry, size = sharding.spec[axis], param.shape[axis]
+def misalignment(
+    path: str, shape: tuple[int, ...], sharding: jax.sharding.NamedSharding, spec: QuantSpec
+) -> str:
+    """What is wrong where shards do not hold whole groups of codes, or of scales; or empty."""
+    entries = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
+    for axis, group in _groups(spec, len(shape)).items():
+        entry, size = entries[axis], shape[axis]
         parts = math.prod(sharding.mesh.shape[name] for name in mesh_axes(entry))
         if parts > 1 and size % (parts * group):
-            raise ValueError(
-                f"the {'last axis' if axis == -1 else 'last but one axis'} of parameter {path!r}, "
-                f"of {size} elements, is sharded {parts} ways over {entry!r}, so it must be a "
+            return (
+                f"the {'last' if axis == -1 else 'last but one'} axis of parameter {path!r}, of "
+                f"{size} elements, is sharded {parts} ways over {entry!r}, so it must be a "
                 f"multiple of {parts} x {group} for its state to be kept in groups of {group}; "
                 "shard another axis, or give this parameter a smaller block_size or None in "
                 "policy.rules"
             )
+    return ""
+
+
+def _groups(spec: QuantSpec, ndim: int) -> dict[int, int]:
+    """Along which axes, and in which numbers, elements are kept together."""
+    if not spec.double_quant:
+        return {-1: spec.group_size} if ndim else {}
+    if ndim == 1:
+        return {-1: spec.block_size * double_quant.GROUP}
+    return {-1: spec.group_size, -2: double_quant.GROUP} if ndim else {}
+
+
+def check_alignment(path: str, param: jax.Array, spec: QuantSpec) -> None:
+    """Raises ValueError if shards do not hold whole groups of codes, or of scales.
+
+    On an Explicit mesh no array is moved unasked, so it could only fail later.
+    """
+    message = misalignment(path, param.shape, jax.typeof(param).sharding, spec)
+    if message:
+        raise ValueError(message)
 
 
 def zeros_placed_like(param: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -47,23 +60,20 @@ def placement_like(param: Any, shape: tuple[int, ...]) -> jax.sharding.Sharding 
     if not isinstance(param, jax.core.Tracer):
         sharding = getattr(param, "sharding", None)
     if isinstance(sharding, jax.sharding.NamedSharding):
-        return jax.sharding.NamedSharding(
-            sharding.mesh,
-            divisible_spec(sharding, shape),
-            memory_kind=sharding.memory_kind,
-        )
+        return divisible(sharding, shape)
     # Left to JAX where it is one device: naming it would commit the array, which an update does
     # not, and the second update would compile again.
     on_default = sharding is None or sharding.device_set == {jax.local_devices()[0]}
     return None if on_default else sharding
 
 
-def divisible_spec(
+def divisible(
     sharding: jax.sharding.NamedSharding, shape: tuple[int, ...]
-) -> jax.sharding.PartitionSpec:
-    """The parameter's spec, without the mesh axes that do not divide ``shape``."""
+) -> jax.sharding.NamedSharding:
+    """The sharding, without the mesh axes that do not divide ``shape``."""
     entries = []
     for size, entry in zip(shape, sharding.spec):
         parts = math.prod(sharding.mesh.shape[name] for name in mesh_axes(entry))
         entries.append(entry if size % parts == 0 else None)
-    return jax.sharding.PartitionSpec(*entries)
+    spec = jax.sharding.PartitionSpec(*entries)
+    return jax.sharding.NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)

@@ -16,7 +16,7 @@ import pytest
 import optax_lowbit
 from optax_lowbit import FactoredMoment, Policy, QuantSpec, is_quantized, quantize
 from optax_lowbit.kernels.cpu import library, ops
-from optax_lowbit.kernels.means import square_means
+from optax_lowbit.kernels.means import ManualAxes, square_means
 from optax_lowbit.optimizers.presets import (
     FIRST_MOMENT_4BIT,
     FIRST_MOMENT_8BIT,
@@ -387,7 +387,7 @@ def test_sums_of_squares(shape, parts, dtype):
 
 def test_means_of_squares_that_are_not_finite():
     x = jnp.ones((64, 300)).at[5, 7].set(jnp.nan).at[9, 299].set(jnp.inf)
-    rows, columns = square_means(x, 1e-30, "cpu")
+    rows, columns = square_means(x, 1e-30, "cpu", ManualAxes())
     for means, size, nan, infinite in (rows[:, 0], 64, 5, 9), (columns[0], 300, 7, 299):
         expected = np.ones(size)
         expected[nan], expected[infinite] = np.nan, np.inf
