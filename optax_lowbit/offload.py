@@ -1,0 +1,258 @@
+"""Optimizer state that lives in the host's memory and visits the device one leaf at a time.
+
+The update is taken apart into one program for each parameter, see
+:mod:`optax_lowbit.optimizers.leaf_programs`. Each is the body of a loop of its own, which is gone
+through once; that the compiler can't know. XLA starts copies between host and device as early as it
+likes, across optimization barriers too, but does not move them out of a loop: so the order of the
+loops bounds what is on the device, and within a body copies and arithmetic still overlap.
+"""
+
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import optax
+
+from optax_lowbit.optimizers.descent import FusibleOptimizer
+from optax_lowbit.optimizers.flax_variables import unwrapped
+from optax_lowbit.optimizers.leaf_programs import LeafProgram, LeafPrograms, split_by_leaf
+from optax_lowbit.optimizers.ownership import is_state_leaf, owners
+
+# The memory kind that `jax.memory.Space.Host` stands for.
+_HOST_KIND = "pinned_host"
+# Of an update's arguments.
+_GRADS, _STATE, _PARAMS = range(3)
+
+
+def offload(
+    tx: optax.GradientTransformation, *, min_size: int = 4096
+) -> optax.GradientTransformationExtraArgs:
+    if not isinstance(min_size, int) or min_size < 0:
+        raise ValueError(f"min_size must be an int of at least 0, got {min_size!r}")
+    update = optax.with_extra_args_support(tx).update
+
+    def init_fn(params):
+        state = tx.init(params)
+        if not _has_host_memory():
+            warnings.warn(
+                f"offload leaves the state on the device: devices of platform "
+                f"{jax.default_backend()!r} have no memory of kind {_HOST_KIND!r}",
+                stacklevel=2,
+            )
+            return state
+        abstract = jax.eval_shape(lambda *trees: trees, params, state, params)
+        try:
+            _Call(update, abstract, _GRADS, min_size).split()
+        except TypeError:
+            pass  # It can't be traced without extra arguments: the first update tells.
+        leaves, treedef = jax.tree.flatten(state)
+        is_paged = _is_paged(state, params, min_size)
+        return treedef.unflatten(_to_host(x) if paged else x for x, paged in zip(leaves, is_paged))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        def step(updates, state, params):
+            return update(updates, state, params, **extra_args)
+
+        if not _has_host_memory():
+            return step(updates, state, params)
+        return _Call(step, (updates, state, params), _GRADS, min_size).run()
+
+    if not isinstance(tx, FusibleOptimizer):
+        return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+    def apply(grads, state, params, key):
+        def step(grads, state, params):
+            return tx.apply(grads, state, params, key)
+
+        if not _has_host_memory():
+            return step(grads, state, params)
+        return _Call(step, (grads, state, params), _PARAMS, min_size).run()
+
+    optimizer = FusibleOptimizer(init_fn, update_fn)
+    optimizer.apply = apply
+    return optimizer
+
+
+def _has_host_memory() -> bool:
+    memories = jax.local_devices()[0].addressable_memories()
+    return _HOST_KIND in {memory.kind for memory in memories}
+
+
+def _to_host(x: Any) -> jax.Array:
+    return jax.device_put(x, jax.memory.Space.Host)
+
+
+def _to_device(x: Any) -> jax.Array:
+    return jax.device_put(x, jax.memory.Space.Device)
+
+
+def _array_owners(tree: Any, params: Any) -> list[int | None]:
+    """For each array of ``tree``, the index of its parameter, or None."""
+    leaves = jax.tree.leaves(tree, is_leaf=is_state_leaf)
+    pairs = zip(leaves, owners(tree, params), strict=True)
+    return [owner for leaf, owner in pairs for _ in jax.tree.leaves(leaf)]
+
+
+def _is_paged(state: Any, params: Any, min_size: int) -> list[bool]:
+    """For each array of ``state``, whether it lives on the host."""
+    sizes = [math.prod(unwrapped(x).shape) for x in jax.tree.leaves(state)]
+    pairs = zip(sizes, _array_owners(state, params), strict=True)
+    return [owner is not None and size > min_size for size, owner in pairs]
+
+
+class _Call:
+    """One call of ``step(grads, state, params)``, as a function from arrays to arrays.
+
+    Args:
+      step: Gives a tree like ``trees[written]``, which it is written over, and the new state.
+      trees: Its arguments.
+      written: Index of one of them.
+      min_size: As in :func:`offload`.
+    """
+
+    def __init__(
+        self,
+        step: Callable[..., tuple[Any, Any]],
+        trees: tuple[Any, Any, Any],
+        written: int,
+        min_size: int,
+    ):
+        self._trees = trees
+        leaves, treedef = jax.tree.flatten(trees)
+        ends = [0, *itertools.accumulate(len(jax.tree.leaves(tree)) for tree in trees)]
+        of_tree = [range(*pair) for pair in itertools.pairwise(ends)]
+        self._state_arguments = of_tree[_STATE]
+        # Of each result, the argument that it takes the place of.
+        self._replaced = [*of_tree[written], *of_tree[_STATE]]
+        paged = _is_paged(trees[_STATE], trees[_GRADS], min_size)
+        self._paged = {i for i, is_paged in zip(of_tree[_STATE], paged) if is_paged}
+        self._values = [unwrapped(x) for x in leaves]
+        self._function = lambda arrays: step(*treedef.unflatten(arrays))
+        # All of them on the device.
+        self._types = jax.eval_shape(lambda xs: [_to_device(x) for x in xs], self._values)
+
+    def split(self) -> LeafPrograms:
+        """The programs of the leaves.
+
+        Raises:
+          ValueError: If an array of the state that is to be paged is needed by more than one leaf.
+        """
+        owners = [owner for tree in self._trees for owner in _array_owners(tree, self._trees[0])]
+        programs = split_by_leaf(
+            lambda *arrays: jax.tree.leaves(self._function(arrays)),
+            self._types,
+            owners,
+            heavy=[False] * len(owners),
+        )
+        assert programs is not None
+        mixed = sorted(self._paged.intersection(programs.shared_inputs))
+        if mixed:
+            paths = jax.tree_util.tree_leaves_with_path(self._trees[_STATE])
+            first = self._state_arguments.start
+            names = [jax.tree_util.keystr(paths[i - first][0]) for i in mixed]
+            raise ValueError(
+                "tx can't be offloaded: what it does to one parameter depends on the state of "
+                f"others, in {', '.join(names[:4])}{', ...' if names[4:] else ''}, so all of that "
+                "must be on the device at once; in a chain, offload the other transforms alone"
+            )
+        return programs
+
+    def run(self) -> tuple[Any, Any]:
+        """What the step returns."""
+        programs = self.split()
+        types, treedef = jax.tree.flatten(jax.eval_shape(self._function, self._types))
+        for i in self._paged:  # They may be of a state that is not offloaded yet.
+            self._values[i] = _to_host(self._values[i])
+        environment, shared = programs.shared([self._values[i] for i in programs.shared_inputs])
+        results = dict(zip(programs.shared_outputs, shared))
+        visitors = []
+        for program in programs.leaves.values():
+            if self._paged.isdisjoint(program.inputs):
+                arrays = [self._values[i] for i in program.inputs]
+                results |= zip(program.outputs, program.run(arrays, environment))
+            else:
+                visitors.append(program)
+        for index, result in results.items():
+            if self._replaced[index] in self._paged:
+                results[index] = _to_host(result)
+        results |= self._run_in_turn(visitors, environment, types)
+        return treedef.unflatten(results[index] for index in range(len(types)))
+
+    def _run_in_turn(
+        self, programs: Sequence[LeafProgram], environment: dict[Any, Any], types: Sequence[Any]
+    ) -> dict[int, jax.Array]:
+        """The results of programs with paged arguments, by index."""
+        results: dict[int, jax.Array] = {}
+        inputs = [[i for i in program.inputs if i in self._paged] for program in programs]
+        here = {i: _to_device(self._values[i]) for i in itertools.chain(*inputs[:1])}
+        turn: Any = jnp.zeros((), jnp.int32)
+        for program, coming in zip(programs, [*inputs[1:], []]):
+
+            def visit(arguments, program=program, coming=coming):
+                outputs = program.run([arguments[i] for i in program.inputs], environment)
+                by_index = dict(zip(program.outputs, outputs))
+                left = {k: _to_host(x) for k, x in by_index.items() if self._leaves(k)}
+                return by_index, left, {i: _to_device(self._values[i]) for i in coming}
+
+            arguments = {i: here.get(i, self._values[i]) for i in program.inputs}
+            if any(isinstance(value, jax.core.Tracer) for value in self._values):
+                buffers = self._buffers(program, arguments, coming, types, turn)
+                turn, (outputs, left, here) = _in_loop(visit, arguments, *buffers, turn)
+            else:
+                outputs, left, here = visit(arguments)
+            results |= outputs | left
+        return results
+
+    def _buffers(self, program, arguments, coming, types, turn):
+        """Where a loop writes what the visit of one leaf gives.
+
+        Returns:
+          The argument that each result is written over, by index, if it is of the same type; the
+          initial values of results, of those that go to the host, and of arrays that come.
+        """
+        replaced = {k: self._replaced[k] for k in program.outputs}
+        over = {
+            k: i for k, i in replaced.items() if i in arguments and types[k] == self._types[i]
+        }
+        outputs = {
+            k: arguments[over[k]] if k in over else _filled(types[k], turn) for k in replaced
+        }
+        left = {k: self._values[i] for k, i in replaced.items() if self._leaves(k)}
+        return over, (outputs, left, {i: _filled(self._types[i], turn) for i in coming})
+
+    def _leaves(self, index: int) -> bool:
+        """Whether a result goes to the host."""
+        return self._replaced[index] in self._paged
+
+
+def _in_loop(
+    visit: Callable[[dict[int, Any]], Any],
+    arguments: dict[int, Any],
+    over: dict[int, int],
+    buffers: Any,
+    turn: jax.Array,
+) -> tuple[jax.Array, Any]:
+    """The next turn, and ``visit(arguments)`` in the body of a loop that is gone through once."""
+
+    kept = {i: x for i, x in arguments.items() if i not in over.values()}
+
+    def body(carry):
+        turn, (outputs, *_) = carry
+        # Or what depends on parameters alone would be computed for all leaves before the loops.
+        turn, here = jax.lax.optimization_barrier((turn, kept))
+        return turn + 1, visit(here | {i: outputs[k] for k, i in over.items()})
+
+    # The compiler can't know it, or it would do without the loop.
+    end = jax.lax.optimization_barrier(turn + 1)
+    return jax.lax.while_loop(lambda carry: carry[0] < end, body, (turn, buffers))
+
+
+def _filled(like: Any, turn: jax.Array) -> jax.Array:
+    """A buffer on the device. Its value is of no use, and not known before it is the turn's turn:
+    a constant would be allocated at the program's start."""
+    return jax.lax.full_like(like, turn.astype(like.dtype))
