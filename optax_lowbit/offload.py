@@ -188,10 +188,11 @@ class _Call:
     ) -> dict[int, jax.Array]:
         """The results of programs with paged arguments, by index."""
         results: dict[int, jax.Array] = {}
-        inputs = [[i for i in program.inputs if i in self._paged] for program in programs]
-        here = {i: _to_device(self._values[i]) for i in itertools.chain(*inputs[:1])}
+        here: dict[int, jax.Array] = {}
+        arriving = [[i for i in program.inputs if i in self._paged] for program in programs]
+        is_traced = any(isinstance(value, jax.core.Tracer) for value in self._values)
         turn: Any = jnp.zeros((), jnp.int32)
-        for program, coming in zip(programs, [*inputs[1:], []]):
+        for program, coming in zip([_NOTHING, *programs], [*arriving, []]):
 
             def visit(arguments, program=program, coming=coming):
                 outputs = program.run([arguments[i] for i in program.inputs], environment)
@@ -200,7 +201,7 @@ class _Call:
                 return by_index, left, {i: _to_device(self._values[i]) for i in coming}
 
             arguments = {i: here.get(i, self._values[i]) for i in program.inputs}
-            if any(isinstance(value, jax.core.Tracer) for value in self._values):
+            if is_traced:
                 buffers = self._buffers(program, arguments, coming, types, turn)
                 turn, (outputs, left, here) = _in_loop(visit, arguments, *buffers, turn)
             else:
@@ -220,14 +221,18 @@ class _Call:
             k: i for k, i in replaced.items() if i in arguments and types[k] == self._types[i]
         }
         outputs = {
-            k: arguments[over[k]] if k in over else _filled(types[k], turn) for k in replaced
+            k: arguments[over[k]] if k in over else _filled(types[k], turn + k) for k in replaced
         }
         left = {k: self._values[i] for k, i in replaced.items() if self._leaves(k)}
-        return over, (outputs, left, {i: _filled(self._types[i], turn) for i in coming})
+        return over, (outputs, left, {i: _filled(self._types[i], turn + i) for i in coming})
 
     def _leaves(self, index: int) -> bool:
         """Whether a result goes to the host."""
         return self._replaced[index] in self._paged
+
+
+# Of the turn in which the first leaf's state comes.
+_NOTHING = LeafProgram((), (), (), False, (), (), ())
 
 
 def _in_loop(
