@@ -2,6 +2,7 @@
 
 import importlib.metadata
 
+from optax_lowbit.offload import offload
 from optax_lowbit.optimizers import (
     Description,
     FactoredMoment,
@@ -51,6 +52,7 @@ __all__ = (
     "factor4bit",
     "fused_apply",
     "is_quantized",
+    "offload",
     "quantize",
     "scale_by_adam4bit",
     "scale_by_adam8bit",

@@ -32,6 +32,57 @@ _GRADS, _STATE, _PARAMS = range(3)
 def offload(
     tx: optax.GradientTransformation, *, min_size: int = 4096
 ) -> optax.GradientTransformationExtraArgs:
+    """``tx``, with its state in the host's memory: a paged optimizer.
+
+    The arrays of a parameter's state come to the device just before its own update and go back
+    after it. While one leaf is updated, the next one's state is on its way: at most two leaves'
+    states are on the device at once, however many leaves there are. What is computed does not
+    change. Counters, and arrays of ``min_size`` elements or fewer, stay on the device.
+
+    **Memory.** The state's bytes on the host; on the device, the states of two leaves.
+
+    **Transfers.** The state's bytes in each direction, in each step: 8 bytes a parameter for
+    :func:`optax.adamw`, about 1 for :func:`adamw4bit`.
+
+    Args:
+      tx: A transform that is leaf by leaf: what it does to one parameter depends on the state of no
+        other, except counters. Most of optax is, also in :func:`optax.chain` or
+        :func:`optax.masked`, with the norm of all gradients or not. :class:`optax.MultiSteps` and
+        the like are not: they go outside, ``optax.MultiSteps(offload(tx), 4)``. An optimizer that
+        :func:`fused_apply` takes it takes offloaded, too.
+      min_size: Arrays of the state of this many elements or fewer stay on the device.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs` with a state like that of ``tx``. Arrays on
+      the host are of memory kind ``"pinned_host"``, on the devices' hosts, sharded as on the
+      devices. Donate parameters (or gradients) and state together, and return them in that order:
+      JAX pairs donated arguments with results by shape and dtype alone, the first with the first,
+      and a result that is paired with an array on the host is written there.
+
+    Raises:
+      ValueError: If ``min_size`` is negative or no int. At init, or at the first update if ``tx``
+        needs extra arguments: if it is not leaf by leaf. The message names the arrays that mix.
+
+    Warns:
+      UserWarning: At init, if the devices have no such memory. The state stays on the device then.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax_lowbit
+      >>> tx = optax_lowbit.offload(optax_lowbit.adamw4bit(1e-3))
+      >>> params = {"w": jnp.ones((256, 256)), "b": jnp.zeros(256)}
+      >>> state = tx.init(params)
+      >>> state[0].mu["w"].codes.sharding.memory_kind, state[0].mu["b"].sharding.memory_kind
+      ('pinned_host', 'device')
+      >>> update = jax.jit(tx.update, donate_argnums=(0, 1))
+      >>> updates, state = update(params, state, {"w": jnp.ones((256, 256)), "b": jnp.zeros(256)})
+      >>> updates["w"].sharding.memory_kind, state[0].mu["w"].codes.sharding.memory_kind
+      ('device', 'pinned_host')
+
+    References:
+      Dettmers et al, `QLoRA <https://arxiv.org/abs/2305.14314>`_, 2023, Section 3, "Paged
+      Optimizers". Differs in that the state is always on the host, and moved by the compiled
+      program, where CUDA's unified memory moves it when the device runs out.
+    """
     if not isinstance(min_size, int) or min_size < 0:
         raise ValueError(f"min_size must be an int of at least 0, got {min_size!r}")
     update = optax.with_extra_args_support(tx).update
@@ -50,9 +101,7 @@ def offload(
             _Call(update, abstract, _GRADS, min_size).split()
         except TypeError:
             pass  # It can't be traced without extra arguments: the first update tells.
-        leaves, treedef = jax.tree.flatten(state)
-        is_paged = _is_paged(state, params, min_size)
-        return treedef.unflatten(_to_host(x) if paged else x for x, paged in zip(leaves, is_paged))
+        return _placed(state, _is_paged(state, params, min_size))
 
     def update_fn(updates, state, params=None, **extra_args):
         def step(updates, state, params):
@@ -89,6 +138,21 @@ def _to_host(x: Any) -> jax.Array:
 
 def _to_device(x: Any) -> jax.Array:
     return jax.device_put(x, jax.memory.Space.Device)
+
+
+def _placed(state: Any, is_paged: Sequence[bool]) -> Any:
+    """The state with paged arrays on the host, and the others where an update leaves them."""
+    leaves, treedef = jax.tree.flatten(state)
+    leaves = [_to_host(x) if paged else x for x, paged in zip(leaves, is_paged, strict=True)]
+    on_host: list[Any] = list(itertools.compress(leaves, is_paged))
+    if on_host and not any(isinstance(x, jax.core.Tracer) for x in leaves):
+        # Arrays on the host are committed to their devices, and so is all that is computed with
+        # them: a counter that is not would be of another type in the second update.
+        beside = on_host[0].sharding.with_memory_kind("device")
+        if isinstance(beside, jax.sharding.NamedSharding):
+            beside = jax.sharding.NamedSharding(beside.mesh, jax.sharding.PartitionSpec())
+        leaves = [x if x.committed else jax.device_put(x, beside) for x in leaves]
+    return treedef.unflatten(leaves)
 
 
 def _array_owners(tree: Any, params: Any) -> list[int | None]:
@@ -147,7 +211,7 @@ class _Call:
             lambda *arrays: jax.tree.leaves(self._function(arrays)),
             self._types,
             owners,
-            heavy=[False] * len(owners),
+            heavy=[False] * len(owners),  # It would say that some mix, not which.
         )
         assert programs is not None
         mixed = sorted(self._paged.intersection(programs.shared_inputs))
@@ -180,7 +244,8 @@ class _Call:
         for index, result in results.items():
             if self._replaced[index] in self._paged:
                 results[index] = _to_host(result)
-        results |= self._run_in_turn(visitors, environment, types)
+        if visitors:
+            results |= self._run_in_turn(visitors, environment, types)
         return treedef.unflatten(results[index] for index in range(len(types)))
 
     def _run_in_turn(
@@ -217,9 +282,7 @@ class _Call:
           initial values of results, of those that go to the host, and of arrays that come.
         """
         replaced = {k: self._replaced[k] for k in program.outputs}
-        over = {
-            k: i for k, i in replaced.items() if i in arguments and types[k] == self._types[i]
-        }
+        over = {k: i for k, i in replaced.items() if i in arguments and types[k] == self._types[i]}
         outputs = {
             k: arguments[over[k]] if k in over else _filled(types[k], turn + k) for k in replaced
         }
@@ -243,7 +306,6 @@ def _in_loop(
     turn: jax.Array,
 ) -> tuple[jax.Array, Any]:
     """The next turn, and ``visit(arguments)`` in the body of a loop that is gone through once."""
-
     kept = {i: x for i, x in arguments.items() if i not in over.values()}
 
     def body(carry):
@@ -258,6 +320,6 @@ def _in_loop(
 
 
 def _filled(like: Any, turn: jax.Array) -> jax.Array:
-    """A buffer on the device. Its value is of no use, and not known before it is the turn's turn:
-    a constant would be allocated at the program's start."""
+    """A buffer on the device, made in this turn; its value is of no use."""
+    # A constant's would be made when the program starts.
     return jax.lax.full_like(like, turn.astype(like.dtype))

@@ -30,6 +30,7 @@ COUNTERPARTS = {
     "adamw4bit": optax.adamw,
     "adamw8bit": optax.adamw,
     "factor4bit": optax.adamw,
+    "offload": optax.with_extra_args_support,
     "scale_by_adam4bit": optax.scale_by_adam,
     "scale_by_adam8bit": optax.scale_by_adam,
     "scale_by_factor4bit": optax.scale_by_adam,
@@ -37,7 +38,7 @@ COUNTERPARTS = {
     "sgd8bit": optax.sgd,
     "trace4bit": optax.trace,
 }
-LOW_BIT = {"backend", "eps1", "key", "mu_spec", "nu_spec", "policy", "trace_spec"}
+LOW_BIT = {"backend", "eps1", "key", "min_size", "mu_spec", "nu_spec", "policy", "trace_spec"}
 
 
 def import_order(name):
