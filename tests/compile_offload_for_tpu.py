@@ -62,6 +62,7 @@ def compiled(tx, leaves, device):
         "parameter": 4 * SHAPE[0] * SHAPE[1],
         "state of a leaf": sum(x.size * x.dtype.itemsize for x in paged) // leaves,
         "paged arrays": len(paged),
+        "paged codes": sum(x.dtype == jnp.uint8 for x in paged),
         "transfers": len(re.findall(r"= \([^=]*S\(5\)[^=]* copy-start\(", program.as_text())),
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,

@@ -240,6 +240,7 @@ WRAPPERS = {
     "masked inside": lambda tx, page: page(optax.masked(tx, MASK)),
     "chain": lambda tx, page: optax.chain(optax.clip_by_global_norm(1.0), page(tx)),
     "multi-steps": lambda tx, page: optax.MultiSteps(page(tx), 2),
+    "if finite": lambda tx, page: optax.apply_if_finite(page(tx), 3),
     "partition": lambda tx, page: optax.partition(
         {True: page(tx), False: optax.sgd(0.1)}, lambda p: {k: MASK[k] for k in p}
     ),
@@ -261,6 +262,18 @@ def test_wrappers(wrapper):
     expected, actual = results
     assert_bit_equal(actual, expected)
     assert set(kinds(actual[1])) == {"device", HOST} and set(kinds(expected[1])) == {"device"}
+
+
+def test_vmap_over_an_ensemble():
+    tx = optax_lowbit.sgd8bit(1e-2, momentum=0.9)
+    paged = offload(tx, min_size=1000)
+    members = jax.tree.map(lambda *x: jnp.stack(x), *(normal_tree(ONE_PAGED, i) for i in range(2)))
+    expected = jax.jit(jax.vmap(tx.update))(members, jax.vmap(tx.init)(members), members)
+    state = jax.vmap(paged.init)(members)
+    assert HOST in kinds(state)
+    actual = jax.jit(jax.vmap(paged.update))(members, state, members)
+    assert_bit_equal(actual, expected)
+    assert kinds(actual[1]) == kinds(state)
 
 
 def test_scan_over_steps():
@@ -394,18 +407,24 @@ def test_compiled_for_tpu_the_device_holds_two_leaves():
     assert process.returncode == 0, process.stderr[-4000:]
     report = json.loads(process.stdout.splitlines()[-1])
     control = report.pop("all at once")
+    beyond = {}
     for name, case in report.items():
         leaf, leaves = case["state of a leaf"], case["leaves"]
         # The state is on the host, and each array is written where it was.
-        assert case["host arguments"] == case["host aliased"], name
-        assert case["host arguments"] >= 0.98 * leaf * leaves, name
+        assert case["host arguments"] == case["host aliased"] == leaf * leaves, name
         # On the device are parameters, gradients, and what is small.
         floats = 2 * case["parameter"] * leaves
-        assert floats <= case["arguments"] <= floats + 0.02 * leaf * leaves + 1024, name
-        # Beside them two leaves of state, a leaf's update, and what each transfer is described by.
+        assert floats <= case["arguments"] <= 1.001 * floats, name
+        # Beside them two leaves' states, two leaves' updates, and what describes each transfer.
         most = 2 * leaf + 2 * case["parameter"] + 2**18 * case["transfers"]
         assert case["temporaries"] <= most, name
-        # Codes cross twice for now: the layout on the host is changed on the device.
-        assert case["transfers"] == case["paged arrays"] * (4 if "4bit" in name else 2), name
+        # In and out once; codes twice, as libtpu changes their layout on the device.
+        assert case["transfers"] == 2 * (case["paged arrays"] + case["paged codes"]), name
+        beyond.setdefault(name.split(",")[0], []).append(case["peak"] - case["arguments"])
+    # At its peak the device holds as much beside the arguments for 24 leaves as for 12.
+    for twelve, twenty_four in beyond.values():
+        assert abs(twenty_four - twelve) < 2**17
+    adamw = report["adamw, 24 leaves"]
+    assert beyond["adamw"][1] <= 2 * adamw["state of a leaf"] + adamw["parameter"] + 2**17
     # All leaves at once, were XLA left to itself.
-    assert control["temporaries"] >= control["leaves"] * control["state of a leaf"]
+    assert control["peak"] - control["arguments"] >= control["leaves"] * control["state of a leaf"]
