@@ -188,9 +188,9 @@ class _Call:
     ):
         self._trees = trees
         leaves, treedef = jax.tree.flatten(trees)
-        ends = [0, *itertools.accumulate(len(jax.tree.leaves(tree)) for tree in trees)]
+        ends = itertools.accumulate((len(jax.tree.leaves(tree)) for tree in trees), initial=0)
         of_tree = [range(*pair) for pair in itertools.pairwise(ends)]
-        self._state_arguments = of_tree[_STATE]
+        self._first_of_state = of_tree[_STATE].start
         # Of each result, the argument that it takes the place of.
         self._replaced = [*of_tree[written], *of_tree[_STATE]]
         paged = _is_paged(trees[_STATE], trees[_GRADS], min_size)
@@ -217,8 +217,7 @@ class _Call:
         mixed = sorted(self._paged.intersection(programs.shared_inputs))
         if mixed:
             paths = jax.tree_util.tree_leaves_with_path(self._trees[_STATE])
-            first = self._state_arguments.start
-            names = [jax.tree_util.keystr(paths[i - first][0]) for i in mixed]
+            names = [jax.tree_util.keystr(paths[i - self._first_of_state][0]) for i in mixed]
             raise ValueError(
                 "tx can't be offloaded: what it does to one parameter depends on the state of "
                 f"others, in {', '.join(names[:4])}{', ...' if names[4:] else ''}, so all of that "
