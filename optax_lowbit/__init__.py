@@ -3,6 +3,7 @@
 import importlib.metadata
 
 from optax_lowbit.checkpoint import convert_state, import_state
+from optax_lowbit.offload import offload
 from optax_lowbit.optimizers import (
     CorrectedBfloat16State,
     Description,
@@ -79,6 +80,7 @@ __all__ = (
     "join_bfloat16",
     "lion4bit",
     "lion8bit",
+    "offload",
     "quantize",
     "rmsprop8bit",
     "scale_by_adam4bit",
