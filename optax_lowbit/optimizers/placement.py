@@ -35,7 +35,7 @@ def zeros_placed_like(param: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     if isinstance(sharding, jax.sharding.NamedSharding):
         sharding = jax.sharding.NamedSharding(
             sharding.mesh,
-            _divisible_spec(sharding, leaf.shape),
+            divisible_spec(sharding, leaf.shape),
             memory_kind=sharding.memory_kind,
         )
         return jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
@@ -45,7 +45,7 @@ def zeros_placed_like(param: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     return jnp.zeros(leaf.shape, leaf.dtype, device=None if on_default else sharding)
 
 
-def _divisible_spec(
+def divisible_spec(
     sharding: jax.sharding.NamedSharding, shape: tuple[int, ...]
 ) -> jax.sharding.PartitionSpec:
     """The parameter's spec, without the mesh axes that do not divide ``shape``."""

@@ -1,0 +1,114 @@
+"""Where abstract states and parameters lie on a mesh, and the bytes of a tree on one device."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+from optax_lowbit.optimizers.describe import leaf_nbytes
+from optax_lowbit.optimizers.placement import divisible_spec
+
+Path = tuple[Any, ...]
+
+
+class Bytes(NamedTuple):
+    """Bytes of arrays: of all devices together, each element counted once, and on one device."""
+
+    total: int = 0
+    device: int = 0
+
+    def __add__(self, other: Any) -> "Bytes":
+        return Bytes(self.total + other.total, self.device + other.device)
+
+
+def bytes_of(tree: Any) -> Bytes:
+    """The bytes of the leaves, abstract or not; a leaf without a sharding is on every device."""
+    return sum(map(_bytes_of_leaf, jax.tree.leaves(tree)), Bytes())
+
+
+def _bytes_of_leaf(leaf: Any) -> Bytes:
+    abstract = jax.eval_shape(lambda x: x, leaf)
+    total = leaf_nbytes(abstract)
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None or not total:
+        return Bytes(total, total)
+    part = math.prod(sharding.shard_shape(abstract.shape))
+    return Bytes(total, total * part // math.prod(abstract.shape))
+
+
+def abstract_state(tx: optax.GradientTransformation, params: Any) -> Any:
+    """The state of any transform as `jax.ShapeDtypeStruct`, laid out as its parameters are.
+
+    An array of the state belongs to a parameter if its path in the state contains the parameter's
+    path. It is split along the axes that its parameter is split along and that the mesh divides;
+    arrays of another rank, and those that belong to no parameter, are on every device. Nothing is
+    allocated.
+
+    Args:
+      tx: Any Optax transform.
+      params: A tree of arrays or `jax.ShapeDtypeStruct`, of which some may have a `NamedSharding`.
+
+    Returns:
+      What ``jax.eval_shape(tx.init, params)`` gives, with shardings where parameters have them.
+
+    Examples:
+      >>> import jax
+      >>> from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+      >>> from optax_lowbit import adamw4bit
+      >>> from optax_lowbit.memory import abstract_state
+      >>> rows = NamedSharding(AbstractMesh((8,), ("data",)), PartitionSpec("data"))
+      >>> params = {"w": jax.ShapeDtypeStruct((1024, 512), "float32", sharding=rows)}
+      >>> state = abstract_state(adamw4bit(1e-3), params)
+      >>> state[0].mu["w"].codes.sharding.shard_shape((1024, 256))
+      (128, 256)
+    """
+    state = jax.eval_shape(lambda params: tx.init(params), params)
+    owners = dict(jax.tree_util.tree_leaves_with_path(params))
+
+    def placed(path: Path, leaf: Any) -> Any:
+        owner = owner_of(path, owners)
+        sharding = getattr(owner, "sharding", None)
+        if not isinstance(sharding, NamedSharding):
+            return leaf
+        spec = PartitionSpec()
+        if len(leaf.shape) == len(owner.shape):
+            spec = divisible_spec(sharding, leaf.shape)
+        return jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=NamedSharding(sharding.mesh, spec)
+        )
+
+    return jax.tree_util.tree_map_with_path(placed, state)
+
+
+def owner_of(path: Path, owners: Mapping[Path, Any]) -> Any:
+    """The parameter whose path lies within the path of an array of the state; None: there is none.
+
+    Of several it is the one with the longest path.
+    """
+    for length in range(len(path), -1, -1):
+        for start in range(len(path) - length + 1):
+            if (owner := owners.get(path[start : start + length])) is not None:
+                return owner
+    return None
+
+
+def fully_sharded(params: Mapping[str, Any], devices: int, axis: str) -> Any:
+    """The parameters of :func:`abstract_params`, each split over all devices.
+
+    The axis that is split is the first that ``devices`` divides, after that of the layers: the rows
+    of matrices, so that blocks along the last axis stay whole.
+    """
+    mesh = AbstractMesh((devices,), (axis,), axis_types=(AxisType.Auto,))
+
+    def split(path: Path, leaf: Any) -> jax.ShapeDtypeStruct:
+        first = 1 if path[0] == jax.tree_util.DictKey("layers") else 0
+        spec = [None] * len(leaf.shape)
+        divided = [i for i in range(first, len(spec)) if leaf.shape[i] % devices == 0]
+        entries: Sequence[Any] = [axis if [i] == divided[:1] else None for i in range(len(spec))]
+        sharding = NamedSharding(mesh, PartitionSpec(*entries))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(split, params)

@@ -1,0 +1,133 @@
+"""A training step of the models of `architectures`, to be compiled for what it needs."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_lowbit.memory.architectures import Architecture
+
+Params = Any
+
+
+def loss(
+    a: Architecture, params: Params, tokens: jax.Array, *, remat: bool, data_axis: str | None = None
+) -> jax.Array:
+    """Mean loss of predicting the next tokens; of an encoder, the mean square of what it pools.
+
+    Args:
+      a: The architecture.
+      params: As of :func:`abstract_params`. Activations have their dtype.
+      tokens: Integers ``(batch, length)``.
+      remat: Whether the activations inside of a layer are computed again for its gradient, so that
+        a layer keeps its input only.
+      data_axis: The mesh axis that examples are spread over; None: they are not.
+    """
+
+    def spread(x: jax.Array) -> jax.Array:
+        if data_axis is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(data_axis))
+
+    def layer(x, weights):
+        return spread(_layer(a, x, weights)), None
+
+    x = spread(_embedded(a, params, tokens))
+    x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, params["layers"])
+    if a.norm_first:
+        x = _normed(a, x, params["final_norm"])
+    if a.encoder:
+        pooled = jnp.tanh(x[:, 0] @ params["pooler"] + params["pooler_bias"])
+        return jnp.mean(pooled.astype(jnp.float32) ** 2)
+    if a.embedding_width:
+        x = x @ params["embedding_out"]
+    logits = x @ (params["embedding"].T if a.tied else params["head"])
+    logits = logits.astype(jnp.float32)[:, :-1]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+
+def _embedded(a: Architecture, params: Params, tokens: jax.Array) -> jax.Array:
+    x = params["embedding"][tokens]
+    if a.embedding_width:
+        x = x @ params["embedding_in"]
+    if a.positions:
+        x = x + params["positions"][: tokens.shape[1]]
+    if a.encoder:
+        x = _normed(a, x + params["segments"], params["embedding_norm"])
+    return x
+
+
+def _layer(a: Architecture, x: jax.Array, weights: Params) -> jax.Array:
+    blocks = (_attention, "attention_norm"), (_feed_forward, "inner_norm")
+    for block, norm in blocks:
+        if a.norm_first:
+            x = x + block(a, _normed(a, x, weights[norm]), weights)
+        else:
+            x = _normed(a, x + block(a, x, weights), weights[norm])
+    return x
+
+
+def _attention(a: Architecture, x: jax.Array, weights: Params) -> jax.Array:
+    size = a.query_width // a.heads
+
+    def heads(name):
+        return _linear(x, weights, name).reshape(*x.shape[:2], -1, size)
+
+    query, key, value = heads("query"), heads("key"), heads("value")
+    if not a.positions:
+        query, key = _rotated(query), _rotated(key)
+    mixed = jax.nn.dot_product_attention(query, key, value, is_causal=not a.encoder)
+    return _linear(mixed.reshape(*x.shape[:2], -1), weights, "output")
+
+
+def _feed_forward(a: Architecture, x: jax.Array, weights: Params) -> jax.Array:
+    inner = _linear(x, weights, "up")
+    inner = jax.nn.silu(x @ weights["gate"]) * inner if a.gated else jax.nn.gelu(inner)
+    return _linear(inner, weights, "down")
+
+
+def _linear(x: jax.Array, weights: Params, name: str) -> jax.Array:
+    x = x @ weights[name]
+    bias = weights.get(f"{name}_bias")
+    return x if bias is None else x + bias
+
+
+def _normed(a: Architecture, x: jax.Array, weights: Params) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    if a.norm == "layer":
+        wide = wide - wide.mean(-1, keepdims=True)
+    scale = jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + 1e-5)
+    x = (wide * scale).astype(x.dtype) * weights["scale"]
+    return x + weights["bias"] if a.norm == "layer" else x
+
+
+def _rotated(x: jax.Array) -> jax.Array:
+    half = x.shape[-1] // 2
+    rates = 10000.0 ** (-jnp.arange(half) / half)
+    angles = jnp.arange(x.shape[1])[:, None, None] * rates
+    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def train_step(
+    a: Architecture,
+    tx: optax.GradientTransformation,
+    *,
+    remat: bool = True,
+    data_axis: str | None = None,
+) -> Callable[[Params, optax.OptState, jax.Array], tuple[Params, optax.OptState, jax.Array]]:
+    """``(params, state, tokens) -> (params, state, loss)``, to be jitted by the caller."""
+    loss_fn = functools.partial(loss, a, remat=remat, data_axis=data_axis)
+
+    def step(params, state, tokens):
+        # As users have it: this is run with whatever settings the process has.
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            value, grads = jax.value_and_grad(loss_fn)(params, tokens)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state, value
+
+    return step
