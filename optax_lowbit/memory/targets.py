@@ -70,7 +70,7 @@ def compile_step(step: Any, arguments: Sequence[Any], target: str) -> CompiledSt
     mesh = _mesh_on(target_devices(target), arguments, target)
     placed = jax.tree.map(lambda leaf: _placed(leaf, mesh), tuple(arguments))
     with jax.set_mesh(mesh):
-        memory = step.trace(*placed).lower(lowering_platforms=(_platform(target),)).compile()
+        memory = step.trace(*placed).lower(lowering_platforms=(platform_of(target),)).compile()
     memory = memory.memory_analysis()
     return CompiledStep(
         target=target,
@@ -118,7 +118,8 @@ def _placed(leaf: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
     )
 
 
-def _platform(target: str) -> str:
+def platform_of(target: str) -> str:
+    """What JAX calls the platform of a target."""
     return {"cpu": "cpu", "h100": "cuda"}.get(target.partition(":")[0], "tpu")
 
 

@@ -119,15 +119,36 @@ def train_step(
     *,
     remat: bool = True,
     data_axis: str | None = None,
+    explicit: Any = None,
 ) -> Callable[[Params, optax.OptState, jax.Array], tuple[Params, optax.OptState, jax.Array]]:
-    """``(params, state, tokens) -> (params, state, loss)``, to be jitted by the caller."""
+    """``(params, state, tokens) -> (params, state, loss)``, to be jitted by the caller.
+
+    Args:
+      a: The architecture.
+      tx: The optimizer.
+      remat: As of :func:`loss`.
+      data_axis: As of :func:`loss`.
+      explicit: Partition specs of parameters and state, where shardings are to be part of the types
+        as the optimizer sees them: compilers for TPUs part a kernel in no other way
+        (https://github.com/jax-ml/jax/issues/38196). None: they are not.
+    """
     loss_fn = functools.partial(loss, a, remat=remat, data_axis=data_axis)
+
+    def update(grads, params, state):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    if explicit is not None:
+        param_specs, state_specs = explicit
+        update = jax.sharding.explicit_axes(
+            update, in_sharding=(param_specs, param_specs, state_specs)
+        )
 
     def step(params, state, tokens):
         # As users have it: this is run with whatever settings the process has.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             value, grads = jax.value_and_grad(loss_fn)(params, tokens)
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state, value
+            params, state = update(grads, params, state)
+            return params, state, value
 
     return step
