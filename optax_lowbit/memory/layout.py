@@ -1,7 +1,7 @@
 """Where abstract states and parameters lie on a mesh, and the bytes of a tree on one device."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,18 +25,31 @@ class Bytes(NamedTuple):
 
 
 def bytes_of(tree: Any) -> Bytes:
-    """The bytes of the leaves, abstract or not; a leaf without a sharding is on every device."""
+    """The bytes of abstract leaves; a leaf without a sharding is on every device."""
     return sum(map(_bytes_of_leaf, jax.tree.leaves(tree)), Bytes())
 
 
-def _bytes_of_leaf(leaf: Any) -> Bytes:
-    abstract = jax.eval_shape(lambda x: x, leaf)
-    total = leaf_nbytes(abstract)
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is None or not total:
+def _bytes_of_leaf(leaf: jax.ShapeDtypeStruct) -> Bytes:
+    total = leaf_nbytes(leaf)
+    if leaf.sharding is None or not total:
         return Bytes(total, total)
-    part = math.prod(sharding.shard_shape(abstract.shape))
-    return Bytes(total, total * part // math.prod(abstract.shape))
+    part = math.prod(leaf.sharding.shard_shape(leaf.shape))
+    return Bytes(total, total * part // math.prod(leaf.shape))
+
+
+def abstracted(tree: Any) -> Any:
+    """The leaves, arrays or numbers, as `jax.ShapeDtypeStruct`; of shardings, only named ones."""
+
+    def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(leaf, "sharding", None)
+        return jax.ShapeDtypeStruct(
+            jax.numpy.shape(leaf),
+            jax.dtypes.result_type(leaf),
+            sharding=sharding if isinstance(sharding, NamedSharding) else None,
+            weak_type=getattr(leaf, "weak_type", isinstance(leaf, int | float | complex)),
+        )
+
+    return jax.tree.map(abstract, tree)
 
 
 def abstract_state(tx: optax.GradientTransformation, params: Any) -> Any:
@@ -65,20 +78,21 @@ def abstract_state(tx: optax.GradientTransformation, params: Any) -> Any:
       >>> state[0].mu["w"].codes.sharding.shard_shape((1024, 256))
       (128, 256)
     """
-    state = jax.eval_shape(lambda params: tx.init(params), params)
+    params = abstracted(params)
     owners = dict(jax.tree_util.tree_leaves_with_path(params))
+    # Without shardings: those in types, of an Explicit mesh, would need the mesh to be set.
+    plain = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    state = jax.eval_shape(tx.init, plain)
 
-    def placed(path: Path, leaf: Any) -> Any:
+    def placed(path: Path, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         owner = owner_of(path, owners)
-        sharding = getattr(owner, "sharding", None)
-        if not isinstance(sharding, NamedSharding):
+        if owner is None or owner.sharding is None:
             return leaf
         spec = PartitionSpec()
-        if len(leaf.shape) == len(owner.shape):
-            spec = divisible_spec(sharding, leaf.shape)
-        return jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=NamedSharding(sharding.mesh, spec)
-        )
+        if leaf.ndim == owner.ndim:
+            spec = divisible_spec(owner.sharding, leaf.shape)
+        sharding = NamedSharding(owner.sharding.mesh, spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(placed, state)
 
@@ -105,10 +119,9 @@ def fully_sharded(params: Mapping[str, Any], devices: int, axis: str) -> Any:
 
     def split(path: Path, leaf: Any) -> jax.ShapeDtypeStruct:
         first = 1 if path[0] == jax.tree_util.DictKey("layers") else 0
-        spec = [None] * len(leaf.shape)
-        divided = [i for i in range(first, len(spec)) if leaf.shape[i] % devices == 0]
-        entries: Sequence[Any] = [axis if [i] == divided[:1] else None for i in range(len(spec))]
-        sharding = NamedSharding(mesh, PartitionSpec(*entries))
+        divided = [i for i in range(first, leaf.ndim) if leaf.shape[i] % devices == 0]
+        spec = PartitionSpec(*[None] * divided[0], axis) if divided else PartitionSpec()
+        sharding = NamedSharding(mesh, spec)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(split, params)

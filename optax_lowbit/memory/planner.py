@@ -1,18 +1,18 @@
 """What training needs: bytes of every part of it, from shapes and from the compiler."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optax_lowbit.memory.architectures import abstract_params
-from optax_lowbit.memory.layout import Bytes, abstract_state, bytes_of, owner_of
-from optax_lowbit.memory.sizes import Fit, in_gib, parse_size
+from optax_lowbit.memory.layout import Bytes, abstract_state, abstracted, bytes_of, owner_of
+from optax_lowbit.memory.sizes import Fit, parse_size
 from optax_lowbit.memory.targets import CompiledStep, compile_step, meshes
 from optax_lowbit.optimizers import FactoredMoment
 from optax_lowbit.quant import is_quantized
@@ -26,7 +26,7 @@ class MemoryPlan:
     on one device of the mesh; without a mesh they are equal.
 
     Attributes:
-      count: Number of parameters that the state is kept for.
+      count: Number of parameters, adapters among them.
       devices: Number of devices.
       parameters: Of the parameters.
       adapters: Of adapters, where only those are trained.
@@ -105,8 +105,8 @@ class MemoryPlan:
             ("total", step.nbytes),
         ]
         where = "" if step.devices == 1 else f", each of {step.devices} devices"
-        lines = _aligned([[name, f"{size:,}", in_gib(size)] for name, size in rows])
-        return [f"compiled for {step.target}{where}:", *lines]
+        header = [f"compiled for {step.target}{where}", "bytes", "GiB"]
+        return _aligned([header, *([name, f"{n:,}", f"{n / 2**30:.2f}"] for name, n in rows)])
 
 
 def plan(
@@ -182,12 +182,13 @@ def plan(
     """
     if isinstance(params, str | os.PathLike):
         params = abstract_params(params)
+    params, adapters = abstracted(params), abstracted(adapters)
     trained = params if adapters is None else adapters
     state = abstract_state(tx, trained)
     low_bit, floats, other = _groups(state, trained)
     floating = [x for x in jax.tree.leaves(trained) if jnp.issubdtype(x.dtype, jnp.inexact)]
     return MemoryPlan(
-        count=sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(trained)),
+        count=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((params, adapters))),
         devices=max((mesh.size for mesh in meshes((params, adapters))), default=1),
         parameters=bytes_of(params),
         adapters=bytes_of(adapters),
@@ -221,13 +222,13 @@ def _groups(state: Any, trained: Any) -> tuple[list[Any], list[Any], list[Any]]:
 def _table(parts: Sequence[tuple[str, Bytes]], count: int, devices: int) -> list[str]:
     header = ["part", "bytes", "GiB", "bytes a parameter"]
     rows = [
-        [name, f"{part.total:,}", in_gib(part.total), f"{part.total / max(count, 1):.3f}"]
+        [name, f"{part.total:,}", f"{part.total / 2**30:.2f}", f"{part.total / max(count, 1):.3f}"]
         for name, part in parts
     ]
     if devices > 1:
         header += [f"each of {devices} devices", "GiB"]
         for row, (_, part) in zip(rows, parts):
-            row += [f"{part.device:,}", in_gib(part.device)]
+            row += [f"{part.device:,}", f"{part.device / 2**30:.2f}"]
     return _aligned([header, *rows])
 
 

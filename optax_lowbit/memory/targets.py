@@ -15,6 +15,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from optax_lowbit.memory.layout import abstracted
+
 # Of each generation the topology of one host; a step for one device uses its first.
 TPUS = {"v4": "2x2x1", "v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2"}
 TARGETS = ("cpu", *(f"tpu {generation}" for generation in TPUS), "h100")
@@ -67,8 +69,9 @@ def compile_step(step: Any, arguments: Sequence[Any], target: str) -> CompiledSt
     """
     if not hasattr(step, "lower"):
         raise TypeError(f"step must be what jax.jit returns, got {type(step).__name__}")
+    arguments = abstracted(tuple(arguments))
     mesh = _mesh_on(target_devices(target), arguments, target)
-    placed = jax.tree.map(lambda leaf: _placed(leaf, mesh), tuple(arguments))
+    placed = jax.tree.map(lambda leaf: _placed(leaf, mesh), arguments)
     with jax.set_mesh(mesh):
         memory = step.trace(*placed).lower(lowering_platforms=(platform_of(target),)).compile()
     memory = memory.memory_analysis()
@@ -84,10 +87,9 @@ def compile_step(step: Any, arguments: Sequence[Any], target: str) -> CompiledSt
 
 
 def meshes(tree: Any) -> list[Any]:
-    """The distinct meshes that the leaves of a tree are laid out over."""
-    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree)]
-    found = [sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)]
-    return list(dict.fromkeys(found))
+    """The distinct meshes that the leaves of an abstract tree are laid out over."""
+    shardings = [leaf.sharding for leaf in jax.tree.leaves(tree)]
+    return list(dict.fromkeys(sharding.mesh for sharding in shardings if sharding is not None))
 
 
 def _mesh_on(devices: Sequence[Any], arguments: Any, target: str) -> Mesh:
@@ -106,16 +108,9 @@ def _mesh_on(devices: Sequence[Any], arguments: Any, target: str) -> Mesh:
     return Mesh(np.array(devices[:count]).reshape(sizes), names, axis_types=types)
 
 
-def _placed(leaf: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    sharding = getattr(leaf, "sharding", None)
-    spec = sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
-    abstract = jax.eval_shape(lambda x: x, leaf)
-    return jax.ShapeDtypeStruct(
-        abstract.shape,
-        abstract.dtype,
-        sharding=NamedSharding(mesh, spec),
-        weak_type=abstract.weak_type,
-    )
+def _placed(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    spec = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
+    return leaf.update(sharding=NamedSharding(mesh, spec))
 
 
 def platform_of(target: str) -> str:

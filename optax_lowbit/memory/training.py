@@ -57,7 +57,6 @@ def plan_training(
     length: int = 512,
     remat: bool = True,
     target: str = "cpu",
-    make_step: Callable[..., Any] = train_step,
 ) -> MemoryPlan:
     """The plan of fine-tuning all parameters of a model.
 
@@ -71,7 +70,6 @@ def plan_training(
       length: Tokens of an example.
       remat: As of :func:`train_step`.
       target: What the step is compiled for.
-      make_step: In place of :func:`train_step`.
     """
     tx = OPTIMIZERS[optimizer]("auto")
     params = abstract_params(model, dtype)
@@ -84,22 +82,23 @@ def plan_training(
     tx = OPTIMIZERS[optimizer](backend)
     state = abstract_state(tx, params)
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-    data_axis = AXIS if devices > 1 and batch % devices == 0 else None
-    if data_axis:
-        mesh = jax.tree.leaves(params)[0].sharding.mesh
-        sharding = NamedSharding(mesh, PartitionSpec(data_axis))
-        tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=sharding)
+    if devices == 1:
+        step = jax.jit(train_step(model, tx, remat=remat), donate_argnums=(0, 1))
+        return plan(params, tx, step=step, arguments=(params, state, tokens), target=target)
+    data_axis = AXIS if batch % devices == 0 else None
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    sharding = NamedSharding(mesh, PartitionSpec(data_axis))
+    tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=sharding)
+    specs = jax.tree.map(_spec, (params, state))
+    explicit = specs if backend == "pallas_tpu" else None
     step = jax.jit(
-        make_step(model, tx, remat=remat, data_axis=data_axis),
+        train_step(model, tx, remat=remat, data_axis=data_axis, explicit=explicit),
         donate_argnums=(0, 1),
-        out_shardings=(*_specs((params, state)), PartitionSpec()) if devices > 1 else None,
+        out_shardings=(*specs, PartitionSpec()),
     )
     return plan(params, tx, step=step, arguments=(params, state, tokens), target=target)
 
 
-def _specs(tree: Any) -> Any:
-    def spec(leaf):
-        sharding = getattr(leaf, "sharding", None)
-        return sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
-
-    return jax.tree.map(spec, tree)
+def _spec(leaf: Any) -> PartitionSpec:
+    sharding = getattr(leaf, "sharding", None)
+    return sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()

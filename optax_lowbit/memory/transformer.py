@@ -27,16 +27,23 @@ def loss(
       data_axis: The mesh axis that examples are spread over; None: they are not.
     """
 
-    def spread(x: jax.Array) -> jax.Array:
-        if data_axis is None:
-            return x
-        return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(data_axis))
+    def step(x, weights):
+        return spread(layer(a, x, weights), data_axis), None
 
-    def layer(x, weights):
-        return spread(_layer(a, x, weights)), None
+    x = spread(embedded(a, params, tokens), data_axis)
+    x, _ = jax.lax.scan(jax.checkpoint(step) if remat else step, x, params["layers"])
+    return loss_of_last(a, params, x, tokens)
 
-    x = spread(_embedded(a, params, tokens))
-    x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, params["layers"])
+
+def spread(x: jax.Array, data_axis: str | None) -> jax.Array:
+    """Activations, with examples spread over an axis of the mesh unless that is None."""
+    if data_axis is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(data_axis))
+
+
+def loss_of_last(a: Architecture, params: Params, x: jax.Array, tokens: jax.Array) -> jax.Array:
+    """The loss, from what the last layer gives."""
     if a.norm_first:
         x = _normed(a, x, params["final_norm"])
     if a.encoder:
@@ -49,7 +56,8 @@ def loss(
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
 
-def _embedded(a: Architecture, params: Params, tokens: jax.Array) -> jax.Array:
+def embedded(a: Architecture, params: Params, tokens: jax.Array) -> jax.Array:
+    """What the first layer is given: ``(batch, length, width)``."""
     x = params["embedding"][tokens]
     if a.embedding_width:
         x = x @ params["embedding_in"]
@@ -60,7 +68,8 @@ def _embedded(a: Architecture, params: Params, tokens: jax.Array) -> jax.Array:
     return x
 
 
-def _layer(a: Architecture, x: jax.Array, weights: Params) -> jax.Array:
+def layer(a: Architecture, x: jax.Array, weights: Params) -> jax.Array:
+    """One layer, of whose weights there is no stack."""
     blocks = (_attention, "attention_norm"), (_feed_forward, "inner_norm")
     for block, norm in blocks:
         if a.norm_first:

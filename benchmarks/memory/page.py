@@ -1,0 +1,84 @@
+"""The tables of ``docs/memory.md`` from ``results/memory.json``.
+
+``python -m benchmarks.memory.page`` writes them again.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality.report import markdown_table
+from optax_lowbit.memory.sizes import parse_size
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RESULTS = REPOSITORY / "benchmarks" / "results" / "memory.json"
+PAGE = REPOSITORY / "docs" / "memory.md"
+BEGIN, END = "<!-- tables: made by python -m benchmarks.memory.page -->", "<!-- end of tables -->"
+MEMORIES = ("24GB", "80GB")
+
+
+def gib(nbytes: int) -> str:
+    """Of all bytes, two decimals."""
+    return f"{nbytes / 2**30:.2f}"
+
+
+def llama_table(part: dict[str, Any]) -> str:
+    """Steps side by side: what each device needs, all of them, and what is saved."""
+    head = ["optimizer", "batch", "arguments", "temporaries", "a device", "all devices", "saved"]
+    rows, baseline = [], {}
+    for step in part["steps"]:
+        total = step["all devices"]
+        baseline.setdefault(step["batch"], total)
+        saved = 1 - total / baseline[step["batch"]]
+        rows.append([
+            step["optimizer"], str(step["batch"]), gib(step["arguments"]),
+            gib(step["temporaries"]), gib(step["device"]), gib(total),
+            f"{saved:.1%}" if saved else "",
+        ])  # fmt: skip
+    return markdown_table(head, rows)
+
+
+def largest_table(part: dict[str, Any]) -> str:
+    """Which model fits in which memory."""
+    head = ["model", "optimizer", "arguments", "temporaries", "all", *MEMORIES]
+    rows = []
+    for step in part["steps"]:
+        fits = ["yes" if step["device"] <= parse_size(size) else "no" for size in MEMORIES]
+        rows.append([
+            step["model"], step["optimizer"], gib(step["arguments"]), gib(step["temporaries"]),
+            gib(step["device"]), *fits,
+        ])  # fmt: skip
+    return markdown_table(head, rows)
+
+
+TITLES = {
+    "llama-h100": "LLaMA-7B, compiled for two H100s",
+    "llama-v5p": "LLaMA-7B, compiled for a TPU v5p:2x2x1",
+    "largest": "The largest model that fits, compiled for one H100",
+}
+
+
+def tables(results: dict[str, Any]) -> str:
+    """The sections of the page, each with its command, date and versions."""
+    sections = []
+    for part, title in TITLES.items():
+        if part not in results:
+            continue
+        run = results[part]["run"]
+        versions = ", ".join(f"{name} {v}" for name, v in run["versions"].items() if v)
+        table = largest_table if part == "largest" else llama_table
+        sections.append(
+            f"### {title}\n\n{table(results[part])}\n\n`{run['command']}`, {run['date']}; {versions}."
+        )
+    return "\n\n".join(sections)
+
+
+def write_page(results: dict[str, Any]) -> None:
+    """Puts the tables between their marks."""
+    text = PAGE.read_text()
+    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
+    PAGE.write_text(f"{before}{BEGIN}\n\n{tables(results)}\n\n{END}{after}")
+
+
+if __name__ == "__main__":
+    write_page(json.loads(RESULTS.read_text()))
