@@ -2,6 +2,7 @@
 
 import importlib.metadata
 
+from optax_lowbit import memory as memory
 from optax_lowbit.optimizers import (
     Description,
     FactoredMoment,

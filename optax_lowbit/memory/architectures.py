@@ -135,16 +135,14 @@ def _from_config(config: Mapping[str, Any]) -> Architecture:
     missing = [name for name in _REQUIRED[kind] if name not in config]
     if missing:
         raise ValueError(f"the config.json of a model of type {kind!r} lacks {', '.join(missing)}")
+    for name, needed in _FIXED.items():
+        if name in config and config[name] != needed:
+            raise ValueError(f"{name} must be {needed} in a config.json, got {config[name]}")
     return _READERS[kind](config)
 
 
 def _read_llama(config: Mapping[str, Any]) -> Architecture:
     biases: Any = "qkv" if config["model_type"] == "qwen2" else "none"
-    if config.get("attention_bias") or config.get("mlp_bias"):
-        raise ValueError(
-            "attention_bias and mlp_bias of a config.json must be false, got "
-            f"{config.get('attention_bias')} and {config.get('mlp_bias')}"
-        )
     return _llama(
         config["vocab_size"], config["hidden_size"], config["num_hidden_layers"],
         config["num_attention_heads"], config["intermediate_size"],
@@ -187,6 +185,15 @@ def _read_roberta(config: Mapping[str, Any]) -> Architecture:
     )
 
 
+# Where a configuration says otherwise, there are parameters that nobody here knows of.
+_FIXED: Mapping[str, Any] = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "add_cross_attention": False,
+    "enable_bias": True,
+    "layer_norm_elementwise_affine": True,
+    "type_vocab_size": 1,
+}
 _COMMON = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 _READERS: Mapping[str, Callable[[Mapping[str, Any]], Architecture]] = {
     "llama": _read_llama,
