@@ -42,7 +42,7 @@ PARTS: dict[str, list[dict[str, Any]]] = {
     "largest": [
         {"model": model, "optimizer": name, **LARGEST}
         for name, models in (
-            ("adamw", ("opt-350m", "opt-1.3b", "opt-2.7b", "opt-6.7b", "llama-7b")),
+            ("adamw", ("opt-350m", "opt-1.3b", "opt-2.7b", "opt-6.7b")),
             ("adamw4bit", ("opt-1.3b", "opt-2.7b", "opt-6.7b", "llama-7b", "opt-13b")),
         )
         for model in models

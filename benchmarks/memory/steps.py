@@ -73,8 +73,7 @@ def _layerwise(
     state = abstract_state(initial, params)
 
     def step(params, state, tokens):
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            return layerwise.step(a, tx, params, state, tokens, data_axis)
+        return layerwise.step(a, tx, params, state, tokens, data_axis)
 
     specs = jax.tree.map(
         lambda leaf: PartitionSpec() if leaf.sharding is None else leaf.sharding.spec,

@@ -153,13 +153,9 @@ def _tpus(topology: str) -> Sequence[Any]:
 
 
 def _h100s(number: str) -> Sequence[Any]:
-    version = jax.__version__
-    _require(
-        "jax_plugins.xla_cuda12",
-        f'pip install "jax[cuda12]=={version}"',
-    )
     if not re.fullmatch("[1-8]", number):
-        raise ValueError(f"target must be 'h100:N' with N of 1 to 8, got 'h100:{number}'")
+        raise ValueError(f"target must be h100 or h100:2 to h100:8, got 'h100:{number}'")
+    _require("jax_plugins.xla_cuda12", f'pip install "jax[cuda12]=={jax.__version__}"')
     with _environment({"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}):
         return topologies.get_topology_desc(
             platform="cuda",
@@ -194,4 +190,4 @@ def _named_topology(topology: str) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"there is no topology {topology!r}: {error}") from error
+        raise ValueError(f"libtpu gives no topology {topology!r}: {error}") from error

@@ -82,23 +82,24 @@ def plan_training(
     tx = OPTIMIZERS[optimizer](backend)
     state = abstract_state(tx, params)
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-    if devices == 1:
-        step = jax.jit(train_step(model, tx, remat=remat), donate_argnums=(0, 1))
-        return plan(params, tx, step=step, arguments=(params, state, tokens), target=target)
-    data_axis = AXIS if batch % devices == 0 else None
-    mesh = jax.tree.leaves(params)[0].sharding.mesh
-    sharding = NamedSharding(mesh, PartitionSpec(data_axis))
-    tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=sharding)
-    specs = jax.tree.map(_spec, (params, state))
-    explicit = specs if backend == "pallas_tpu" else None
+    options: dict[str, Any] = {}
+    out_shardings = None
+    if devices > 1:
+        options["data_axis"] = AXIS if batch % devices == 0 else None
+        mesh = jax.tree.leaves(params)[0].sharding.mesh
+        sharding = NamedSharding(mesh, PartitionSpec(options["data_axis"]))
+        tokens = tokens.update(sharding=sharding)
+        specs = jax.tree.map(_spec, (params, state))
+        options["explicit"] = specs if backend == "pallas_tpu" else None
+        out_shardings = (*specs, PartitionSpec())
     step = jax.jit(
-        train_step(model, tx, remat=remat, data_axis=data_axis, explicit=explicit),
+        train_step(model, tx, remat=remat, **options),
         donate_argnums=(0, 1),
-        out_shardings=(*specs, PartitionSpec()),
+        out_shardings=out_shardings,
     )
-    return plan(params, tx, step=step, arguments=(params, state, tokens), target=target)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return plan(params, tx, step=step, arguments=(params, state, tokens), target=target)
 
 
-def _spec(leaf: Any) -> PartitionSpec:
-    sharding = getattr(leaf, "sharding", None)
-    return sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
+def _spec(leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
+    return PartitionSpec() if leaf.sharding is None else leaf.sharding.spec

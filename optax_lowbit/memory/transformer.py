@@ -1,4 +1,7 @@
-"""A training step of the models of `architectures`, to be compiled for what it needs."""
+"""A training step of the models of `architectures`, to be compiled for what it needs.
+
+It is written for JAX's own settings of dtype and rank promotion.
+"""
 
 import functools
 from collections.abc import Callable
@@ -154,10 +157,8 @@ def train_step(
         )
 
     def step(params, state, tokens):
-        # As users have it: this is run with whatever settings the process has.
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            value, grads = jax.value_and_grad(loss_fn)(params, tokens)
-            params, state = update(grads, params, state)
-            return params, state, value
+        value, grads = jax.value_and_grad(loss_fn)(params, tokens)
+        params, state = update(grads, params, state)
+        return params, state, value
 
     return step
