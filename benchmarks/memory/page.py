@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.report import markdown_table
+from optax_lowbit.memory.architectures import ARCHITECTURES
 from optax_lowbit.memory.sizes import parse_size
+from optax_lowbit.memory.training import plan_training
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "benchmarks" / "results" / "memory.json"
@@ -20,6 +22,26 @@ MEMORIES = ("24GB", "80GB")
 def gib(nbytes: int) -> str:
     """Of all bytes, two decimals."""
     return f"{nbytes / 2**30:.2f}"
+
+
+def stated_table() -> str:
+    """Figures of arXiv 2309.01507 for LLaMA-7B beside exact bytes, without activations."""
+    full, low = (
+        plan_training(ARCHITECTURES["llama-7b"], name, dtype="bfloat16")
+        for name in ("adamw-float32", "adamw4bit")
+    )
+    weights = full.parameters.total + full.gradients.total
+    figures = [
+        ("float32 moments of 7.0e9 parameters", "52.2", 8 * 7_000_000_000),
+        ("float32 moments of all 6.738e9", "", full.state.total),
+        ("4-bit moments", "", low.state.total),
+        ("bfloat16 parameters and gradients, float32 moments", "75.40", weights + full.state.total),
+        ("bfloat16 parameters and gradients, 4-bit moments", "31.87", weights + low.state.total),
+        ("saved", "43.54", full.state.total - low.state.total),
+    ]
+    head = ["LLaMA-7B", "stated, GB", "bytes", "10^9 bytes", "GiB"]
+    rows = [[name, stated, f"{n:,}", f"{n / 1e9:.2f}", gib(n)] for name, stated, n in figures]
+    return markdown_table(head, rows)
 
 
 def llama_table(part: dict[str, Any]) -> str:
@@ -60,7 +82,9 @@ TITLES = {
 
 def tables(results: dict[str, Any]) -> str:
     """The sections of the page, each with its command, date and versions."""
-    sections = []
+    sections = [
+        f"### Figures of the paper\n\n{stated_table()}\n\n`python -m benchmarks.memory.page`."
+    ]
     for part, title in TITLES.items():
         if part not in results:
             continue

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks.memory import layerwise
-from optax_lowbit.kernels.backends import KERNELS
+from optax_lowbit.kernels.backends import KERNELS, Backend
 from optax_lowbit.memory import MemoryPlan, abstract_params, abstract_state, plan
 from optax_lowbit.memory.architectures import ARCHITECTURES
 from optax_lowbit.memory.layout import fully_sharded
@@ -21,7 +21,15 @@ LAYERWISE = ", layer by layer"
 
 
 def compiled(
-    model: str, optimizer: str, target: str, *, dtype: str, devices: int, batch: int, remat: bool
+    model: str,
+    optimizer: str,
+    target: str,
+    *,
+    dtype: str,
+    devices: int,
+    batch: int,
+    remat: bool,
+    backend: Backend = "auto",
 ) -> dict[str, Any]:
     """Bytes of a step on one device, and of its parts, with its settings.
 
@@ -30,6 +38,7 @@ def compiled(
     settings = dict(
         model=model, optimizer=optimizer, target=target, dtype=dtype, devices=devices, batch=batch,
         remat=remat, length=512,
+        backend=backend,
     )  # fmt: skip
     started = time.perf_counter()
     if optimizer.endswith(LAYERWISE):
@@ -38,6 +47,7 @@ def compiled(
         found = plan_training(
             ARCHITECTURES[model], optimizer,
             dtype=dtype, devices=devices, batch=batch, remat=remat, target=target,
+            backend=backend,
         )  # fmt: skip
     step = found.step
     assert step is not None

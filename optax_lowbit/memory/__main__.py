@@ -9,9 +9,11 @@ python -m optax_lowbit.memory --model opt-1.3b --optimizer adamw4bit --device 24
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import get_args
 
 import jax
 
+from optax_lowbit.kernels.backends import Backend
 from optax_lowbit.memory.architectures import ARCHITECTURES, architecture
 from optax_lowbit.memory.sizes import DEVICES, parse_size
 from optax_lowbit.memory.targets import TARGETS
@@ -55,6 +57,12 @@ def parser() -> argparse.ArgumentParser:
         default="cpu",
         help=f"compile for one of {', '.join(TARGETS)}; several devices as 'tpu v5e:4x4', 'h100:2'",
     )
+    result.add_argument(
+        "--backend",
+        choices=get_args(Backend),
+        default="auto",
+        help="kernels of low-bit optimizers; auto: the target's, if they take all parameters",
+    )
     return result
 
 
@@ -76,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             length=given.length,
             remat=not given.no_remat,
             target=given.target,
+            backend=given.backend,
         )
     except (ValueError, ModuleNotFoundError) as error:
         command.error(str(error))

@@ -154,14 +154,14 @@ def plan(
       >>> import jax, jax.numpy as jnp, optax, optax_lowbit
       >>> from optax_lowbit.memory import plan
       >>> print(plan("llama-7b", optax_lowbit.adamw4bit(1e-5)))
-      part                        bytes         GiB  bytes a parameter
-      parameters         26,953,662,464   25.10 GiB              4.000
-      gradients          26,953,662,464   25.10 GiB              4.000
-      optimizer state     6,958,788,104    6.48 GiB              1.033
-        low-bit moments   6,958,755,328    6.48 GiB              1.033
-        float moments            32,768    0.00 GiB              0.000
-        other                         8    0.00 GiB              0.000
-      total              60,866,113,032   56.69 GiB              9.033
+      part                        bytes    GiB  bytes a parameter
+      parameters         26,953,662,464  25.10              4.000
+      gradients          26,953,662,464  25.10              4.000
+      optimizer state     6,959,310,852   6.48              1.033
+        low-bit moments   6,959,278,080   6.48              1.033
+        float moments            32,768   0.00              0.000
+        other                         4   0.00              0.000
+      total              60,866,635,780  56.69              9.033
       without activations: no step was compiled
       >>> bool(plan("llama-7b", optax.adamw(1e-5)).fits("80GB"))
       False

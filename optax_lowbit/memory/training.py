@@ -57,6 +57,7 @@ def plan_training(
     length: int = 512,
     remat: bool = True,
     target: str = "cpu",
+    backend: Backend = "auto",
 ) -> MemoryPlan:
     """The plan of fine-tuning all parameters of a model.
 
@@ -70,6 +71,7 @@ def plan_training(
       length: Tokens of an example.
       remat: As of :func:`train_step`.
       target: What the step is compiled for.
+      backend: Of low-bit optimizers; ``"auto"``: the kernels of the target, for all leaves.
     """
     tx = OPTIMIZERS[optimizer]("auto")
     params = abstract_params(model, dtype)
@@ -77,8 +79,9 @@ def plan_training(
         params = fully_sharded(params, devices, AXIS)
     if batch is None:
         return plan(params, tx)
-    # The kernel of the target, which this process may not have.
-    backend: Any = KERNELS[platform_of(target)]
+    if backend == "auto":
+        named: Any = KERNELS[platform_of(target)]  # which this process may not have
+        backend = named
     tx = OPTIMIZERS[optimizer](backend)
     state = abstract_state(tx, params)
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
@@ -89,8 +92,8 @@ def plan_training(
         mesh = jax.tree.leaves(params)[0].sharding.mesh
         sharding = NamedSharding(mesh, PartitionSpec(options["data_axis"]))
         tokens = tokens.update(sharding=sharding)
-        specs = jax.tree.map(_spec, (params, state))
-        options["explicit"] = specs if backend == "pallas_tpu" else None
+        options["specs"] = specs = jax.tree.map(_spec, (params, state))
+        options["explicit"] = backend == "pallas_tpu"
         out_shardings = (*specs, PartitionSpec())
     step = jax.jit(
         train_step(model, tx, remat=remat, **options),

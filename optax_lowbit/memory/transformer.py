@@ -131,7 +131,8 @@ def train_step(
     *,
     remat: bool = True,
     data_axis: str | None = None,
-    explicit: Any = None,
+    specs: tuple[Any, Any] | None = None,
+    explicit: bool = False,
 ) -> Callable[[Params, optax.OptState, jax.Array], tuple[Params, optax.OptState, jax.Array]]:
     """``(params, state, tokens) -> (params, state, loss)``, to be jitted by the caller.
 
@@ -140,9 +141,10 @@ def train_step(
       tx: The optimizer.
       remat: As of :func:`loss`.
       data_axis: As of :func:`loss`.
-      explicit: Partition specs of parameters and state, where shardings are to be part of the types
-        as the optimizer sees them: compilers for TPUs part a kernel in no other way
-        (https://github.com/jax-ml/jax/issues/38196). None: they are not.
+      specs: Partition specs of parameters, which gradients get as well, and of the state. None:
+        there is one device.
+      explicit: Whether shardings are part of the types as the optimizer sees them: compilers for
+        TPUs part a kernel in no other way (https://github.com/jax-ml/jax/issues/38196).
     """
     loss_fn = functools.partial(loss, a, remat=remat, data_axis=data_axis)
 
@@ -150,14 +152,13 @@ def train_step(
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    if explicit is not None:
-        param_specs, state_specs = explicit
-        update = jax.sharding.explicit_axes(
-            update, in_sharding=(param_specs, param_specs, state_specs)
-        )
+    if explicit and specs is not None:
+        update = jax.sharding.explicit_axes(update, in_sharding=(specs[0], *specs))
 
     def step(params, state, tokens):
         value, grads = jax.value_and_grad(loss_fn)(params, tokens)
+        if specs is not None:
+            grads = jax.lax.with_sharding_constraint(grads, specs[0])
         params, state = update(grads, params, state)
         return params, state, value
 

@@ -98,6 +98,7 @@ def describe(tx: optax.GradientTransformation, params: Any) -> Description:
 
 
 def leaf_nbytes(leaf: Any) -> int:
+    """Bytes of an array or `jax.ShapeDtypeStruct`, which may be of keys."""
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.eval_shape(jax.random.key_data, leaf)
     return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize

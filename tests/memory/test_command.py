@@ -87,7 +87,10 @@ def test_a_step_over_devices(config, capsys):
     ("arguments", "message"),
     [
         (["--model", "llama-8b", "--optimizer", "adamw"], r"one of llama-7b, .*got 'llama-8b'"),
-        (["--model", "gpt2", "--optimizer", "adamw2bit"], r"invalid choice: 'adamw2bit'.*adamw4bit"),
+        (
+            ["--model", "gpt2", "--optimizer", "adamw2bit"],
+            r"invalid choice: 'adamw2bit'.*adamw4bit",
+        ),
         ([*LLAMA, "--device", "24XB"], r"'24GB', or one of rtx3090, .*got '24XB'"),
         ([*LLAMA, "--batch", "1", "--target", "gpu"], r"target must be one of cpu, .*got 'gpu'"),
         ([*LLAMA, "--devices", "0"], r"--devices: must be at least 1, got 0"),

@@ -147,7 +147,9 @@ def on_mesh(mesh, spec):
 def test_bytes_of_a_device_are_those_of_its_buffers(name, spec):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     tx, abstract = TRANSFORMS[name], on_mesh(mesh, spec)
-    params = jax.tree.map(lambda leaf: jax.device_put(jnp.ones(leaf.shape), leaf.sharding), abstract)
+    params = jax.tree.map(
+        lambda leaf: jax.device_put(jnp.ones(leaf.shape), leaf.sharding), abstract
+    )
     memory = plan(abstract, tx)
 
     def on_one_device(tree):
