@@ -29,9 +29,8 @@ LARGEST = {"target": "h100", "dtype": "float32", "devices": 1, "batch": 1, "rema
 # The settings of each part's steps, in the order of its table.
 PARTS: dict[str, list[dict[str, Any]]] = {
     "llama-h100": [
-        {"model": "llama-7b", "optimizer": name, "target": "h100:2", "devices": 2, "batch": batch}
-        | LLAMA
-        for batch in (2, 4)
+        {"model": "llama-7b", "optimizer": name, "target": "h100:2", "devices": 2}
+        | {"batch": 2, **LLAMA}
         for name in ("adamw-float32", "adamw4bit", "adamw4bit" + LAYERWISE)
     ],
     "llama-v5p": [

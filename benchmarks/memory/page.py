@@ -47,14 +47,13 @@ def stated_table() -> str:
 def llama_table(part: dict[str, Any]) -> str:
     """Steps side by side: what each device needs, all of them, and what is saved."""
     head = ["optimizer", "batch", "arguments", "temporaries", "a device", "all devices", "saved"]
-    rows, baseline = [], {}
+    baseline = part["steps"][0]["all devices"]
+    rows = []
     for step in part["steps"]:
-        total = step["all devices"]
-        baseline.setdefault(step["batch"], total)
-        saved = 1 - total / baseline[step["batch"]]
+        saved = 1 - step["all devices"] / baseline
         rows.append([
             step["optimizer"], str(step["batch"]), gib(step["arguments"]),
-            gib(step["temporaries"]), gib(step["device"]), gib(total),
+            gib(step["temporaries"]), gib(step["device"]), gib(step["all devices"]),
             f"{saved:.1%}" if saved else "",
         ])  # fmt: skip
     return markdown_table(head, rows)
@@ -92,7 +91,8 @@ def tables(results: dict[str, Any]) -> str:
         versions = ", ".join(f"{name} {v}" for name, v in run["versions"].items() if v)
         table = largest_table if part == "largest" else llama_table
         sections.append(
-            f"### {title}\n\n{table(results[part])}\n\n`{run['command']}`, {run['date']}; {versions}."
+            f"### {title}\n\n{table(results[part])}\n\n"
+            f"`{run['command']}`, {run['date']}; {versions}."
         )
     return "\n\n".join(sections)
 

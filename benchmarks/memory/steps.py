@@ -79,7 +79,8 @@ def _layerwise(
         (batch, 512), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(data_axis))
     )
     # Its update is the step: this one only tells how the state begins.
-    initial = optax.GradientTransformation(functools.partial(layerwise.init, tx), optax.identity)
+    update_fn = optax.identity().update
+    initial = optax.GradientTransformation(functools.partial(layerwise.init, tx), update_fn)
     state = abstract_state(initial, params)
 
     def step(params, state, tokens):

@@ -127,7 +127,7 @@ def architecture(model: str | os.PathLike[str] | Mapping[str, Any]) -> Architect
 
 
 def _from_config(config: Mapping[str, Any]) -> Architecture:
-    kind = config.get("model_type")
+    kind: Any = config.get("model_type")
     if kind not in _READERS:
         raise ValueError(
             f"model_type of a config.json must be one of {', '.join(_READERS)}; got {kind!r}"

@@ -27,7 +27,7 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
     def cast(tree):
         return optax.tree.cast(tree, jnp.float32)
 
-    def update_fn(updates, state, params):
+    def update_fn(updates, state, params=None):
         return tx.update(cast(updates), state, cast(params))
 
     return optax.GradientTransformation(lambda params: tx.init(cast(params)), update_fn)

@@ -148,10 +148,11 @@ def train_step(
     """
     loss_fn = functools.partial(loss, a, remat=remat, data_axis=data_axis)
 
-    def update(grads, params, state):
+    def update_once(grads, params, state):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
+    update: Callable[..., Any] = update_once
     if explicit and specs is not None:
         update = jax.sharding.explicit_axes(update, in_sharding=(specs[0], *specs))
 

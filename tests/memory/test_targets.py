@@ -13,6 +13,7 @@ import dataclasses, json, sys
 from optax_lowbit.memory.architectures import ARCHITECTURES
 from optax_lowbit.memory.training import plan_training
 
+# Small, with leaves that kernels take and leaves that they do not.
 model = dataclasses.replace(
     ARCHITECTURES["smollm2-135m"], vocabulary=1024, width=512, layers=2, heads=4,
     key_value_heads=2, inner=1024,
