@@ -70,7 +70,7 @@ def step(
     (embedding_grads,) = back_to_embedding(x_grad)
     grads = jax.tree.map(jnp.add, outer_grads, embedding_grads)
     outer, outer_state = update(grads, outer_state, outer)
-    return {**outer, **layers}, (outer_state, layer_states), value
+    return {**outer, "layers": layers["layers"]}, (outer_state, layer_states), value
 
 
 def at(tree: Any, index: jax.Array) -> Any:

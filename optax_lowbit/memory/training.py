@@ -73,35 +73,45 @@ def plan_training(
       target: What the step is compiled for.
       backend: Of low-bit optimizers; ``"auto"``: the kernels of the target, for all leaves.
     """
-    tx = OPTIMIZERS[optimizer]("auto")
     params = abstract_params(model, dtype)
     if devices > 1:
         params = fully_sharded(params, devices, AXIS)
     if batch is None:
-        return plan(params, tx)
+        return plan(params, OPTIMIZERS[optimizer](backend))
     if backend == "auto":
         named: Any = KERNELS[platform_of(target)]  # which this process may not have
         backend = named
     tx = OPTIMIZERS[optimizer](backend)
-    state = abstract_state(tx, params)
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-    options: dict[str, Any] = {}
-    out_shardings = None
-    if devices > 1:
-        options["data_axis"] = AXIS if batch % devices == 0 else None
-        mesh = jax.tree.leaves(params)[0].sharding.mesh
-        sharding = NamedSharding(mesh, PartitionSpec(options["data_axis"]))
-        tokens = tokens.update(sharding=sharding)
-        options["specs"] = specs = jax.tree.map(_spec, (params, state))
-        options["explicit"] = backend == "pallas_tpu"
-        out_shardings = (*specs, PartitionSpec())
-    step = jax.jit(
-        train_step(model, tx, remat=remat, **options),
-        donate_argnums=(0, 1),
-        out_shardings=out_shardings,
-    )
+    step, arguments = _step_and_arguments(model, tx, params, tokens, remat, target)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        return plan(params, tx, step=step, arguments=(params, state, tokens), target=target)
+        return plan(params, tx, step=step, arguments=arguments, target=target)
+
+
+def _step_and_arguments(
+    model: Architecture,
+    tx: optax.GradientTransformation,
+    params: Any,
+    tokens: jax.ShapeDtypeStruct,
+    remat: bool,
+    target: str,
+) -> tuple[Any, tuple[Any, Any, Any]]:
+    """The jitted step, and its parameters, state and tokens, laid out over the parameters' mesh."""
+    state = abstract_state(tx, params)
+    sharding = jax.tree.leaves(params)[0].sharding
+    if sharding is None:
+        step = jax.jit(train_step(model, tx, remat=remat), donate_argnums=(0, 1))
+        return step, (params, state, tokens)
+    data_axis = AXIS if tokens.shape[0] % sharding.mesh.size == 0 else None
+    tokens = tokens.update(sharding=NamedSharding(sharding.mesh, PartitionSpec(data_axis)))
+    specs = jax.tree.map(_spec, (params, state))
+    explicit = platform_of(target) == "tpu"
+    step = jax.jit(
+        train_step(model, tx, remat=remat, data_axis=data_axis, specs=specs, explicit=explicit),
+        donate_argnums=(0, 1),
+        out_shardings=(*specs, PartitionSpec()),
+    )
+    return step, (params, state, tokens)
 
 
 def _spec(leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
