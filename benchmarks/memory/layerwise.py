@@ -47,7 +47,7 @@ def step(
     def embed(outer):
         return spread(embedded(a, outer, tokens), data_axis)
 
-    def update(grads, state, params):
+    def update(grads, state, params) -> tuple[Any, Any]:
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
