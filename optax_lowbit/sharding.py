@@ -1,7 +1,5 @@
 """Where an optimizer's state lies on a mesh of devices: beside its parameters, shard by shard."""
 
-import collections
-import itertools
 import warnings
 from typing import Any, NamedTuple
 
@@ -13,6 +11,7 @@ from optax_lowbit.optimizers.flax_variables import is_variable, unwrapped
 from optax_lowbit.optimizers.ownership import is_state_leaf, owners
 from optax_lowbit.optimizers.placement import divisible, misalignment
 from optax_lowbit.optimizers.policy import path_name
+from optax_lowbit.optimizers.state_layout import array_shardings
 from optax_lowbit.quant import is_quantized
 
 
@@ -75,21 +74,11 @@ def state_shardings(
     """
     placed = _placed(params, param_shardings, mesh)
     state = _abstract_state(tx, params)
-    leaves, treedef = jax.tree.flatten(state, is_leaf=is_state_leaf)
-    owner_of = owners(state, params)
-    _complain(_misaligned(leaves, owner_of, placed))
-    if not leaves:
-        return state
-    rest = _replicated(placed, mesh)
-    turns: collections.Counter[Any] = collections.Counter()
-    shardings = []
-    for leaf, owner in zip(leaves, owner_of):
-        shape, sharding = tuple(unwrapped(leaf).shape), rest
-        if owner is not None:
-            sharding = _along(placed[owner], shape, turns[owner, shape])
-            turns[owner, shape] += 1
-        shardings.append(jax.tree.map(lambda x, s=sharding: divisible(s, x.shape), leaf))
-    return treedef.unflatten(shardings)
+    leaves = jax.tree.leaves(state, is_leaf=is_state_leaf)
+    _complain(_misaligned(leaves, owners(state, params), placed))
+    rest = _replicated(placed, mesh) if leaves else None
+    shardings = array_shardings(state, params, [param.sharding for param in placed], rest)
+    return jax.tree.unflatten(jax.tree.structure(state), shardings)
 
 
 def check_alignment(
@@ -238,21 +227,3 @@ def _replicated(placed: list[_Placed], mesh: Any) -> NamedSharding:
     if mesh is None:
         raise ValueError("mesh must be given where there are no parameters, got None")
     return NamedSharding(mesh, PartitionSpec())
-
-
-def _along(param: _Placed, shape: tuple[int, ...], turn: int) -> NamedSharding:
-    """The sharding of an array of the state, by the axes of its parameter that it belongs to."""
-    sharding = param.sharding
-    spec = (*sharding.spec, *[None] * (len(param.shape) - len(sharding.spec)))
-    extra = len(shape) - len(param.shape)
-    if extra >= 0:
-        same = zip(shape[extra:], param.shape, spec)
-        entries = [None] * extra + [entry if size == full else None for size, full, entry in same]
-    else:
-        choices = [
-            axes
-            for axes in itertools.combinations(range(len(param.shape)), len(shape))
-            if all(param.shape[axis] == size for axis, size in zip(axes, shape))
-        ]
-        entries = [spec[axis] for axis in choices[turn % len(choices)]] if choices else []
-    return NamedSharding(sharding.mesh, PartitionSpec(*entries), memory_kind=sharding.memory_kind)

@@ -344,10 +344,10 @@ def test_abstract_init_and_init_under_jit():
 
 def test_devices_without_such_memory_keep_the_state(monkeypatch):
     module = importlib.import_module("optax_lowbit.offload")
-    monkeypatch.setattr(module, "_HOST_KIND", "nowhere")
+    monkeypatch.setattr(module, "_has_host_memory", lambda: False)
     tx, params = optax_lowbit.sgd8bit(1e-2, momentum=0.9), tree()
     paged = offload(tx)
-    with pytest.warns(UserWarning, match="'cpu' have no memory of kind 'nowhere'") as warned:
+    with pytest.warns(UserWarning, match="'cpu' have no memory of kind 'pinned_host'") as warned:
         state = paged.init(params)
         updates, state = jax.jit(paged.update)(tree(1), state, params)
     assert len(warned) == 1

@@ -92,12 +92,13 @@ def describe(tx: optax.GradientTransformation, params: Any) -> Description:
     decisions = tuple(record for record in records if isinstance(record, Decision))
     kernels = tuple(record for record in records if isinstance(record, KernelChoice))
     low_bit = sum(decision.nbytes for decision in decisions)
-    total = sum(_nbytes(leaf) for leaf in jax.tree.leaves(state))
+    total = sum(leaf_nbytes(leaf) for leaf in jax.tree.leaves(state))
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     return Description(decisions, kernels, parameters, total - low_bit)
 
 
-def _nbytes(leaf: Any) -> int:
+def leaf_nbytes(leaf: Any) -> int:
+    """Bytes of an array or `jax.ShapeDtypeStruct`, which may be of keys."""
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.eval_shape(jax.random.key_data, leaf)
     return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize

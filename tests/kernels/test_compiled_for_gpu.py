@@ -24,6 +24,7 @@ from jax.experimental import topologies
 from optax_lowbit.kernels import pallas_gpu
 from optax_lowbit.kernels.adam import Coefficients
 from optax_lowbit.kernels.parameters import Descent
+from optax_lowbit.memory.targets import H100
 from optax_lowbit.optimizers.presets import (
     FIRST_MOMENT_4BIT,
     FIRST_MOMENT_8BIT,
@@ -33,7 +34,6 @@ from optax_lowbit.optimizers.presets import (
 from optax_lowbit.quant import QuantSpec, is_quantized
 from optax_lowbit.quant.array import abstract_quantized
 
-TARGET = pathlib.Path(__file__).with_name("h100_target_config.txtpb")
 SECOND_MOMENT_BLOCKS = QuantSpec(codebook="linear", bits=4, signed=False, scaling="block")
 # Two programs of eight warps, or four of four, share the 65536 registers of a multiprocessor.
 MOST_REGISTERS = 128
@@ -136,7 +136,7 @@ def test_lowered_for_cuda(name):
 def compile_all(folder: pathlib.Path) -> dict[str, Any]:
     """What the compiler says about each program; its dumps go to ``folder``."""
     topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="h100", target_config=TARGET.read_text(), topology="1x1x1"
+        platform="cuda", topology_name="h100", target_config=H100.read_text(), topology="1x1x1"
     )
     mesh = jax.sharding.Mesh(np.array(topology.devices), ("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
