@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.extend.backend
 
+from optax_lowbit.kernels.meshes import is_explicit, is_shard
 from optax_lowbit.quant import QuantSpec
 
 Backend = Literal["auto", "reference", "cpu", "pallas_tpu", "pallas_gpu", "interpret"]
@@ -49,10 +50,20 @@ def why_not(
     return kernels(backend).why_not(op, shape, dtype, *specs)
 
 
+def why_not_spread(backend: str, x: Any) -> str | None:
+    """Why a backend's kernel cannot take an array that is spread as ``x`` is; None if it can."""
+    if backend == "pallas_tpu" and not is_shard(x) and not is_explicit(x):
+        # https://github.com/jax-ml/jax/issues/38196
+        return "on several TPUs a kernel needs explicit axes or jax.shard_map"
+    return None
+
+
 def platforms(
-    backend: str, op: str, shape: tuple[int, ...], dtype: Any, *specs: QuantSpec | None
+    backend: str, op: str, leaf: Any, shape: tuple[int, ...], dtype: Any, *specs: QuantSpec | None
 ) -> dict[str, str]:
     """The backend of each platform of this process: the one that is named, or the best it has.
+
+    The arguments are those of :func:`why_not`, and ``leaf``, an array that is spread as all are.
 
     To compile for a platform that the process does not have, its backend must be named: tracing
     kernels for every platform there is would take longer than compiling for one.
@@ -62,7 +73,9 @@ def platforms(
     chosen = {}
     for platform in jax.extend.backend.backends():
         name = KERNELS.get(platform, "reference")
-        if name != "reference" and why_not(name, op, shape, dtype, *specs):
+        if name != "reference" and (
+            why_not(name, op, shape, dtype, *specs) or why_not_spread(name, leaf)
+        ):
             name = "reference"
         chosen[platform] = name
     return chosen

@@ -13,6 +13,13 @@ def is_explicit(param: Any) -> bool:
     return mesh is not None and not mesh.empty and bool(mesh.explicit_axes)
 
 
+def is_shard(x: Any) -> bool:
+    """Whether the array is one device's: inside `jax.shard_map`, or of a process with one."""
+    mesh = jax.typeof(x).sharding.mesh if isinstance(x, jax.Array) else None
+    is_manual = mesh is not None and not mesh.empty and bool(mesh.manual_axes)
+    return is_manual or most_shards() == 1
+
+
 def axis_shards(x: jax.Array) -> tuple[int, ...]:
     """Devices that each axis may be spread over: known from the type, or all there are."""
     sharding = jax.typeof(x).sharding

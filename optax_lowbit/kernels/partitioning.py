@@ -18,8 +18,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from optax_lowbit.kernels.meshes import (
     as_varying,
     is_explicit,
+    is_shard,
     mesh_axes,
-    most_shards,
     varying_axes,
 )
 
@@ -57,8 +57,7 @@ def per_device(
     @jax.custom_batching.custom_vmap
     def run(coefficients, *arrays):
         leaf = arrays[0]
-        mesh = jax.typeof(leaf).sharding.mesh
-        if most_shards() == 1 or (not mesh.empty and mesh.manual_axes):
+        if is_shard(leaf):
             # What a kernel gives has no type that tells along which axes of a shard_map it differs.
             axes = frozenset().union(*map(varying_axes, (coefficients, *arrays)))
             results = on_part([None] * leaf.ndim, coefficients, *arrays)

@@ -9,7 +9,7 @@ import jax
 from optax_lowbit import quant
 from optax_lowbit.kernels import backends
 from optax_lowbit.kernels.partitioning import no_coefficients, per_device
-from optax_lowbit.quant import QuantizedArray, QuantSpec
+from optax_lowbit.quant import QuantizedArray, QuantSpec, is_quantized
 from optax_lowbit.quant.array import code_padding, with_coded_scales, with_float_scales
 
 
@@ -79,4 +79,5 @@ def _chosen(op: str, backend: str, array: Any, spec: QuantSpec) -> dict[str, str
     if backend not in ("auto", "reference"):
         if reason := backends.why_not(backend, op, array.shape, array.dtype, spec):
             raise ValueError(f"backend={backend!r} cannot {op} this array: {reason}")
-    return backends.platforms(backend, op, array.shape, array.dtype, spec)
+    leaf = array.codes if is_quantized(array) else array
+    return backends.platforms(backend, op, leaf, array.shape, array.dtype, spec)

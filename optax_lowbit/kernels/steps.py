@@ -174,7 +174,7 @@ def step_leaf(
         result, moments = run("reference")(*operands)
     else:
         specs = fused.specs(moments)
-        chosen = backends.platforms(backend, fused.op, grad.shape, grad.dtype, *specs)
+        chosen = backends.platforms(backend, fused.op, grad, grad.shape, grad.dtype, *specs)
         result, moments = backends.by_platform(chosen, run, *operands)
     return result, {name: _stored_like(x, name, moments[name], key) for name, x in stored.items()}
 

@@ -19,7 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_lowbit.kernels.backends import Backend, checked, platform_backend, why_not
+from optax_lowbit.kernels.backends import (
+    Backend,
+    checked,
+    platform_backend,
+    why_not,
+    why_not_spread,
+)
 from optax_lowbit.kernels.parameters import Descent, descended
 from optax_lowbit.kernels.reference import Step, name_hash, widened
 from optax_lowbit.kernels.steps import Fused, step_leaf
@@ -267,6 +273,8 @@ def _backend_of(fused, backend, param, moments) -> tuple[str, str]:
         return "reference", "a moment in floats"
     specs = fused.specs({name: x for name, x in moments.items() if not is_factored(x)})
     reason = why_not(wanted, fused.op, tuple(param.shape), param.dtype, *specs)
+    if backend == "auto":
+        reason = reason or why_not_spread(wanted, param)
     return ("reference", reason) if reason else (wanted, "")
 
 

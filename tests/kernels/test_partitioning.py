@@ -3,6 +3,7 @@
 import re
 
 import jax
+import jax.extend.backend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_lowbit
 from optax_lowbit import Policy
+from optax_lowbit.kernels import backends
 from optax_lowbit.kernels.cpu import library
 
 MAKERS = {
@@ -65,3 +67,24 @@ def test_examples_of_a_batch_are_stepped_one_by_one():
         alone = jax.jit(tx.update)(grads[i], jax.tree.map(lambda x, i=i: x[i], state))
         for a, b in zip(jax.tree.leaves(batched), jax.tree.leaves(alone), strict=True):
             np.testing.assert_allclose(a[i], b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_on_several_tpus_kernels_need_explicit_axes(axes, monkeypatch):
+    """The compiler would fail, so the reference is chosen, and `describe` says why."""
+    monkeypatch.setattr(jax.extend.backend, "backends", lambda: {"tpu": None})
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(axes,))
+    spec = optax_lowbit.QuantSpec(
+        codebook="dynamic_exponent", bits=4, signed=True, scaling="block", block_size=128
+    )
+    with jax.set_mesh(mesh):
+        leaf = jax.device_put(jnp.ones((4096, 1024)), NamedSharding(mesh, PartitionSpec("x")))
+        chosen = backends.platforms("auto", "momentum", leaf, leaf.shape, leaf.dtype, spec)
+        tx = optax_lowbit.sgd4bit(0.1, momentum=0.9)
+        (kernel,) = optax_lowbit.describe(tx, leaf).kernels
+    if axes == AxisType.Explicit:
+        assert chosen == {"tpu": "pallas_tpu"} and kernel.backend == "pallas_tpu"
+    else:
+        assert chosen == {"tpu": "reference"} and kernel.backend == "reference"
+        assert kernel.reason == "on several TPUs a kernel needs explicit axes or jax.shard_map"
