@@ -65,17 +65,18 @@ def update_leaf(
 def _update_whole(step, grad, moments, key, constants):
     floats = {name: _to_float(moment) for name, moment in moments.items()}
     update, new = step(widened(grad), floats, constants)
-    indices = element_indices(grad.shape)
-    stored = {}
-    for name, moment in moments.items():
-        if is_quantized(moment):
-            values = to_float32(new[name])
-            scales = _scales_like(values, moment)
-            noise = _noise(name, moment, key, indices)
-            stored[name] = encode(values, scales, moment.spec, moment.dtype, noise)
-        else:
-            stored[name] = new[name].astype(moment.dtype)
+    stored = {name: stored_like(moment, new[name], name, key) for name, moment in moments.items()}
     return update.astype(grad.dtype), stored
+
+
+def stored_like(moment: Any, x: jax.Array, name: str, key: random_bits.Key | None) -> Any:
+    """``x`` in the way that ``moment`` is stored, with the noise that is its by name."""
+    if not is_quantized(moment):
+        return x.astype(moment.dtype)
+    values = to_float32(x)
+    scales = _scales_like(values, moment)
+    noise = _noise(name, moment, key, element_indices(x.shape))
+    return encode(values, scales, moment.spec, moment.dtype, noise)
 
 
 def _update_tiles(plan, step, grad, moments, key, constants):

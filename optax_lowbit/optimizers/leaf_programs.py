@@ -91,9 +91,7 @@ class LeafPrograms:
     def shared(self, arguments: Sequence[Any]) -> tuple[dict[Var, Any], list[Any]]:
         """What all leaves' programs need, and the results of ``shared_outputs``."""
         environment = {**self._constants, **dict(zip(self._invars, arguments, strict=True))}
-        for equation in self._equations:
-            operands = [_read(environment, var) for var in equation.invars]
-            environment.update(zip(equation.outvars, _bind(equation, operands)))
+        _run(self._equations, environment)
         return environment, [_read(environment, var) for var in self._outvars]
 
 
@@ -144,6 +142,42 @@ def split_by_leaf(
         tuple(jaxpr.outvars[index] for index in shared_outputs),
         dict(zip(jaxpr.constvars, closed.consts)),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """The results of a function, computed one by one, with only what each of them needs.
+
+    Made by :func:`results_of`.
+    """
+
+    _slicer: "_Slicer"
+    _constants: dict[Var, Any]
+
+    def fill(self, index: int, arguments: Sequence[Any]) -> jax.Array | None:
+        """The scalar that result ``index`` is full of, if it is made so; else None."""
+        var = self._slicer.jaxpr.outvars[index]
+        equation = None if isinstance(var, Literal) else self._slicer.producers.get(var)
+        if equation is None or not _is_broadcast_of_scalar(equation):
+            return None
+        return self._value(equation.invars[0], arguments)
+
+    def compute(self, index: int, arguments: Sequence[Any]) -> jax.Array:
+        """Result ``index``."""
+        return self._value(self._slicer.jaxpr.outvars[index], arguments)
+
+    def _value(self, var: Any, arguments: Sequence[Any]) -> jax.Array:
+        environment = {**self._constants, **dict(zip(self._slicer.jaxpr.invars, arguments))}
+        _run(self._slicer.closure([var], lambda var: True)[0], environment)
+        return jnp.asarray(_read(environment, var))
+
+
+def results_of(function: Callable[..., Sequence[Any]], arguments: Sequence[Any]) -> Results:
+    """Traces ``function``, from arrays to a list of arrays."""
+    closed = jax.make_jaxpr(_inlined(function, arguments))(*arguments)
+    producers = {var: equation for equation in closed.jaxpr.eqns for var in equation.outvars}
+    constants = dict(zip(closed.jaxpr.constvars, closed.consts))
+    return Results(_Slicer(closed.jaxpr, {}, producers), constants)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,6 +269,12 @@ def _bind(equation: JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
     with equation.ctx.manager:
         results = equation.primitive.bind(*operands, **parameters)
     return results if equation.primitive.multiple_results else [results]
+
+
+def _run(equations: Iterable[JaxprEqn], environment: dict[Var, Any]) -> None:
+    for equation in equations:
+        operands = [_read(environment, var) for var in equation.invars]
+        environment.update(zip(equation.outvars, _bind(equation, operands)))
 
 
 def _read(environment: dict[Var, Any], var: Any) -> Any:
