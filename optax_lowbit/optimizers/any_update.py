@@ -47,10 +47,8 @@ def update_state(
     call = _Call(update, updates, state, params, extra_args, key)
     with jax.numpy_dtype_promotion("standard"):
         programs = split_by_leaf(call.flat, call.abstract(), call.owners, call.heavy)
-    new_updates, new_leaves = (
-        _step_together(call) if programs is None else _step_leaves(call, programs)
-    )
-    return call.wrapped(new_updates, new_leaves)
+    results = _step_together(call) if programs is None else _step_leaves(call, programs)
+    return call.wrapped(results[: call.grads], results[call.grads :])
 
 
 class _Call:
@@ -117,13 +115,13 @@ class _Call:
             )
         return jax.tree.leaves(new_updates) + jax.tree.leaves(new_state)
 
-    def stored(self, index: int, new: jax.Array) -> Any:
-        """New leaf ``index`` of the state in the way that the old one is stored."""
-        old = self.values[self.grads + index]
+    def stored(self, output: int, new: Any, old: Any) -> Any:
+        """Result number ``output`` of :meth:`flat`, in the way that ``old`` is stored."""
+        new = jnp.asarray(new)
         if not is_quantized(old):
             return new.astype(old.dtype) if jnp.issubdtype(new.dtype, jnp.inexact) else new
-        owner = self.owners[self.grads + index]
-        fresh = stored_like(old, new, self.names[index], self.keys[owner])
+        name = self.names[output - self.grads]
+        fresh = stored_like(old, new, name, self.keys[self.owners[output]])
         # Codes that are decoded and encoded again are not always the same: a maximum may lie
         # between two codes. What a step left alone must not fade.
         is_same = jnp.all(new == decode(old))
@@ -147,33 +145,63 @@ def as_float(x: Any) -> Any:
     return decode(x) if is_quantized(x) else in_float32(x)
 
 
-def _step_together(call: _Call) -> tuple[list[Any], list[Any]]:
+def _step_together(call: _Call) -> list[Any]:
     """All leaves at once."""
     results = call.flat(*map(as_float, call.values))
-    new = results[call.grads :]
-    return results[: call.grads], [call.stored(index, x) for index, x in enumerate(new)]
+    return [call.stored(output, new, call.values[output]) for output, new in enumerate(results)]
 
 
-def _step_leaves(call: _Call, programs: LeafPrograms) -> tuple[list[Any], list[Any]]:
+def _step_leaves(call: _Call, programs: LeafPrograms) -> list[Any]:
     """One leaf after the other."""
     shared, values = programs.shared([as_float(call.values[i]) for i in programs.shared_inputs])
-    results: dict[int, Any] = {}
-    for output, value in zip(programs.shared_outputs, values):
-        results[output] = _stored_result(call, output, value)
+    results = {
+        output: call.stored(output, value, call.values[output])
+        for output, value in zip(programs.shared_outputs, values)
+    }
     for owner, program in programs.leaves.items():
-        if _is_tileable(call, owner, program):
-            results |= _step_in_tiles(call, owner, program, shared)
-            continue
-        values = program.run([as_float(call.values[i]) for i in program.inputs], shared)
-        for output, value in zip(program.outputs, values):
-            results[output] = _stored_result(call, output, value)
-    in_order = [results[output] for output in range(call.grads + call.states)]
-    return in_order[: call.grads], in_order[call.grads :]
+        indices = {*program.inputs, *program.outputs}
+        values = {index: call.values[index] for index in indices}
+        step = _step_in_tiles if _is_tileable(call, owner, program) else _step_whole
+        step = functools.partial(step, call, owner, program, shared)
+        is_low_bit = any(call.heavy[index] for index in indices)
+        results |= _alone(step, values, program.outputs) if is_low_bit else step(values)
+    return [results[output] for output in range(len(results))]
 
 
-def _stored_result(call: _Call, output: int, value: jax.Array) -> Any:
-    value = jnp.asarray(value)
-    return value if output < call.grads else call.stored(output - call.grads, value)
+def _alone(
+    step: Callable[[dict[int, Any]], dict[int, Any]],
+    values: dict[int, Any],
+    written: Sequence[int],
+) -> dict[int, Any]:
+    """``step(values)``, which gives new values of those ``written``, in a loop of one turn.
+
+    XLA steps leaves in an order of its own, and holds what it has dequantized of all of them at
+    once. What a loop needs is gone when it ends. That there is one turn, and that what is only read
+    is the same in all of them, is hidden from the compiler, which would move work out of the loop.
+    """
+    read_only = {index: value for index, value in values.items() if index not in written}
+
+    def body(turn, old):
+        hidden, _ = jax.lax.optimization_barrier((read_only, turn))
+        return step({**hidden, **old})
+
+    turns = jax.lax.optimization_barrier(jnp.int32(1))
+    return jax.lax.fori_loop(0, turns, body, {index: values[index] for index in written})
+
+
+def _step_whole(
+    call: _Call,
+    owner: int,
+    program: LeafProgram,
+    shared: dict[Any, Any],
+    values: dict[int, Any],
+) -> dict[int, Any]:
+    del owner
+    new = program.run([as_float(values[i]) for i in program.inputs], shared)
+    return {
+        output: call.stored(output, value, values[output])
+        for output, value in zip(program.outputs, new)
+    }
 
 
 def _is_tileable(call: _Call, owner: int, program: LeafProgram) -> bool:
@@ -191,19 +219,23 @@ def _is_tileable(call: _Call, owner: int, program: LeafProgram) -> bool:
 
 
 def _step_in_tiles(
-    call: _Call, owner: int, program: LeafProgram, shared: dict[Any, Any]
+    call: _Call,
+    owner: int,
+    program: LeafProgram,
+    shared: dict[Any, Any],
+    values: dict[int, Any],
 ) -> dict[int, Any]:
     """:func:`update_leaf` with the leaf's program as the step."""
     written = {call.names[output - call.grads]: output for output in program.outputs[1:]}
-    moments = {name: call.values[output] for name, output in written.items()}
     read_only = [i for i in program.inputs if i != owner and i not in written.values()]
-    constants = {str(index): call.values[index] for index in read_only}
 
     def step(grad, moments, constants):
         known = {owner: grad, **{written[name]: x for name, x in moments.items()}}
-        known |= {int(index): in_float32(x) for index, x in constants.items()}
+        known |= dict(zip(read_only, map(in_float32, constants)))
         update, *new = program.run([known[index] for index in program.inputs], shared)
         return update, dict(zip(written, new))
 
-    update, new = update_leaf(step, call.values[owner], moments, call.keys[owner], constants)
+    moments = {name: values[output] for name, output in written.items()}
+    constants = [values[index] for index in read_only]
+    update, new = update_leaf(step, values[owner], moments, call.keys[owner], constants)
     return {owner: update, **{written[name]: x for name, x in new.items()}}

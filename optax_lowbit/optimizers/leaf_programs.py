@@ -115,21 +115,25 @@ def split_by_leaf(
     """
     closed = jax.make_jaxpr(_inlined(function, arguments))(*arguments)
     jaxpr = closed.jaxpr
-    labels = dict(zip(jaxpr.invars, owners, strict=True))
-    producers: dict[Var, JaxprEqn] = {}
-    for equation in jaxpr.eqns:
-        among = {labels.get(var) for var in _variables(equation.invars)} - {None}
-        for var in equation.outvars:
-            labels[var] = next(iter(among)) if len(among) == 1 else None
-            producers[var] = equation
-
-    slicer = _Slicer(jaxpr, labels, producers)
-    shared_outputs, by_owner = slicer.outputs_by_owner()
-    programs, needed = {}, [jaxpr.outvars[index] for index in shared_outputs]
-    shapes = {owner: arguments[owners.index(owner)].shape for owner in by_owner}
-    for owner, outputs in by_owner.items():
-        programs[owner], shared_vars = slicer.program(owner, outputs, shapes[owner])
+    # A scalar of one leaf, such as the norm of its gradient, is best left to the leaf, unless it is
+    # all that keeps the leaf's program from being elementwise.
+    slicer, sharing = (
+        _Slicer(jaxpr, *_labelled(jaxpr, owners, kept)) for kept in ([True] * len(owners), heavy)
+    )
+    outputs, fewer_outputs = slicer.outputs_by_owner(), sharing.outputs_by_owner()
+    programs, needed = {}, []
+    for owner in outputs:
+        shape = arguments[owners.index(owner)].shape
+        program, shared_vars = slicer.program(owner, outputs[owner], shape)
+        if not program.is_elementwise and owner in fewer_outputs:
+            other, other_vars = sharing.program(owner, fewer_outputs[owner], shape)
+            if other.is_elementwise:
+                program, shared_vars = other, other_vars
+        programs[owner] = program
         needed += shared_vars
+    owned = {index for program in programs.values() for index in program.outputs}
+    shared_outputs = [index for index in range(len(jaxpr.outvars)) if index not in owned]
+    needed += [jaxpr.outvars[index] for index in shared_outputs]
     equations, inputs = slicer.closure(needed, lambda var: True)
     if any(heavy[index] for index in inputs):
         return None
@@ -142,6 +146,30 @@ def split_by_leaf(
         tuple(jaxpr.outvars[index] for index in shared_outputs),
         dict(zip(jaxpr.constvars, closed.consts)),
     )
+
+
+def _labelled(
+    jaxpr: Jaxpr, owners: Sequence[int | None], kept: Sequence[bool]
+) -> tuple[dict[Var, int | None], dict[Var, JaxprEqn]]:
+    """The owner of each variable, and the equation that it comes from.
+
+    What comes from one leaf is that leaf's, but for scalars that need none of the arguments that
+    are ``kept`` for their owners.
+    """
+    labels = dict(zip(jaxpr.invars, owners, strict=True))
+    is_kept = dict(zip(jaxpr.invars, kept, strict=True))
+    producers: dict[Var, JaxprEqn] = {}
+    for equation in jaxpr.eqns:
+        read = _variables(equation.invars)
+        among = {labels.get(var) for var in read} - {None}
+        of_kept = any(is_kept.get(var, False) for var in read)
+        is_reduction = any(_shape(var) for var in read)
+        for var in equation.outvars:
+            is_shared = len(among) != 1 or (is_reduction and not of_kept and not _shape(var))
+            labels[var] = None if is_shared else next(iter(among))
+            is_kept[var] = of_kept
+            producers[var] = equation
+    return labels, producers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,14 +216,14 @@ class _Slicer:
     labels: dict[Var, int | None]
     producers: dict[Var, JaxprEqn]
 
-    def outputs_by_owner(self) -> tuple[list[int], dict[int, list[int]]]:
-        """Indices of the results without owner, and of each owner's."""
-        shared: list[int] = []
+    def outputs_by_owner(self) -> dict[int, list[int]]:
+        """Indices of each owner's results."""
         owned: dict[int, list[int]] = {}
         for index, var in enumerate(self.jaxpr.outvars):
             label = None if isinstance(var, Literal) else self.labels.get(var)
-            (shared if label is None else owned.setdefault(label, [])).append(index)
-        return shared, owned
+            if label is not None:
+                owned.setdefault(label, []).append(index)
+        return owned
 
     def closure(
         self, targets: Iterable[Any], within: Callable[[Var], bool]
