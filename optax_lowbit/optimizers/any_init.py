@@ -17,7 +17,7 @@ from optax_lowbit.kernels.meshes import is_explicit
 from optax_lowbit.optimizers import storage
 from optax_lowbit.optimizers.flax_variables import is_variable, unwrapped, wrapped_like
 from optax_lowbit.optimizers.leaf_programs import Results, results_of
-from optax_lowbit.optimizers.leafwise import Moment, is_low_bit
+from optax_lowbit.optimizers.leafwise import is_low_bit
 from optax_lowbit.optimizers.ownership import Slot, is_state_leaf, slots
 from optax_lowbit.optimizers.placement import check_alignment
 from optax_lowbit.optimizers.policy import (
@@ -27,14 +27,14 @@ from optax_lowbit.optimizers.policy import (
     path_name,
     record,
 )
-from optax_lowbit.optimizers.state_fields import Fields, kind_of
+from optax_lowbit.optimizers.state_fields import Fields, Kind, kind_of
 from optax_lowbit.quant import QuantizedArray, QuantSpec, flax_serialization, quantize
 
 
 def init_state(
     init: Callable[[Any], Any],
     params: Any,
-    moments: Mapping[str, Moment],
+    specs: Mapping[Kind, QuantSpec | None],
     fields: Fields,
     policy: Policy,
     key: jax.Array | int | None,
@@ -44,7 +44,7 @@ def init_state(
     Args:
       init: Of an optax transform.
       params: Parameters; leaves may be abstract.
-      moments: By name of a field, how it is stored by default.
+      specs: How moments of either kind are stored by default.
       fields: What the user said of fields.
       policy: Decides leaf by leaf.
       key: For stochastic rounding.
@@ -60,7 +60,7 @@ def init_state(
             return init(treedef.unflatten([in_float32(leaf) for leaf in leaves]))
 
     abstract = jax.eval_shape(flat_init, *leaves)
-    plan = _Plan(params, abstract, moments, fields, policy)
+    plan = _Plan(params, abstract, specs, fields, policy)
     if not any(plan.specs):
         with jax.numpy_dtype_promotion("standard"):
             return init(params)
@@ -101,10 +101,10 @@ class _Plan:
       specs: Of each leaf, its spec or None.
     """
 
-    def __init__(self, params, abstract, moments, fields, policy):
+    def __init__(self, params, abstract, specs, fields, policy):
         paths = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_variable)
         self._params = [(path_name(path), unwrapped(leaf)) for path, leaf in paths]
-        self._moments, self._fields, self._policy = moments, fields, policy
+        self._defaults, self._fields, self._policy = specs, fields, policy
         self._abstract = abstract
         self.leaves, self.treedef = jax.tree.flatten(abstract, is_leaf=is_state_leaf)
         if any(map(is_low_bit, self.leaves)):
@@ -127,8 +127,8 @@ class _Plan:
             self._check_ownerless(slot, like)
             return None, ""
         label, param = self._params[slot.owner]
-        default = self._moments[slot.field].spec
-        spec, reason = self._policy.choose(slot.field, label, like, default, kind == "nonnegative")
+        default, is_nonnegative = self._defaults[kind], kind == "nonnegative"
+        spec, reason = self._policy.choose(slot.field, label, like, default, is_nonnegative)
         if spec is not None and is_explicit(param) and param.shape == like.shape:
             check_alignment(label, param, spec.group_size)
         return spec, reason

@@ -4,7 +4,6 @@ Where the update can be taken apart by leaf, one leaf at a time is dequantized, 
 where the step is elementwise; else the whole state is.
 """
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from optax_lowbit.optimizers.flax_variables import is_variable, unwrapped, wrapp
 from optax_lowbit.optimizers.leaf_programs import LeafProgram, LeafPrograms, split_by_leaf
 from optax_lowbit.optimizers.leafwise import fold_in_path, noise_key
 from optax_lowbit.optimizers.ownership import is_state_leaf, owners, slots
-from optax_lowbit.quant import is_quantized, random_bits
+from optax_lowbit.quant import is_quantized
 from optax_lowbit.quant.array import decode
 
 
@@ -74,10 +73,11 @@ class _Call:
         flat_params, self._params_def = jax.tree.flatten(params, is_leaf=is_variable)
         self._extra, self._extra_def = jax.tree.flatten(extra_args)
         self._is_array = [isinstance(x, jax.Array) for x in self._extra]
-        arrays = list(itertools.compress(self._extra, self._is_array))
+        # Without what is closed over, but each array under its path.
+        arrays = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else None, extra_args)
         self.values = [
             x if is_quantized(x) else unwrapped(x)
-            for x in (*self._grads, *self._state, *flat_params, *arrays)
+            for x in (*self._grads, *self._state, *flat_params, *jax.tree.leaves(arrays))
         ]
         self.grads, self.states, self.params = len(self._grads), len(self._state), len(flat_params)
         state_slots = slots(state, updates)
@@ -85,7 +85,7 @@ class _Call:
             *range(self.grads),
             *(slot.owner for slot in state_slots),
             *owners(params, updates),
-            *itertools.compress(owners(extra_args, updates), self._is_array),
+            *owners(arrays, updates),
         ]
         self.heavy = [is_quantized(x) for x in self.values]
         self.names = moment_names(state_slots)
@@ -164,7 +164,11 @@ def _step_leaves(call: _Call, programs: LeafPrograms) -> list[Any]:
         step = _step_in_tiles if _is_tileable(call, owner, program) else _step_whole
         step = functools.partial(step, call, owner, program, shared)
         is_low_bit = any(call.heavy[index] for index in indices)
-        results |= _alone(step, values, program.outputs) if is_low_bit else step(values)
+        # Gradients of single examples are not of the shape of the update.
+        has_place = program.output_shapes == [values[i].shape for i in program.outputs]
+        results |= (
+            _alone(step, values, program.outputs) if is_low_bit and has_place else step(values)
+        )
     return [results[output] for output in range(len(results))]
 
 
@@ -205,8 +209,7 @@ def _step_whole(
 
 
 def _is_tileable(call: _Call, owner: int, program: LeafProgram) -> bool:
-    """Whether pieces of the leaf can be stepped, and its moments are written where they are read.
-    """
+    """Whether pieces of the leaf can be stepped, its moments being written where they are read."""
     written = [output for output in program.outputs if output >= call.grads]
     quantized = [index for index in program.inputs if call.heavy[index]]
     return (

@@ -51,6 +51,11 @@ class LeafProgram:
     _invars: tuple[Var, ...]
     _outvars: tuple[Any, ...]
 
+    @property
+    def output_shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of the results, in the order of ``outputs``."""
+        return [_shape(var) for var in self._outvars]
+
     def run(self, arguments: Sequence[Any], shared: dict[Var, Any]) -> list[Any]:
         """The results, in the order of ``outputs``.
 

@@ -22,15 +22,15 @@ Kind = Literal["signed", "nonnegative"]
 Fields = Mapping[str, Kind | None]
 
 KINDS: dict[str, Kind] = {
-    "mu": "signed",  # Adam and its relatives, Lion, SM3, Muon, Sophia
+    "mu": "signed",  # Adam and its relatives, Lion, Muon, Sophia
     "m": "signed",  # Adan, simplified AdEMAMix
     "m1": "signed",  # AdEMAMix
     "m2": "signed",
     "trace": "signed",  # SGD
     "momentum": "signed",
-    "ema": "signed",
+    "ema": "signed",  # Signum
     "exp_avg": "signed",  # Prodigy, D-Adaptation, MoMo
-    "nu": "nonnegative",  # Adam and its relatives, RMSProp, SM3
+    "nu": "nonnegative",  # Adam and its relatives, RMSProp
     "nu_max": "nonnegative",  # AMSGrad
     "n": "nonnegative",  # Adan, simplified AdEMAMix
     "v": "nonnegative",  # Adafactor
@@ -45,6 +45,8 @@ KINDS: dict[str, Kind] = {
 EXCEPTIONS: dict[tuple[str, str], Kind | None] = {
     ("ScaleByAdanState", "v"): "signed",  # of differences of gradients
     ("SophiaState", "nu"): "signed",  # of the diagonal of a Hessian
+    ("ScaleBySM3State", "mu"): "nonnegative",  # lists of vectors
+    ("ScaleBySM3State", "nu"): "signed",
     ("MechanicState", "m"): None,  # of a few learning rates
     ("MechanicState", "v"): None,
 }
