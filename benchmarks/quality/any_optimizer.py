@@ -4,6 +4,7 @@ Each is trained in float32 and under ``quantize_state``, from the same parameter
 batches, at the learning rate that is best for the former.
 
 python -m benchmarks.quality.any_optimizer
+python -m benchmarks.quality.any_optimizer --task digits   # results of the others are kept
 """
 
 import argparse
@@ -36,6 +37,8 @@ RESULTS = REPOSITORY / "benchmarks" / "results" / "any_optimizer.json"
 PAGE = REPOSITORY / "docs" / "any_optimizer.md"
 BEGIN, END = "<!-- benchmarks.quality.any_optimizer -->\n", "<!-- end -->\n"
 
+COMMAND = ("python", "-m", "benchmarks.quality.any_optimizer")
+TASKS = {"digits": digits, "language": language}
 # The learning rates that are tried.
 RATES = {
     "lion": (1e-4, 3e-4, 1e-3),
@@ -106,48 +109,48 @@ def table(task: dict[str, Any]) -> str:
     return markdown_table(head, rows)
 
 
-def section(results: dict[str, Any]) -> str:
-    """What is measured, and a table for each task."""
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    text = (
-        f"```sh\n{results['command']}\n```\n\n{results['date']}; {len(results['seeds'])} seeds, "
-        f"mean ± sample standard deviation, changes seed by seed; {versions}. Tasks and schedule "
-        "are those of [Quality](quality.md); the peak rate is the best for float32 of a coarse "
-        "sweep.\n"
+def section(name: str, task: dict[str, Any]) -> str:
+    """A table of one task, and how it was made."""
+    versions = ", ".join(f"{name} {version}" for name, version in task["versions"].items())
+    return (
+        f"**{name.capitalize()}**, {task['steps']} steps of {task['batch']}; mean ± sample "
+        f"standard deviation of {len(task['seeds'])} seeds, changes seed by seed; the rate is the "
+        "best for float32 of a coarse sweep. Task and schedule: [Quality](quality.md).\n\n"
+        f"{table(task)}\n\n"
+        f"{task['date']}, {task['seconds']} s, {versions}: `{task['command']}`\n"
     )
-    for name, task in results["tasks"].items():
-        text += f"\n**{name.capitalize()}**, {task['steps']} steps:\n\n{table(task)}\n"
-    return text
 
 
 def write_page(results: dict[str, Any]) -> None:
-    """Puts the section in its place on the page."""
+    """Puts the tables in their place on the page."""
     before, rest = PAGE.read_text().split(BEGIN)
-    PAGE.write_text(before + BEGIN + "\n" + section(results) + "\n" + END + rest.split(END)[1])
+    sections = "\n".join(section(name, results[name]) for name in TASKS if name in results)
+    PAGE.write_text(before + BEGIN + "\n" + sections + "\n" + END + rest.split(END)[1])
 
 
 def main() -> None:
     """Runs everything and writes the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="how many (default: %(default)s)")
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS), help="only these")
     arguments = parser.parse_args()
-    started = time.perf_counter()
     groups = [group(name) for name in FACTORIES]
-    tasks = {}
-    for task in (digits(), language()):
-        task = dataclasses.replace(task, sweeps=RATES)
-        tasks[task.name] = run_task(task, groups, range(arguments.seeds))
-    results = {
-        "command": shlex.join(["python", "-m", "benchmarks.quality.any_optimizer", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "seconds": round(time.perf_counter() - started),
-        "versions": {"jax": jax.__version__, "optax": optax.__version__},
-        "seeds": list(range(arguments.seeds)),
-        "tasks": tasks,
-    }
-    print(section(results))
-    RESULTS.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
-    write_page(results)
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in arguments.task:
+        started = time.perf_counter()
+        task = dataclasses.replace(TASKS[name](), sweeps=RATES)
+        measured = run_task(task, groups, range(arguments.seeds))
+        results[name] = {
+            "command": shlex.join([*COMMAND, *sys.argv[1:]]),
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "seconds": round(time.perf_counter() - started),
+            "versions": {"jax": jax.__version__, "optax": optax.__version__},
+            "seeds": list(range(arguments.seeds)),
+            **measured,
+        }
+        RESULTS.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+        write_page(results)
+        print(section(name, results[name]))
 
 
 if __name__ == "__main__":

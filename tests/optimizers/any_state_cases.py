@@ -6,6 +6,7 @@ python -m tests.optimizers.any_state_cases   # prints the table of docs/any_opti
 import dataclasses
 import inspect
 import types
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -81,6 +82,10 @@ def _labels(params):
 
 def _matrices(params):
     return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def _as_matrices(params):
+    return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), params)
 
 
 MU_NU = {"signed": "mu", "nonnegative": "nu"}
@@ -200,7 +205,8 @@ TRANSFORMS = [
     case("scale_by_cocob"),
     case("scale_by_galore", keywords={"rank": 48}, **MU_NU),
     case("scale_by_madgrad", 1e-2),
-    case("scale_by_muon", signed="mu", remark="matrices only, as in optax"),
+    case("scale_by_muon", keywords={"weight_dimension_numbers": _as_matrices},
+         signed="mu", remark="matrices only, as in optax"),
     case("scale_by_simplified_ademamix", signed="m", nonnegative="n"),
 ]  # fmt: skip
 FLATTENED = "give it the inside: `flatten(quantize_state(tx))`"
@@ -234,6 +240,7 @@ CASES = [*OPTIMIZERS, *TRANSFORMS, *WRAPPERS]
 
 # Exported functions without annotation of what they return, and whether it is a transform.
 UNANNOTATED = {
+    "bias_correction": False,
     "dog": True,
     "dowg": True,
     "hutchinson_estimator_diag_hessian": True,
@@ -253,7 +260,9 @@ def exported() -> tuple[set[str], set[str]]:
     transforms, unannotated = {"MultiSteps"}, set()
     for module in (optax, optax.contrib):
         for name, value in vars(module).items():
-            if name.startswith("_") or not isinstance(value, types.FunctionType):
+            if name.startswith("_") or isinstance(value, type | types.ModuleType):
+                continue
+            if not callable(value) or typing.get_origin(value):
                 continue
             returned = inspect.signature(value).return_annotation
             if returned is inspect.Signature.empty:
