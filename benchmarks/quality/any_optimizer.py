@@ -4,13 +4,12 @@ Each is trained in float32 and under ``quantize_state``, from the same parameter
 batches, at the learning rate that is best for the former.
 
 python -m benchmarks.quality.any_optimizer
-python -m benchmarks.quality.any_optimizer --task digits   # results of the others are kept
+python -m benchmarks.quality.any_optimizer --task digits --optimizer lion   # keeps other results
 """
 
 import argparse
 import dataclasses
 import datetime
-import functools
 import json
 import os
 import shlex
@@ -25,12 +24,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import optax
 
-import optax_lowbit
 from benchmarks.quality.figures import shown
 from benchmarks.quality.optimizers import Optimizer
 from benchmarks.quality.report import difference, markdown_table
 from benchmarks.quality.tasks import digits, language
 from benchmarks.quality.training import run_task
+from optax_lowbit import Policy, quantize_state
+from optax_lowbit.optimizers.presets import FIRST_MOMENT_4BIT, FIRST_MOMENT_8BIT
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "benchmarks" / "results" / "any_optimizer.json"
@@ -58,35 +58,39 @@ FACTORIES: dict[str, Callable[..., optax.GradientTransformation]] = {
     "muon": optax.contrib.muon,
     "prodigy": optax.contrib.prodigy,
 }
-# Fields that are quantized beside the moments, to see why they are not by default.
-EXTRA_FIELDS = {"prodigy": {"grad_sum": "signed"}}
-
-
-def _make(name: str, wrap: Callable[[Any], Any], rate: optax.Schedule, key: jax.Array) -> Any:
-    del key
-    return wrap(FACTORIES[name](rate))
+# Other ways to keep the state than by default, as arguments of quantize_state.
+EIGHT_BITS = dataclasses.replace(FIRST_MOMENT_8BIT, block_size=128)
+STOCHASTIC = dataclasses.replace(FIRST_MOMENT_4BIT, rounding="stochastic")
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "lion": {
+        "mu rounded stochastically": {"policy": Policy(rules=(("", {"mu": STOCHASTIC}),))},
+        "mu in 8 bits": {"policy": Policy(rules=(("", {"mu": EIGHT_BITS}),))},
+    },
+    "prodigy": {"grad_sum too": {"fields": {"grad_sum": "signed"}}},
+}
 
 
 def group(name: str) -> tuple[Optimizer, ...]:
-    """An optimizer in float32, with a 4-bit state, and with more fields in 4 bits."""
-    kinds: dict[str, Callable[[Any], Any]] = {
-        f"{name}, float32": lambda tx: tx,
-        f"quantize_state({name})": optax_lowbit.quantize_state,
-    }
-    for field, kind in EXTRA_FIELDS.get(name, {}).items():
-        kinds[f"quantize_state({name}), {field} too"] = functools.partial(
-            optax_lowbit.quantize_state, fields={field: kind}
-        )
-    return tuple(
-        Optimizer(label, functools.partial(_make, name, wrap), name)
-        for label, wrap in kinds.items()
+    """An optimizer in float32, with a 4-bit state, and with variants of it."""
+    factory = FACTORIES[name]
+
+    def low_bit(arguments: dict[str, Any]) -> Callable[..., optax.GradientTransformation]:
+        return lambda rate, key: quantize_state(factory(rate), key=key, **arguments)
+
+    return (
+        Optimizer(f"{name}, float32", lambda rate, key: factory(rate), name),
+        Optimizer(f"quantize_state({name})", low_bit({}), name),
+        *(
+            Optimizer(f"quantize_state({name}), {label}", low_bit(arguments), name)
+            for label, arguments in VARIANTS.get(name, {}).items()
+        ),
     )
 
 
 def table(task: dict[str, Any]) -> str:
     """The optimizers of a task, each beside its float32 form."""
     metric, rows = task["metric"], []
-    for name in FACTORIES:
+    for name in task["rates"]:
         members = [optimizer.name for optimizer in group(name)]
         float32 = task["optimizers"][members[0]]["metrics"][metric]
         for member in members:
@@ -111,13 +115,16 @@ def table(task: dict[str, Any]) -> str:
 
 def section(name: str, task: dict[str, Any]) -> str:
     """A table of one task, and how it was made."""
-    versions = ", ".join(f"{name} {version}" for name, version in task["versions"].items())
+    runs = [
+        f"`{run['command']}` ({run['date']}, {run['seconds']} s, jax {run['jax']}, "
+        f"optax {run['optax']})"
+        for run in task["runs"]
+    ]
     return (
         f"**{name.capitalize()}**, {task['steps']} steps of {task['batch']}; mean ± sample "
-        f"standard deviation of {len(task['seeds'])} seeds, changes seed by seed; the rate is the "
-        "best for float32 of a coarse sweep. Task and schedule: [Quality](quality.md).\n\n"
-        f"{table(task)}\n\n"
-        f"{task['date']}, {task['seconds']} s, {versions}: `{task['command']}`\n"
+        "standard deviation over the seeds, changes seed by seed; the rate is the best for "
+        "float32 of a coarse sweep. Task and schedule: [Quality](quality.md).\n\n"
+        f"{table(task)}\n\n" + "; ".join(runs) + ".\n"
     )
 
 
@@ -133,20 +140,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="how many (default: %(default)s)")
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS), help="only these")
+    parser.add_argument(
+        "--optimizer", nargs="+", choices=FACTORIES, default=list(FACTORIES), help="only these"
+    )
     arguments = parser.parse_args()
-    groups = [group(name) for name in FACTORIES]
+    groups = [group(name) for name in arguments.optimizer]
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in arguments.task:
         started = time.perf_counter()
         task = dataclasses.replace(TASKS[name](), sweeps=RATES)
         measured = run_task(task, groups, range(arguments.seeds))
-        results[name] = {
+        before = results.get(name, {"rates": {}, "optimizers": {}, "runs": []})
+        run = {
             "command": shlex.join([*COMMAND, *sys.argv[1:]]),
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "seconds": round(time.perf_counter() - started),
-            "versions": {"jax": jax.__version__, "optax": optax.__version__},
-            "seeds": list(range(arguments.seeds)),
+            "jax": jax.__version__,
+            "optax": optax.__version__,
+        }
+        results[name] = {
             **measured,
+            "rates": before["rates"] | measured["rates"],
+            "optimizers": before["optimizers"] | measured["optimizers"],
+            "runs": [*before["runs"], run],
         }
         RESULTS.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
         write_page(results)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -192,10 +193,12 @@ def _fresh_leaf(
     key: jax.Array | int | None,
 ) -> Any:
     aval = unwrapped(like)
-    is_placed = param is not None and param.shape == aval.shape
-    with jax.ensure_compile_time_eval():
-        fill = results.fill(index, arguments) if is_placed else None
-    if spec is not None and _is_zero(fill) and jnp.issubdtype(param.dtype, jnp.floating):
+    fill = None
+    if param is not None and param.shape == aval.shape:
+        with jax.ensure_compile_time_eval():
+            fill = results.fill(index, arguments)
+    is_float = param is not None and jnp.issubdtype(param.dtype, jnp.floating)
+    if spec is not None and is_float and fill is not None and _is_zero(fill):
         return storage.zero_moment(param, spec, None)
     if fill is None:
         value = results.compute(index, arguments)
@@ -204,9 +207,8 @@ def _fresh_leaf(
     if spec is None:
         return wrapped_like(like, value)
     quantized = quantize(in_float32(value), spec, key=key)
-    is_float = jnp.issubdtype(param.dtype, jnp.floating)
     return dataclasses.replace(quantized, dtype=param.dtype if is_float else quantized.dtype)
 
 
-def _is_zero(fill: Any) -> bool:
-    return fill is not None and not isinstance(fill, jax.core.Tracer) and not np.asarray(fill).any()
+def _is_zero(fill: jax.Array) -> bool:
+    return not isinstance(fill, jax.core.Tracer) and not np.asarray(fill).any()

@@ -94,7 +94,7 @@ OPTIMIZERS = [
     case("adadelta", 1e-2, nonnegative="e_g e_x"),
     case("adafactor", 1e-2, nonnegative="v", remark="rows and columns of factored matrices are "
          "small, and mostly stay in float32"),
-    case("adagrad", 1e-2, nonnegative="sum_of_squares", remark="a sum that only grows: see below"),
+    case("adagrad", 1e-2, nonnegative="sum_of_squares"),
     case("adam", 1e-2, **MU_NU, remark="`adam4bit` is faster"),
     case("adamax", 1e-2, **MU_NU),
     case("adamaxw", 1e-2, **MU_NU),
@@ -106,7 +106,7 @@ OPTIMIZERS = [
     case("lars", 1e-2, signed="trace"),
     case("lbfgs", needs="value grad value_fn",
          remark="its memory is taken as exact; `value_fn` as in optax"),
-    case("lion", 1e-3, signed="mu"),
+    case("lion", 1e-3, signed="mu", remark="better rounded stochastically, see above"),
     case("nadam", 1e-2, **MU_NU),
     case("nadamw", 1e-2, **MU_NU),
     case("noisy_sgd", 1e-2, keywords={"key": 0}),

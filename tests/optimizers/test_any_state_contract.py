@@ -317,16 +317,22 @@ def test_muon_has_the_state_and_the_steps_of_muon():
         muon4bit(1e-2, mu_spec=STOCHASTIC)
 
 
+EIGHT_BITS = Policy(rules=[("", {"mu": QuantSpec(
+    codebook="dynamic_exponent", bits=8, signed=True, scaling="block")})])  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("tx", "most"),
+    ("tx", "policy"),
     [
-        (optax.lion(3e-3), 0.05),
-        (optax.rmsprop(1e-2), 0.05),
-        (optax.contrib.muon(2e-2), 0.05),
+        (optax.rmsprop(1e-2), None),
+        (optax.adabelief(1e-2), None),
+        # Momenta of 0.99 and 0.95, without noise in the gradients: 4 bits lose small changes.
+        (optax.lion(3e-3), EIGHT_BITS),
+        (optax.contrib.muon(2e-2), EIGHT_BITS),
     ],
-    ids=["lion", "rmsprop", "muon"],
+    ids=["rmsprop", "adabelief", "lion-8bit", "muon-8bit"],
 )
-def test_it_trains_like_float32(tx, most):
+def test_it_trains_like_float32(tx, policy):
     """A matrix from products with it: the loss falls to a small share, as in float32."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(128, 96)), jnp.float32)
@@ -346,8 +352,8 @@ def test_it_trains_like_float32(tx, most):
             (w, _), _ = jax.jit(lambda: jax.lax.scan(step, (start, tx.init(start)), length=150))()
         return loss_fn(w) / loss_fn(start)
 
-    float32, low_bit = train(tx), train(quantize_state(tx))
-    assert float32 < most
+    float32, low_bit = train(tx), train(quantize_state(tx, policy))
+    assert float32 < 0.05
     assert abs(low_bit - float32) < 0.02
 
 
