@@ -193,11 +193,11 @@ def _fresh_leaf(
     key: jax.Array | int | None,
 ) -> Any:
     aval = unwrapped(like)
-    fill = None
-    if param is not None and param.shape == aval.shape:
+    fill: Any = None
+    if getattr(param, "shape", None) == aval.shape:
         with jax.ensure_compile_time_eval():
             fill = results.fill(index, arguments)
-    is_float = param is not None and jnp.issubdtype(param.dtype, jnp.floating)
+    is_float = jnp.issubdtype(getattr(param, "dtype", aval.dtype), jnp.floating)
     if spec is not None and is_float and fill is not None and _is_zero(fill):
         return storage.zero_moment(param, spec, None)
     if fill is None:

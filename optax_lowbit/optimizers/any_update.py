@@ -209,11 +209,15 @@ def _step_whole(
 
 
 def _is_tileable(call: _Call, owner: int, program: LeafProgram) -> bool:
-    """Whether pieces of the leaf can be stepped, its moments being written where they are read."""
+    """Whether pieces of the leaf can be stepped, its moments being written where they are read.
+
+    Whether a step left a moment as it was is seen by the whole leaf only.
+    """
     written = [output for output in program.outputs if output >= call.grads]
     quantized = [index for index in program.inputs if call.heavy[index]]
     return (
         program.is_elementwise
+        and not program.may_keep
         and [output for output in program.outputs if output < call.grads] == [owner]
         and bool(quantized)
         and set(quantized) <= set(written)

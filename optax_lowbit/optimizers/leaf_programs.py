@@ -41,12 +41,14 @@ class LeafProgram:
       shape: The parameter's shape.
       is_elementwise: Whether every result is of ``shape``, and each of its elements depends on the
         elements of the arguments in the same place: then :meth:`run` takes pieces as well.
+      may_keep: Whether a result may be an argument as it was, by a choice for the whole leaf.
     """
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     shape: tuple[int, ...]
     is_elementwise: bool
+    may_keep: bool
     _equations: tuple[JaxprEqn, ...]
     _invars: tuple[Var, ...]
     _outvars: tuple[Any, ...]
@@ -268,11 +270,21 @@ class _Slicer:
             tuple(outputs),
             shape,
             is_elementwise,
+            any(self._may_keep(var) for var in outvars),
             tuple(equations),
             tuple(self.jaxpr.invars[index] for index in inputs),
             outvars,
         )
         return program, shared
+
+    def _may_keep(self, var: Var) -> bool:
+        equation = self.producers.get(var)
+        if equation is None:
+            return True
+        choices = _variables(equation.invars[1:])
+        return equation.primitive.name == "select_n" and any(
+            choice not in self.producers for choice in choices
+        )
 
     def _is_broadcast_scalar(self, var: Var) -> bool:
         """Whether it is a shared scalar in a leaf's shape: a piece of it is made where needed."""

@@ -272,6 +272,16 @@ def exported() -> tuple[set[str], set[str]]:
     return transforms, unannotated
 
 
+def without_keys(tree):
+    """Random keys as their data, which NumPy can compare."""
+
+    def data(x):
+        is_key = jax.dtypes.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key)
+        return jax.random.key_data(x) if is_key else x
+
+    return jax.tree.map(data, tree)
+
+
 def table() -> str:
     """The table of the documentation."""
     rows = ["| name | | in 4 bits | stepped | remark |", "| --- | --- | --- | --- | --- |"]

@@ -10,7 +10,7 @@ import pytest
 
 from optax_lowbit import dequantize, is_quantized, quantize, quantize_state
 from optax_lowbit.optimizers import any_update
-from tests.optimizers.any_state_cases import CASES, UNANNOTATED, exported, table
+from tests.optimizers.any_state_cases import CASES, UNANNOTATED, exported, table, without_keys
 from tests.optimizers.cases import (
     assert_bit_equal,
     assert_same_types,
@@ -56,16 +56,6 @@ def tree_for(case):
 
 def nbytes(tree):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-
-
-def without_keys(tree):
-    """Random keys as their data, which NumPy can compare."""
-
-    def data(x):
-        is_key = jax.dtypes.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key)
-        return jax.random.key_data(x) if is_key else x
-
-    return jax.tree.map(data, tree)
 
 
 def transform(case):

@@ -221,6 +221,27 @@ def test_moments_do_not_fade_while_multisteps_accumulates(make):
     assert (trace[3].scales != trace[0].scales).any() and (trace[6].scales != trace[3].scales).any()
 
 
+def test_moments_do_not_fade_where_a_transform_of_ones_own_holds_them():
+    """An elementwise step on a leaf large enough for tiles."""
+    trace: optax.GradientTransformation = optax.trace(0.9)
+
+    def update_fn(updates, state, params=None):
+        del params
+        _, new = trace.update(updates, state)
+        is_on = updates["matrix"][0, 0] > 0
+        return updates, jax.tree.map(lambda a, b: jnp.where(is_on, a, b), new, state)
+
+    tx = quantize_state(optax.GradientTransformation(trace.init, update_fn))
+    grads = normal_tree({"matrix": (1024, 512)}, seed=1)
+    grads = {"matrix": grads["matrix"].at[0, 0].set(1)}
+    update = jax.jit(tx.update)
+    _, first = update(grads, tx.init(grads))
+    _, second = update({"matrix": -grads["matrix"]}, first)
+    assert_bit_equal(second, first)
+    _, third = update(grads, second)
+    assert (third.trace["matrix"].codes != first.trace["matrix"].codes).any()
+
+
 def test_vmap_equals_separate_runs():
     tx = quantize_state(optax.lamb(1e-2))
     members = [(normal_tree(seed=i), normal_tree(seed=10 + i)) for i in range(2)]
