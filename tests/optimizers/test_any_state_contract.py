@@ -89,6 +89,15 @@ def test_wrong_arguments_are_refused_at_construction(arguments, error, message):
         quantize_state(**{"tx": optax.adam(1e-2), **arguments})
 
 
+def test_a_key_that_nothing_needs_changes_nothing():
+    params = normal_tree()
+    states = []
+    for key in (0, None):
+        tx = quantize_state(optax.adagrad(1e-2), key=key)
+        states.append(jax.jit(tx.update)(params, tx.init(params), params))
+    assert_bit_equal(*states)
+
+
 def test_a_state_in_few_bits_is_not_quantized_again():
     with pytest.raises(ValueError, match="in few bits already"):
         quantize_state(adamw4bit(1e-2)).init(normal_tree())
