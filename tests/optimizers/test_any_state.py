@@ -96,7 +96,12 @@ def assert_close(actual, expected, rtol=2e-5, atol=0.0):
 
 # Where rounding is magnified: bias correction by a difference of large numbers, which a compiler
 # rounds otherwise; updates that are differences of iterates near 1.
-TOLERANCES = {"radam": (2e-3, 0), "scale_by_radam": (2e-3, 0), "schedule_free_adamw": (2e-5, 1e-6)}
+TOLERANCES = {
+    "radam": (2e-3, 0),
+    "scale_by_radam": (2e-3, 0),
+    "schedule_free": (2e-5, 1e-6),
+    "schedule_free_adamw": (2e-5, 1e-6),
+}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # optax's own
