@@ -277,8 +277,8 @@ class _Slicer:
         )
         return program, shared
 
-    def _may_keep(self, var: Var) -> bool:
-        equation = self.producers.get(var)
+    def _may_keep(self, var: Any) -> bool:
+        equation = None if isinstance(var, Literal) else self.producers.get(var)
         if equation is None:
             return True
         choices = _variables(equation.invars[1:])
