@@ -7,6 +7,7 @@ import pkgutil
 import re
 
 import optax
+import optax.contrib
 import pytest
 
 import optax_lowbit
@@ -35,6 +36,7 @@ COUNTERPARTS = {
     "lion4bit": optax.lion,
     "lion8bit": optax.lion,
     "rmsprop8bit": optax.rmsprop,
+    "muon4bit": optax.contrib.muon,
     "scale_by_adam4bit": optax.scale_by_adam,
     "scale_by_adam8bit": optax.scale_by_adam,
     "scale_by_factor4bit": optax.scale_by_adam,

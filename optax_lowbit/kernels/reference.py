@@ -33,6 +33,8 @@ from optax_lowbit.quant.array import (
     encode,
     encode_unpacked,
     to_float32,
+    with_coded_scales,
+    with_float_scales,
 )
 from optax_lowbit.quant.scaling import Scales, effective_scaling, merge_scales
 
@@ -69,17 +71,30 @@ def update_leaf(
 def _update_whole(step, grad, moments, key, constants):
     floats = {name: _to_float(moment) for name, moment in moments.items()}
     update, new = step(widened(grad), floats, constants)
-    indices = random_bits.element_indices(grad.shape)
-    stored = {}
-    for name, moment in moments.items():
-        if is_quantized(moment):
-            values = to_float32(new[name])
-            scales = exchanged(_scales_like(values, moment), moment, grad)
-            noise = _noise(name, moment, key, indices)
-            stored[name] = encode(values, scales, moment.spec, moment.dtype, noise)
-        else:
-            stored[name] = new[name].astype(moment.dtype)
+    stored = {name: stored_like(moment, new[name], name, key) for name, moment in moments.items()}
     return update.astype(grad.dtype), stored
+
+
+def stored_like(moment: Any, x: jax.Array, name: str, key: random_bits.Key | None) -> Any:
+    """``x`` in the way that ``moment`` is stored, with the noise that is its by name."""
+    if not is_quantized(moment):
+        return x.astype(moment.dtype)
+    plain, values = with_float_scales(moment), to_float32(x)
+    scales = exchanged(_scales_like(values, plain), plain, x)
+    noise = _noise(name, moment, key, random_bits.element_indices(x.shape))
+    return scales_stored_like(
+        moment, encode(values, scales, plain.spec, plain.dtype, noise), name, key
+    )
+
+
+def scales_stored_like(moment: Any, new: Any, name: str, key: random_bits.Key | None) -> Any:
+    """``new``, whose scales are in float32, with 8-bit scales if ``moment`` has them."""
+    if not is_quantized(moment) or not moment.spec.double_quant:
+        return new
+    words = None
+    if key is not None and moment.spec.rounding == "stochastic":
+        words = random_bits.fold_in(moment_key(key, name), 0)
+    return with_coded_scales(new, moment.spec, words)
 
 
 def _update_tiles(plan, step, grad, moments, key, constants):

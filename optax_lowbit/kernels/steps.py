@@ -12,9 +12,9 @@ from optax_lowbit.kernels import backends
 from optax_lowbit.kernels.adam import Coefficients, coefficients
 from optax_lowbit.kernels.parameters import Descent, descended, noise_operands
 from optax_lowbit.kernels.partitioning import per_device
-from optax_lowbit.kernels.reference import Step, exchanged, moment_key, update_leaf
-from optax_lowbit.quant import QuantSpec, is_quantized, random_bits
-from optax_lowbit.quant.array import code_padding, with_coded_scales, with_float_scales
+from optax_lowbit.kernels.reference import Step, exchanged, scales_stored_like, update_leaf
+from optax_lowbit.quant import QuantSpec, is_quantized
+from optax_lowbit.quant.array import code_padding, with_float_scales
 
 Moments = dict[str, Any]
 
@@ -138,7 +138,7 @@ def step_leaf(
     grad: jax.Array,
     moments: Moments,
     key: Any,
-    factors: tuple[jax.Array, jax.Array] | None = None,
+    factors: Any = None,
     descent: Descent | None = None,
 ) -> tuple[jax.Array, Moments]:
     """One step of one leaf.
@@ -151,7 +151,8 @@ def step_leaf(
       grad: Gradient.
       moments: The leaf's moments, by name.
       key: For stochastic rounding.
-      factors: Shares of rows and means of columns of a factored second moment.
+      factors: Shares of rows and means of columns of a factored second moment; or, without
+        ``fused``, any tree of constants of ``step``.
       descent: For a step that writes parameters.
 
     Returns:
@@ -176,21 +177,13 @@ def step_leaf(
         specs = fused.specs(moments)
         chosen = backends.platforms(backend, fused.op, grad, grad.shape, grad.dtype, *specs)
         result, moments = backends.by_platform(chosen, run, *operands)
-    return result, {name: _stored_like(x, name, moments[name], key) for name, x in stored.items()}
+    return result, {
+        name: scales_stored_like(x, moments[name], name, key) for name, x in stored.items()
+    }
 
 
 def _with_float_scales(moment: Any) -> Any:
     return with_float_scales(moment) if is_quantized(moment) else moment
-
-
-def _stored_like(old: Any, name: str, new: Any, key: random_bits.Key | None) -> Any:
-    """``new`` with its scales in 8 bits, if those of ``old`` are."""
-    if not is_quantized(old) or not old.spec.double_quant:
-        return new
-    words = None
-    if key is not None and old.spec.rounding == "stochastic":
-        words = random_bits.fold_in(moment_key(key, name), 0)
-    return with_coded_scales(new, old.spec, words)
 
 
 def _by_reference(step, key, grad, moments, factors, descent):

@@ -3,6 +3,7 @@ from optax_lowbit.optimizers.adagrad import ScaleByRssWithCountState, adagrad8bi
 from optax_lowbit.optimizers.adam4bit import adam4bit, adamw4bit, scale_by_adam4bit
 from optax_lowbit.optimizers.adam8bit import adam8bit, adamw8bit, scale_by_adam8bit
 from optax_lowbit.optimizers.ademamix import ademamix4bit
+from optax_lowbit.optimizers.any_state import quantize_state
 from optax_lowbit.optimizers.corrected_bfloat16 import (
     CorrectedBfloat16State,
     correct_bfloat16,
@@ -14,6 +15,7 @@ from optax_lowbit.optimizers.describe import Description, describe
 from optax_lowbit.optimizers.diagnostics import DiagnosticsState, with_diagnostics
 from optax_lowbit.optimizers.factor import factor4bit, scale_by_factor4bit
 from optax_lowbit.optimizers.lion import lion4bit, lion8bit
+from optax_lowbit.optimizers.muon import muon4bit
 from optax_lowbit.optimizers.policy import Policy
 from optax_lowbit.optimizers.rmsprop import rmsprop8bit
 from optax_lowbit.optimizers.sgd import Trace4bitState, sgd4bit, sgd8bit, trace4bit
@@ -43,6 +45,8 @@ __all__ = (
     "join_bfloat16",
     "lion4bit",
     "lion8bit",
+    "muon4bit",
+    "quantize_state",
     "rmsprop8bit",
     "scale_by_adam4bit",
     "scale_by_adam8bit",

@@ -41,15 +41,22 @@ class LeafProgram:
       shape: The parameter's shape.
       is_elementwise: Whether every result is of ``shape``, and each of its elements depends on the
         elements of the arguments in the same place: then :meth:`run` takes pieces as well.
+      may_keep: Whether a result may be an argument as it was, by a choice for the whole leaf.
     """
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     shape: tuple[int, ...]
     is_elementwise: bool
+    may_keep: bool
     _equations: tuple[JaxprEqn, ...]
     _invars: tuple[Var, ...]
     _outvars: tuple[Any, ...]
+
+    @property
+    def output_shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of the results, in the order of ``outputs``."""
+        return [_shape(var) for var in self._outvars]
 
     def run(self, arguments: Sequence[Any], shared: dict[Var, Any]) -> list[Any]:
         """The results, in the order of ``outputs``.
@@ -91,9 +98,7 @@ class LeafPrograms:
     def shared(self, arguments: Sequence[Any]) -> tuple[dict[Var, Any], list[Any]]:
         """What all leaves' programs need, and the results of ``shared_outputs``."""
         environment = {**self._constants, **dict(zip(self._invars, arguments, strict=True))}
-        for equation in self._equations:
-            operands = [_read(environment, var) for var in equation.invars]
-            environment.update(zip(equation.outvars, _bind(equation, operands)))
+        _run(self._equations, environment)
         return environment, [_read(environment, var) for var in self._outvars]
 
 
@@ -117,21 +122,25 @@ def split_by_leaf(
     """
     closed = jax.make_jaxpr(_inlined(function, arguments))(*arguments)
     jaxpr = closed.jaxpr
-    labels = dict(zip(jaxpr.invars, owners, strict=True))
-    producers: dict[Var, JaxprEqn] = {}
-    for equation in jaxpr.eqns:
-        among = {labels.get(var) for var in _variables(equation.invars)} - {None}
-        for var in equation.outvars:
-            labels[var] = next(iter(among)) if len(among) == 1 else None
-            producers[var] = equation
-
-    slicer = _Slicer(jaxpr, labels, producers)
-    shared_outputs, by_owner = slicer.outputs_by_owner()
-    programs, needed = {}, [jaxpr.outvars[index] for index in shared_outputs]
-    shapes = {owner: arguments[owners.index(owner)].shape for owner in by_owner}
-    for owner, outputs in by_owner.items():
-        programs[owner], shared_vars = slicer.program(owner, outputs, shapes[owner])
+    # A scalar of one leaf, such as the norm of its gradient, is best left to the leaf, unless it is
+    # all that keeps the leaf's program from being elementwise.
+    slicer, sharing = (
+        _Slicer(jaxpr, *_labelled(jaxpr, owners, kept)) for kept in ([True] * len(owners), heavy)
+    )
+    outputs, fewer_outputs = slicer.outputs_by_owner(), sharing.outputs_by_owner()
+    programs, needed = {}, []
+    for owner in outputs:
+        shape = arguments[owners.index(owner)].shape
+        program, shared_vars = slicer.program(owner, outputs[owner], shape)
+        if not program.is_elementwise and owner in fewer_outputs:
+            other, other_vars = sharing.program(owner, fewer_outputs[owner], shape)
+            if other.is_elementwise:
+                program, shared_vars = other, other_vars
+        programs[owner] = program
         needed += shared_vars
+    owned = {index for program in programs.values() for index in program.outputs}
+    shared_outputs = [index for index in range(len(jaxpr.outvars)) if index not in owned]
+    needed += [jaxpr.outvars[index] for index in shared_outputs]
     equations, inputs = slicer.closure(needed, lambda var: True)
     if any(heavy[index] for index in inputs):
         return None
@@ -146,6 +155,66 @@ def split_by_leaf(
     )
 
 
+def _labelled(
+    jaxpr: Jaxpr, owners: Sequence[int | None], kept: Sequence[bool]
+) -> tuple[dict[Var, int | None], dict[Var, JaxprEqn]]:
+    """The owner of each variable, and the equation that it comes from.
+
+    What comes from one leaf is that leaf's, but for scalars that need none of the arguments that
+    are ``kept`` for their owners.
+    """
+    labels = dict(zip(jaxpr.invars, owners, strict=True))
+    is_kept = dict(zip(jaxpr.invars, kept, strict=True))
+    producers: dict[Var, JaxprEqn] = {}
+    for equation in jaxpr.eqns:
+        read = _variables(equation.invars)
+        among = {labels.get(var) for var in read} - {None}
+        of_kept = any(is_kept.get(var, False) for var in read)
+        is_reduction = any(_shape(var) for var in read)
+        for var in equation.outvars:
+            is_shared = len(among) != 1 or (is_reduction and not of_kept and not _shape(var))
+            labels[var] = None if is_shared else next(iter(among))
+            is_kept[var] = of_kept
+            producers[var] = equation
+    return labels, producers
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """The results of a function, computed one by one, with only what each of them needs.
+
+    Made by :func:`results_of`.
+    """
+
+    _slicer: "_Slicer"
+    _constants: dict[Var, Any]
+
+    def fill(self, index: int, arguments: Sequence[Any]) -> jax.Array | None:
+        """The scalar that result ``index`` is full of, if it is made so; else None."""
+        var = self._slicer.jaxpr.outvars[index]
+        equation = None if isinstance(var, Literal) else self._slicer.producers.get(var)
+        if equation is None or not _is_broadcast_of_scalar(equation):
+            return None
+        return self._value(equation.invars[0], arguments)
+
+    def compute(self, index: int, arguments: Sequence[Any]) -> jax.Array:
+        """Result ``index``."""
+        return self._value(self._slicer.jaxpr.outvars[index], arguments)
+
+    def _value(self, var: Any, arguments: Sequence[Any]) -> jax.Array:
+        environment = {**self._constants, **dict(zip(self._slicer.jaxpr.invars, arguments))}
+        _run(self._slicer.closure([var], lambda var: True)[0], environment)
+        return jnp.asarray(_read(environment, var))
+
+
+def results_of(function: Callable[..., Sequence[Any]], arguments: Sequence[Any]) -> Results:
+    """Traces ``function``, from arrays to a list of arrays."""
+    closed = jax.make_jaxpr(_inlined(function, arguments))(*arguments)
+    producers = {var: equation for equation in closed.jaxpr.eqns for var in equation.outvars}
+    constants = dict(zip(closed.jaxpr.constvars, closed.consts))
+    return Results(_Slicer(closed.jaxpr, {}, producers), constants)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Slicer:
     """Cuts pieces out of a jaxpr whose variables are labelled with their owners."""
@@ -154,14 +223,14 @@ class _Slicer:
     labels: dict[Var, int | None]
     producers: dict[Var, JaxprEqn]
 
-    def outputs_by_owner(self) -> tuple[list[int], dict[int, list[int]]]:
-        """Indices of the results without owner, and of each owner's."""
-        shared: list[int] = []
+    def outputs_by_owner(self) -> dict[int, list[int]]:
+        """Indices of each owner's results."""
         owned: dict[int, list[int]] = {}
         for index, var in enumerate(self.jaxpr.outvars):
             label = None if isinstance(var, Literal) else self.labels.get(var)
-            (shared if label is None else owned.setdefault(label, [])).append(index)
-        return shared, owned
+            if label is not None:
+                owned.setdefault(label, []).append(index)
+        return owned
 
     def closure(
         self, targets: Iterable[Any], within: Callable[[Var], bool]
@@ -201,11 +270,21 @@ class _Slicer:
             tuple(outputs),
             shape,
             is_elementwise,
+            any(self._may_keep(var) for var in outvars),
             tuple(equations),
             tuple(self.jaxpr.invars[index] for index in inputs),
             outvars,
         )
         return program, shared
+
+    def _may_keep(self, var: Any) -> bool:
+        equation = None if isinstance(var, Literal) else self.producers.get(var)
+        if equation is None:
+            return True
+        choices = _variables(equation.invars[1:])
+        return equation.primitive.name == "select_n" and any(
+            choice not in self.producers for choice in choices
+        )
 
     def _is_broadcast_scalar(self, var: Var) -> bool:
         """Whether it is a shared scalar in a leaf's shape: a piece of it is made where needed."""
@@ -235,6 +314,12 @@ def _bind(equation: JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
     with equation.ctx.manager:
         results = equation.primitive.bind(*operands, **parameters)
     return results if equation.primitive.multiple_results else [results]
+
+
+def _run(equations: Iterable[JaxprEqn], environment: dict[Var, Any]) -> None:
+    for equation in equations:
+        operands = [_read(environment, var) for var in equation.invars]
+        environment.update(zip(equation.outvars, _bind(equation, operands)))
 
 
 def _read(environment: dict[Var, Any], var: Any) -> Any:

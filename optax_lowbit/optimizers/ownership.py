@@ -1,13 +1,13 @@
 """Which parameter a leaf of an optimizer's state belongs to."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from optax_lowbit.optimizers.flax_variables import is_variable, unwrapped
 from optax_lowbit.optimizers.leafwise import is_low_bit
-from optax_lowbit.optimizers.policy import path_names
+from optax_lowbit.optimizers.policy import path_name, path_names
 
 
 def is_state_leaf(x: Any) -> bool:
@@ -34,23 +34,57 @@ def owners(state: Any, params: Any) -> list[int | None]:
       >>> owners(optax.adam(1e-3).init(params), params)  # count, mu, nu
       [None, 0, 1, 0, 1]
     """
+    return [slot.owner for slot in slots(state, params)]
+
+
+class Slot(NamedTuple):
+    """Where a leaf of a state stands.
+
+    Attributes:
+      owner: The index of its parameter, or None.
+      state: The name of the innermost NamedTuple around it, or "".
+      field: The field of that tuple, or "".
+      path: Its path in the state, for messages.
+    """
+
+    owner: int | None
+    state: str
+    field: str
+    path: str
+
+
+def slots(state: Any, params: Any) -> list[Slot]:
+    """The :class:`Slot` of each leaf of ``state`` under :func:`is_state_leaf`.
+
+    Args:
+      state, params: As for :func:`owners`.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> params = {"w": jnp.zeros((2, 3))}
+      >>> slots(optax.adam(1e-3).init(params), params)[1]
+      Slot(owner=0, state='ScaleByAdamState', field='mu', path='0/mu/w')
+    """
     by_path = {}
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_variable)
     for index, (path, leaf) in enumerate(leaves):
         by_path[_keys(path)] = index, len(unwrapped(leaf).shape)
     longest = max(map(len, by_path), default=0)
 
-    def owner_of(path, leaf):
+    def slot(path, leaf):
         keys = _keys(path)
         is_scalar = not unwrapped(leaf).shape
+        owner, before = None, len(keys)
         for start, end in _spans(keys, longest):
             index, ndim = by_path.get(keys[start:end], (None, 0))
             if index is not None and (not is_scalar or (ndim == 0 and end == len(keys))):
-                return index
-        return None
+                owner, before = index, start
+                break
+        *_, (holder, field) = _fields_along(state, path[:before])
+        return Slot(owner, holder, field, path_name(path))
 
     state_leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_state_leaf)
-    return [owner_of(path, leaf) for path, leaf in state_leaves]
+    return [slot(path, leaf) for path, leaf in state_leaves]
 
 
 def _keys(path: tuple[Any, ...]) -> tuple[tuple[str, bool], ...]:
@@ -68,3 +102,17 @@ def _spans(keys: tuple[tuple[str, bool], ...], longest: int) -> Iterator[tuple[i
         )
     for length in range(min(longest, len(keys)), -1, -1):
         yield from ((end - length, end) for end in range(len(keys), length - 1, -1))
+
+
+def _fields_along(node: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, str]]:
+    """Names of the NamedTuples that a path goes through, and of their fields; first two empty."""
+    yield "", ""
+    for key in path:
+        if isinstance(key, jax.tree_util.GetAttrKey):
+            if isinstance(node, tuple):
+                yield type(node).__name__, key.name
+            node = getattr(node, key.name)
+        elif isinstance(key, jax.tree_util.DictKey | jax.tree_util.SequenceKey):
+            node = node[key.key if isinstance(key, jax.tree_util.DictKey) else key.idx]
+        else:
+            return
