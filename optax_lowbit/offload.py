@@ -299,7 +299,7 @@ class _Call:
 
 
 # Of the turn in which the first leaf's state comes.
-_NOTHING = LeafProgram((), (), (), False, (), (), ())
+_NOTHING = LeafProgram((), (), (), False, False, (), (), ())
 
 
 def _in_loop(

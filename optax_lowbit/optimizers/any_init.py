@@ -131,7 +131,7 @@ class _Plan:
         default, is_nonnegative = self._defaults[kind], kind == "nonnegative"
         spec, reason = self._policy.choose(slot.field, label, like, default, is_nonnegative)
         if spec is not None and is_explicit(param) and param.shape == like.shape:
-            check_alignment(label, param, spec.group_size)
+            check_alignment(label, param, spec)
         return spec, reason
 
     def _check_ownerless(self, slot: Slot, like: Any) -> None:
@@ -199,7 +199,7 @@ def _fresh_leaf(
             fill = results.fill(index, arguments)
     is_float = jnp.issubdtype(getattr(param, "dtype", aval.dtype), jnp.floating)
     if spec is not None and is_float and fill is not None and _is_zero(fill):
-        return storage.zero_moment(param, spec, None)
+        return storage.fresh_moment(param, spec, None, 0)
     if fill is None:
         value = results.compute(index, arguments)
     else:

@@ -91,8 +91,8 @@ class _Call:
         self.heavy = [is_quantized(x) for x in self.values]
         self.names = moment_names(state_slots)
         counter = counter_of(state)
-        # Without a counter nothing is rounded stochastically: init has seen to it.
-        step_key = None if counter is None else noise_key(key, counter)
+        # Without either nothing is rounded stochastically: init has seen to it.
+        step_key = None if key is None or counter is None else noise_key(key, counter)
         self.keys = [fold_in_path(step_key, path) for path, _ in paths_and_grads]
 
     def abstract(self) -> list[Any]:
