@@ -166,7 +166,12 @@ def adagrad_step(g, moments, t):
 
 
 ALGORITHMS = {
-    "lion4bit": (optax_lowbit.lion4bit(1.0, weight_decay=0.0), lion_step, ["mu"], 0.0),
+    "lion4bit": (
+        optax_lowbit.lion4bit(1.0, weight_decay=0.0, mu_spec=FOUR),
+        lion_step,
+        ["mu"],
+        0.0,
+    ),
     "lion8bit": (optax_lowbit.lion8bit(1.0, weight_decay=0.0), lion_step, ["mu"], 0.0),
     "ademamix4bit": (
         optax_lowbit.ademamix4bit(1.0, m2_spec=FOUR), ademamix_step, ["m1", "m2", "nu"], 0.0,
