@@ -1,6 +1,6 @@
-"""One of several processes that train together: `python -m tests.sharding_process RANK PORT OUT`.
+"""One of several processes that train together: `python -m tests.sharding.worker RANK PORT OUT`.
 
-`test_sharding` runs the same steps in one process, and compares.
+`test_steps` runs the same steps in one process, and compares.
 """
 
 import sys
