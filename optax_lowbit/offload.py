@@ -86,7 +86,7 @@ def offload(
       Optimizers". Differs in that the state is always on the host, and moved by the compiled
       program, where CUDA's unified memory moves it when the device runs out.
     """
-    if not isinstance(min_size, int) or min_size < 0:
+    if type(min_size) is not int or min_size < 0:
         raise ValueError(f"min_size must be an int of at least 0, got {min_size!r}")
     if memory_kind != _HOST_KIND:
         raise ValueError(f"memory_kind must be {_HOST_KIND!r}, got {memory_kind!r}")

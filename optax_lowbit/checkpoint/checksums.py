@@ -23,7 +23,7 @@ def checksum(x: jax.Array | np.ndarray | np.generic) -> Any:
         words = _host_words(x)
         return _mixed_sum(words, np.arange(words.size, dtype=np.uint32), np)
     with on_own_mesh(x):
-        return _on_devices(x)
+        return _on_devices(jax.device_put(x, jax.memory.Space.Device))
 
 
 @jax.jit

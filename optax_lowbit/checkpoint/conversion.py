@@ -77,7 +77,7 @@ def converted(source: Any, like: Any) -> Any:
     elif is_low_bit(source) or is_low_bit(like) or not _is_integer(source):
         array = source if is_low_bit(source) else jnp.asarray(source)
         with on_own_mesh(array):
-            value = _converted(array, _form(like))
+            value = _converted(jax.device_put(array, jax.memory.Space.Device), _form(like))
     else:
         value = _same_integer(source, dtype_of(like))
     return _placed(value, like)

@@ -95,7 +95,8 @@ def _torchao_moment(stored: Any, shape: Shape) -> Any:
     if table.size == 16:
         codes = np.stack([codes >> 4, codes & 15], axis=-1)
     scales = np.asarray(stored["scale"])
-    return _blockwise(_shaped(codes, shape), scales, table, _size(shape) // scales.size)
+    block = _size(shape) // max(scales.size, 1)
+    return _blockwise(_shaped(codes, shape), scales, table, block)
 
 
 def read_bitsandbytes(entries: Entries, shape: Shape) -> dict[str, Any]:
@@ -121,6 +122,7 @@ def read_bitsandbytes(entries: Entries, shape: Shape) -> dict[str, Any]:
 
 
 def _blockwise(codes: np.ndarray, scales: Any, table: np.ndarray, block: int) -> Any:
+    _check_codes(codes, table)
     scales = np.asarray(scales, np.float32).reshape(-1)
     if not block or scales.size != -(-codes.size // block):
         raise ValueError(f"{scales.size} scales of blocks of {block} for {codes.size} elements")
@@ -132,11 +134,25 @@ def _blockwise(codes: np.ndarray, scales: Any, table: np.ndarray, block: int) ->
 
 
 def _rank1(codes: np.ndarray, maxima: tuple[np.ndarray, ...], table: np.ndarray) -> Any:
+    _check_codes(codes, table)
+    shapes = [
+        tuple(size if axis == own else 1 for axis, size in enumerate(codes.shape))
+        for own in range(codes.ndim)
+    ]
+    if [x.shape for x in maxima] != shapes:
+        raise ValueError(f"maxima of shapes {[x.shape for x in maxima]}, which must be {shapes}")
     if rank1_axes(codes.shape, _LPMM_BLOCK) == codes.ndim:
         scales = tuple(jnp.asarray(x) for x in maxima)
         return _quantized(codes, scales, table, "rank1", _LPMM_BLOCK)
     smallest = np.broadcast_arrays(*maxima)
     return table[codes] * np.minimum.reduce(smallest)
+
+
+def _check_codes(codes: np.ndarray, table: np.ndarray) -> None:
+    if not 2 <= table.size <= 256:
+        raise ValueError(f"a code table of {table.size} values, which must have 2 to 256")
+    if codes.size and codes.max() >= table.size:
+        raise ValueError(f"code {codes.max()}, beyond a table of {table.size} values")
 
 
 def _quantized(codes: np.ndarray, scales: Any, table: np.ndarray, scaling, block) -> Any:

@@ -98,7 +98,7 @@ def _by_parameter(state_dict: Any) -> Mapping[str, Mapping[str, Any]]:
         return state_dict
     nested: dict[str, Any] = {}
     for key, array in state_dict.items():
-        match = _ENTRY.fullmatch(key)
+        match = _ENTRY.fullmatch(str(key))
         if not match:
             raise ValueError(f"state_dict has {key!r}, which ends with no entry of an optimizer")
         names = [match["entry"], *(match["rest"] or "").split(".")]
@@ -111,11 +111,13 @@ def _by_parameter(state_dict: Any) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _steps(by_parameter: Mapping[str, Mapping[str, Any]]) -> list[Leaf]:
-    steps = {
-        int(np.asarray(entries["step"]).item())
-        for entries in by_parameter.values()
-        if "step" in entries
-    }
+    steps = set()
+    for parameter, entries in by_parameter.items():
+        step = np.asarray(entries.get("step", 0))
+        if step.size != 1:
+            raise ValueError(f"the step of {parameter!r} must be one number, got {step}")
+        if "step" in entries:
+            steps.add(int(step.item()))
     if len(steps) > 1:
         raise ValueError(f"the parameters are at different steps: {sorted(steps)}")
     return [Leaf(("step",), "", "count", "", np.int32(step)) for step in steps]
@@ -138,7 +140,9 @@ def _moments(
         shape = shape_of(wanted[parameter][0].value)
         try:
             moments = _READERS[source](entries, shape)
-        except (ValueError, KeyError) as error:
+        except KeyError as error:
+            raise ValueError(f"{source} state of {parameter!r} lacks {error}") from error
+        except ValueError as error:
             raise ValueError(f"{source} state of {parameter!r}: {error}") from error
         for name, value in moments.items():
             field = _field(name, moments, fields)

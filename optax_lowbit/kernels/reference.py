@@ -92,7 +92,7 @@ def scales_stored_like(moment: Any, new: Any, name: str, key: random_bits.Key | 
     if not is_quantized(moment) or not moment.spec.double_quant:
         return new
     words = None
-    if key is not None and moment.spec.rounding == "stochastic":
+    if key is not None:
         words = random_bits.fold_in(moment_key(key, name), 0)
     return with_coded_scales(new, moment.spec, words)
 

@@ -79,6 +79,7 @@ class FusedAdam:
             def maxima(scalars, grad, codes, *scales, spread):
                 local = _of_part(dataclasses.replace(nu, codes=codes, scales=scales), grad)
                 found = kernels.adam_rank1_maxima(grad, local, Coefficients(*scalars), **options)
+                spread = spread[-len(found) :]  # of other axes each slice has maxima of its own
                 return tuple(_over_other_axes(x, i, spread) for i, x in enumerate(found))
 
             nu_scales = per_device(

@@ -119,23 +119,34 @@ def architecture(model: str | os.PathLike[str] | Mapping[str, Any]) -> Architect
         return ARCHITECTURES[model.lower()]
     path = pathlib.Path(model)
     if path.is_file():
-        return _from_config(json.loads(path.read_text()))
+        try:
+            return _from_config(json.loads(path.read_text()))
+        except ValueError as error:  # of its text, too
+            raise ValueError(f"{path}: {error}") from error
     raise ValueError(
         f"model must be the path of a config.json or one of {', '.join(ARCHITECTURES)}; "
         f"got {os.fspath(model)!r}"
     )
 
 
-def _from_config(config: Mapping[str, Any]) -> Architecture:
+def _from_config(config: Any) -> Architecture:
+    if not isinstance(config, Mapping):
+        raise ValueError(f"a config.json must have an object, got {type(config).__name__}")
     kind: Any = config.get("model_type")
-    if kind not in _READERS:
+    if not isinstance(kind, str) or kind not in _READERS:
         raise ValueError(
             f"model_type of a config.json must be one of {', '.join(_READERS)}; got {kind!r}"
         )
     missing = [name for name in _REQUIRED[kind] if name not in config]
     if missing:
         raise ValueError(f"the config.json of a model of type {kind!r} lacks {', '.join(missing)}")
-    for name, needed in _FIXED.items():
+    for name in (*_REQUIRED[kind], *_SIZES):
+        value = config.get(name)
+        if name in _REQUIRED[kind] or value is not None:
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a positive int in a config.json, got {value!r}")
+    fixed = _FIXED | _FIXED_OF.get(kind, {})
+    for name, needed in fixed.items():
         if name in config and config[name] != needed:
             raise ValueError(f"{name} must be {needed} in a config.json, got {config[name]}")
     return _READERS[kind](config)
@@ -186,7 +197,7 @@ def _read_roberta(config: Mapping[str, Any]) -> Architecture:
 
 
 # Where a configuration says otherwise, there are parameters that nobody here knows of.
-_FIXED: Mapping[str, Any] = {
+_FIXED: dict[str, Any] = {
     "attention_bias": False,
     "mlp_bias": False,
     "add_cross_attention": False,
@@ -194,6 +205,12 @@ _FIXED: Mapping[str, Any] = {
     "layer_norm_elementwise_affine": True,
     "type_vocab_size": 1,
 }
+_FIXED_OF: dict[str, dict[str, Any]] = {
+    "gpt2": {"tie_word_embeddings": True},
+    "opt": {"tie_word_embeddings": True},
+}
+# What a configuration may leave out, or have null.
+_SIZES = ("num_key_value_heads", "head_dim", "n_inner", "word_embed_proj_dim")
 _COMMON = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 _READERS: Mapping[str, Callable[[Mapping[str, Any]], Architecture]] = {
     "llama": _read_llama,
@@ -205,7 +222,7 @@ _READERS: Mapping[str, Callable[[Mapping[str, Any]], Architecture]] = {
 }
 _REQUIRED: Mapping[str, tuple[str, ...]] = {
     "llama": (*_COMMON, "intermediate_size"),
-    "mistral": (*_COMMON, "intermediate_size"),
+    "mistral": (*_COMMON, "intermediate_size", "num_key_value_heads"),
     "qwen2": (*_COMMON, "intermediate_size"),
     "gpt2": ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions"),
     "opt": (*_COMMON, "ffn_dim", "max_position_embeddings"),

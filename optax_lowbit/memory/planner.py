@@ -13,7 +13,7 @@ import optax
 from optax_lowbit.memory.architectures import abstract_params
 from optax_lowbit.memory.layout import Bytes, abstract_state, abstracted, bytes_of
 from optax_lowbit.memory.sizes import Fit, parse_size
-from optax_lowbit.memory.targets import CompiledStep, compile_step, meshes
+from optax_lowbit.memory.targets import CompiledStep, check_target, compile_step, meshes
 from optax_lowbit.optimizers.leafwise import is_low_bit
 from optax_lowbit.optimizers.ownership import is_state_leaf, owners
 
@@ -129,7 +129,8 @@ def plan(
       params: Arrays or `jax.ShapeDtypeStruct`, with a `NamedSharding` each where they are spread
         over a mesh (an `AbstractMesh` will do); or a model that :func:`abstract_params` knows by
         name or path, in float32.
-      tx: Any Optax transform.
+      tx: Any Optax transform. A state that :func:`optax_lowbit.offload` keeps on the host is
+        counted as if it were on the device.
       adapters: The leaves that are trained, where ``params`` are frozen: gradients and state are
         those of this tree alone. None: ``params`` are trained.
       step: The training step, as `jax.jit` returned it, with its donated arguments and shardings;
@@ -180,6 +181,9 @@ def plan(
       >>> memory.step.arguments, memory.step.outputs - memory.step.aliased
       (1179648, 0)
     """
+    check_target(target)
+    if step is None and arguments:
+        raise ValueError("arguments are those of a step: step must be given, got None")
     if isinstance(params, str | os.PathLike):
         params = abstract_params(params)
     params, adapters = abstracted(params), abstracted(adapters)

@@ -118,6 +118,16 @@ def platform_of(target: str) -> str:
     return {"cpu": "cpu", "h100": "cuda"}.get(target.partition(":")[0], "tpu")
 
 
+def check_target(target: str) -> None:
+    """Raises ValueError if there is no target of that name."""
+    name, _, topology = target.partition(":")
+    if name not in TARGETS or (topology and name == "cpu"):
+        raise ValueError(
+            f"target must be one of {', '.join(TARGETS)}, TPUs with a topology if there are more "
+            f"devices, as in 'tpu v5e:2x2', H100s with their number, as in 'h100:2'; got {target!r}"
+        )
+
+
 def target_devices(target: str) -> Sequence[Any]:
     """The devices of a target, which cannot be run on if they are not at hand.
 
@@ -125,12 +135,8 @@ def target_devices(target: str) -> Sequence[Any]:
       ValueError: If there is no such target or topology.
       ModuleNotFoundError: If its compiler is not installed; the message says how to.
     """
+    check_target(target)
     name, _, topology = target.partition(":")
-    if name not in TARGETS or (topology and name == "cpu"):
-        raise ValueError(
-            f"target must be one of {', '.join(TARGETS)}, TPUs with a topology if there are more "
-            f"devices, as in 'tpu v5e:2x2', H100s with their number, as in 'h100:2'; got {target!r}"
-        )
     if name == "cpu":
         return jax.devices("cpu")
     if name == "h100":

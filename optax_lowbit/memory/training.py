@@ -14,7 +14,18 @@ from optax_lowbit.memory.layout import abstract_state, fully_sharded
 from optax_lowbit.memory.planner import MemoryPlan, plan
 from optax_lowbit.memory.targets import platform_of
 from optax_lowbit.memory.transformer import train_step
-from optax_lowbit.optimizers import adamw4bit, adamw8bit, factor4bit, sgd4bit, sgd8bit
+from optax_lowbit.optimizers import (
+    adagrad8bit,
+    adamw4bit,
+    adamw8bit,
+    ademamix4bit,
+    factor4bit,
+    lion4bit,
+    lion8bit,
+    rmsprop8bit,
+    sgd4bit,
+    sgd8bit,
+)
 
 Factory = Callable[[Backend], optax.GradientTransformation]
 
@@ -42,6 +53,12 @@ OPTIMIZERS: Mapping[str, Factory] = {
     "adamw8bit": lambda backend: adamw8bit(1e-4, backend=backend),
     "adamw4bit": lambda backend: adamw4bit(1e-4, backend=backend),
     "factor4bit": lambda backend: factor4bit(1e-4, backend=backend),
+    "lion": lambda backend: optax.lion(1e-4),
+    "lion8bit": lambda backend: lion8bit(1e-4),
+    "lion4bit": lambda backend: lion4bit(1e-4),
+    "ademamix4bit": lambda backend: ademamix4bit(1e-4),
+    "rmsprop8bit": lambda backend: rmsprop8bit(1e-4),
+    "adagrad8bit": lambda backend: adagrad8bit(1e-4),
     "sgd8bit": lambda backend: sgd8bit(1e-4, momentum=0.9, backend=backend),
     "sgd4bit": lambda backend: sgd4bit(1e-4, momentum=0.9, backend=backend),
 }

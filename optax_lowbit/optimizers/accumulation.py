@@ -14,6 +14,7 @@ from optax_lowbit.optimizers.flax_variables import is_variable, unwrapped, wrapp
 from optax_lowbit.optimizers.leafwise import (
     Moment,
     checked_policy,
+    checked_transform,
     fold_in_path,
     is_low_bit,
     noise_key,
@@ -46,8 +47,8 @@ def accumulate(
       m_n = Q^{-1}(\bar m_{n-1}) + \bigl(g_n - Q^{-1}(\bar m_{n-1})\bigr) / n, \qquad
       \bar m_n = Q(m_n)
 
-    and ``tx`` is given :math:`m_k`, which is not rounded: so ``every_k=1`` is ``tx`` itself. In
-    other mini-steps updates are zeros.
+    and ``tx`` is given :math:`m_k` in the gradients' dtype, without the accumulator's rounding: so
+    ``every_k=1`` is ``tx`` itself. In other mini-steps updates are zeros.
 
     **Noise.** :math:`m_k` is right on average: its error is :math:`\sum_{n<k} (n/k)\, e_n`, where
     :math:`e_n` is that of one rounding and has mean 0. A sum in place of the mean would have the
@@ -98,7 +99,7 @@ def accumulate(
     moment = _checked_moment(spec, key)
     quantized = moment if isinstance(moment.spec, QuantSpec) else Moment(None)
     policy = checked_policy({_NAME: quantized}, policy, key)
-    inner = optax.with_extra_args_support(tx)
+    inner = checked_transform(tx)
 
     def init_fn(params):
         return optax.MultiStepsState(

@@ -18,8 +18,8 @@ from optax_lowbit.kernels.meshes import is_explicit
 from optax_lowbit.optimizers import storage
 from optax_lowbit.optimizers.flax_variables import is_variable, unwrapped, wrapped_like
 from optax_lowbit.optimizers.leaf_programs import Results, results_of
-from optax_lowbit.optimizers.leafwise import is_low_bit
-from optax_lowbit.optimizers.ownership import Slot, is_state_leaf, slots
+from optax_lowbit.optimizers.leafwise import is_low_bit, is_random
+from optax_lowbit.optimizers.ownership import Slot, is_state_leaf, moment_names, slots
 from optax_lowbit.optimizers.placement import check_alignment
 from optax_lowbit.optimizers.policy import (
     Decision,
@@ -111,9 +111,23 @@ class _Plan:
         if any(map(is_low_bit, self.leaves)):
             raise ValueError("tx keeps its state in few bits already; give it as it is")
         self._slots = slots(abstract, params)
+        self._check_names()
         choices = [self._choose(*pair) for pair in zip(self._slots, map(unwrapped, self.leaves))]
         self.specs = [spec for spec, _ in choices]
         self._reasons = [reason for _, reason in choices]
+
+    def _check_names(self) -> None:
+        if any(slot.state == "CorrectedBfloat16State" for slot in self._slots):
+            raise ValueError(
+                "correct_bfloat16 must be outside, last in a chain: "
+                "optax.chain(quantize_state(tx), correct_bfloat16())"
+            )
+        names = {slot.field for slot in self._slots}
+        unknown = sorted(self._fields.keys() - names)
+        if unknown and self._params:
+            raise ValueError(
+                f"fields names {unknown}, and the state has the fields {sorted(names - {''})}"
+            )
 
     def param_of(self, index: int) -> Any:
         """The parameter that a leaf belongs to, or None."""
@@ -146,8 +160,7 @@ class _Plan:
 
     def check_counter(self) -> None:
         """Raises ValueError if stochastic rounding has no counter to number its draws."""
-        is_stochastic = any(spec and spec.rounding == "stochastic" for spec in self.specs)
-        if is_stochastic and counter_of(self._abstract) is None:
+        if any(map(is_random, self.specs)) and counter_of(self._abstract) is None:
             raise ValueError(
                 "stochastic rounding needs a state with a field 'count', to draw other numbers in "
                 f"each step; that of tx has none: {jax.tree.structure(self._abstract)}"
@@ -171,16 +184,6 @@ class _Plan:
             label, param = self._params[owner]
             reason = "no kernel of this optimizer"
             record(KernelChoice(label, tuple(param.shape), "reference", reason))
-
-
-def moment_names(slots: Sequence[Slot]) -> list[str]:
-    """The fields, numbered from the second that a parameter has of one name: ``mu``, ``mu 2``."""
-    seen: dict[tuple[int | None, str], int] = {}
-    names = []
-    for slot in slots:
-        number = seen[slot.owner, slot.field] = seen.get((slot.owner, slot.field), 0) + 1
-        names.append(slot.field if number == 1 else f"{slot.field} {number}")
-    return names
 
 
 def _fresh_leaf(

@@ -7,7 +7,7 @@ import jax
 import optax
 
 from optax_lowbit.optimizers import any_init, any_update
-from optax_lowbit.optimizers.leafwise import checked_policy
+from optax_lowbit.optimizers.leafwise import checked_policy, checked_transform
 from optax_lowbit.optimizers.policy import Policy
 from optax_lowbit.optimizers.presets import FIRST_MOMENT_4BIT, SECOND_MOMENT_4BIT
 from optax_lowbit.optimizers.state_fields import Fields, Kind, checked_fields, moments_by_name
@@ -103,11 +103,8 @@ def low_bit_state(
     """:func:`quantize_state` with given specs for moments of either kind."""
     if isinstance(tx, optax.MultiSteps):
         tx = tx.gradient_transformation()
-    if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
-        raise TypeError(f"tx must be an optax.GradientTransformation, got {type(tx).__name__}")
-    fields = checked_fields(fields)
+    inner, fields = checked_transform(tx), checked_fields(fields)
     policy = checked_policy(moments_by_name(fields, specs), policy, key)
-    inner = optax.with_extra_args_support(tx)
 
     def init_fn(params):
         return any_init.init_state(inner.init, params, specs, fields, policy, key)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from optax_lowbit.optimizers.flax_variables import is_variable, unwrapped
-from optax_lowbit.optimizers.ownership import is_state_leaf, owners
+from optax_lowbit.optimizers.leafwise import checked_transform, is_low_bit
+from optax_lowbit.optimizers.ownership import is_state_leaf, moment_names, slots
 from optax_lowbit.optimizers.policy import path_name
 from optax_lowbit.quant import QuantizedArray, dequantize, is_quantized, packing
 
@@ -84,15 +85,17 @@ def with_diagnostics(
         raise ValueError(f"every must be an int of at least 1, got {every!r}")
     try:
         pattern = re.compile(leaves)
-    except re.error as error:
+    except (re.error, TypeError) as error:
         raise ValueError(f"leaves must be a regular expression, got {leaves!r}: {error}") from error
-    tx = optax.with_extra_args_support(tx)
-    shadowed = optax.with_extra_args_support(
-        optax.masked(shadow, lambda params: _is_chosen(pattern, params))
+    tx = checked_transform(tx)
+    shadowed = optax.masked(
+        checked_transform(shadow, "shadow"), lambda params: _is_chosen(pattern, params)
     )
 
     def init_fn(params):
         inner_state, shadow_state = tx.init(params), shadowed.init(params)
+        if any(map(is_low_bit, jax.tree.leaves(shadow_state, is_leaf=is_state_leaf))):
+            raise ValueError("shadow must keep its state in float32, as optax.adamw does")
         state = DiagnosticsState(jnp.zeros([], jnp.int32), inner_state, shadow_state, {})
         like = jax.eval_shape(lambda s, u: _measured(pattern, u, u, s, s), state, params)
         if not like and jax.tree.leaves(params):
@@ -139,10 +142,14 @@ def _measured(
     paths = jax.tree_util.tree_leaves_with_path(updates, is_leaf=is_variable)
     names = [path_name(path) for path, _ in paths]
     measures, measured = {}, set()
-    for (path, moment), owner in zip(_by_path(new.inner_state), owners(new.inner_state, updates)):
+    state_slots = slots(new.inner_state, updates)
+    for (path, moment), slot, field in zip(
+        _by_path(new.inner_state), state_slots, moment_names(state_slots), strict=True
+    ):
+        owner = slot.owner
         if owner is None or not is_quantized(moment) or not pattern.search(names[owner]):
             continue
-        prefix = f"{names[owner]}/{_field(path, names[owner])}"
+        prefix = f"{names[owner]}/{field}"
         measures[f"{prefix}/occupancy"] = _occupancy(moment)
         measures[f"{prefix}/frozen"] = jnp.mean(_codes(moment) == _codes(before[path]))
         if path in shadow:
@@ -161,19 +168,13 @@ def _by_path(state: Any) -> list[tuple[str, Any]]:
     return [(path_name(path), leaf) for path, leaf in leaves]
 
 
-def _field(path: str, name: str) -> str:
-    """``mu`` of ``0/mu/layer/kernel``, whose parameter is ``layer/kernel``."""
-    return path.removesuffix(name).rstrip("/").rpartition("/")[2]
-
-
 def _codes(q: QuantizedArray) -> jax.Array:
     return packing.unpack(q.codes, q.spec.bits, q.spec.group_size, q.last_dim)
 
 
 def _occupancy(q: QuantizedArray) -> jax.Array:
-    size = len(q.spec.values)
-    used = jnp.zeros(size, bool).at[_codes(q).reshape(-1)].set(True)
-    return jnp.mean(used)
+    codes, values = _codes(q), jnp.arange(len(q.spec.values), dtype=jnp.uint8)
+    return jnp.mean(jax.lax.map(lambda value: jnp.any(codes == value), values))
 
 
 def _float32(x: Any) -> jax.Array:

@@ -13,8 +13,12 @@ import jax.numpy as jnp
 
 
 def is_variable(x: Any) -> bool:
-    """Whether ``x`` is an `nnx.Variable`; the ``is_leaf`` under which trees are mapped here."""
-    return isinstance(x, getattr(sys.modules.get("flax.nnx"), "Variable", ()))
+    """Whether ``x`` is an `nnx.Variable`; the ``is_leaf`` under which trees are mapped here.
+
+    One that :func:`optax.masked` has emptied is none.
+    """
+    variable = getattr(sys.modules.get("flax.nnx"), "Variable", ())
+    return isinstance(x, variable) and bool(jax.tree.leaves(x))
 
 
 def unwrapped(x: Any) -> Any:

@@ -352,9 +352,27 @@ def checked_policy(
                 f"policy.rules name the moments {sorted(named)}, and there are {sorted(moments)}"
             )
         specs += [spec for _, spec in choice] if isinstance(choice, tuple) else [choice]
-    if key is None and any(spec and spec.rounding == "stochastic" for spec in specs):
-        raise ValueError("key must be given (a jax.random.key or a seed) for stochastic rounding")
+    if key is None and any(map(is_random, specs)):
+        raise ValueError(
+            "key must be given (a jax.random.key or a seed) for stochastic rounding, of codes or, "
+            "under double_quant, of scales"
+        )
     return policy
+
+
+def is_random(spec: Any) -> bool:
+    """Whether a state that is kept so draws random numbers in each step.
+
+    Scales in 8 bits do: a step may change them by less than rounding to nearest can see.
+    """
+    return isinstance(spec, QuantSpec) and (spec.rounding == "stochastic" or spec.double_quant)
+
+
+def checked_transform(tx: Any, name: str = "tx") -> optax.GradientTransformationExtraArgs:
+    """``tx`` with support for extra arguments; raises TypeError if it is no transform."""
+    if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+        raise TypeError(f"{name} must be an optax.GradientTransformation, got {tx!r}")
+    return optax.with_extra_args_support(tx)
 
 
 def noise_key(key: jax.Array | int, count: Any) -> random_bits.Key:

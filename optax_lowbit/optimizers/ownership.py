@@ -1,6 +1,6 @@
 """Which parameter a leaf of an optimizer's state belongs to."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -42,8 +42,8 @@ class Slot(NamedTuple):
 
     Attributes:
       owner: The index of its parameter, or None.
-      state: The name of the innermost NamedTuple around it, or "".
-      field: The field of that tuple, or "".
+      state: The name of the innermost type with fields around it (a NamedTuple, a dict), or "".
+      field: Its field there, or "".
       path: Its path in the state, for messages.
     """
 
@@ -87,6 +87,16 @@ def slots(state: Any, params: Any) -> list[Slot]:
     return [slot(path, leaf) for path, leaf in state_leaves]
 
 
+def moment_names(slots: Sequence[Slot]) -> list[str]:
+    """The fields, numbered from the second that a parameter has of one name: ``mu``, ``mu 2``."""
+    seen: dict[tuple[int | None, str], int] = {}
+    names = []
+    for slot in slots:
+        number = seen[slot.owner, slot.field] = seen.get((slot.owner, slot.field), 0) + 1
+        names.append(slot.field if number == 1 else f"{slot.field} {number}")
+    return names
+
+
 def _keys(path: tuple[Any, ...]) -> tuple[tuple[str, bool], ...]:
     """The names on a path, and whether each is that of a field: ``.count`` is no ``['count']``."""
     is_field = (isinstance(key, jax.tree_util.GetAttrKey) for key in path)
@@ -105,14 +115,16 @@ def _spans(keys: tuple[tuple[str, bool], ...], longest: int) -> Iterator[tuple[i
 
 
 def _fields_along(node: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, str]]:
-    """Names of the NamedTuples that a path goes through, and of their fields; first two empty."""
+    """Names of the types that a path goes through, and of their fields; first two empty."""
     yield "", ""
     for key in path:
         if isinstance(key, jax.tree_util.GetAttrKey):
-            if isinstance(node, tuple):
-                yield type(node).__name__, key.name
+            yield type(node).__name__, key.name
             node = getattr(node, key.name)
-        elif isinstance(key, jax.tree_util.DictKey | jax.tree_util.SequenceKey):
-            node = node[key.key if isinstance(key, jax.tree_util.DictKey) else key.idx]
+        elif isinstance(key, jax.tree_util.DictKey):
+            yield type(node).__name__, str(key.key)
+            node = node[key.key]
+        elif isinstance(key, jax.tree_util.SequenceKey):
+            node = node[key.idx]
         else:
             return

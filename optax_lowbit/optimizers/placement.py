@@ -75,5 +75,7 @@ def divisible(
     for size, entry in zip(shape, sharding.spec):
         parts = math.prod(sharding.mesh.shape[name] for name in mesh_axes(entry))
         entries.append(entry if size % parts == 0 else None)
+    while entries and entries[-1] is None:  # as the results of a compiled update have it
+        entries.pop()
     spec = jax.sharding.PartitionSpec(*entries)
     return jax.sharding.NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)

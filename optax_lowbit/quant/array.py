@@ -173,7 +173,8 @@ class QuantizedArray:
         return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
 
     def __repr__(self) -> str:
-        if not hasattr(self.codes, "shape"):  # a tree of shardings, of booleans, ...
+        # It may be a tree of shardings, of dtypes, ...
+        if not isinstance(self.codes, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
             return f"QuantizedArray(codes={self.codes}, scales={self.scales})"
         return f"QuantizedArray(shape={self.shape}, dtype={self.dtype}, spec={self.spec})"
 
@@ -203,15 +204,17 @@ def quantize(
     so that the mean is ``x / s``. All maths is in float32.
 
     A zero block stays zero. A finite input never gives NaN. A non-finite element makes itself and
-    elements that it gives their scale non-finite, and no others, so that overflow stays visible;
+    elements that it gives their scale non-finite, and no others (under ``double_quant``: all that
+    share a scale with its scale), so that overflow stays visible;
     the sign of an infinity is not kept.
 
     Args:
       x: A float array of any shape; under ``spec.signed=False`` without negative values (they would
         become the least table value).
       spec: How to store it.
-      key: Needed for ``spec.rounding="stochastic"``: a `jax.random.key` (Threefry) or a seed. The
-        bits of an element depend on its index alone, so they are the same on every mesh.
+      key: For ``spec.rounding="stochastic"``, which needs it, and to round 8-bit scales
+        stochastically: a `jax.random.key` (Threefry) or a seed. The bits of an element depend on
+        its index alone, so they are the same on every mesh.
 
     Returns:
       A :class:`QuantizedArray`: ``spec.bits / 8`` bytes an element, and 4 for each scale. Under jit
@@ -243,7 +246,7 @@ def quantize(
     if spec.rounding == "stochastic" and key is None:
         raise ValueError("key must be given for a spec with rounding='stochastic', got None")
     words = None
-    if spec.rounding == "stochastic" and key is not None:
+    if key is not None and (spec.rounding == "stochastic" or spec.double_quant):
         words = random_bits.key_words(key)
     return _quantize(jnp.asarray(x), spec, words)
 
@@ -268,7 +271,9 @@ def dequantize(q: QuantizedArray) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="spec", inline=True)
 def _quantize(x: jax.Array, spec: QuantSpec, key: random_bits.Key | None) -> QuantizedArray:
-    noise = None if key is None else random_bits.uniform(key, *random_bits.element_indices(x.shape))
+    noise = None
+    if key is not None and spec.rounding == "stochastic":
+        noise = random_bits.uniform(key, *random_bits.element_indices(x.shape))
     values = to_float32(x)
     q = encode(values, compute_scales(values, spec), spec, x.dtype, noise)
     return with_coded_scales(q, spec, None if key is None else random_bits.fold_in(key, 0))

@@ -306,6 +306,17 @@ BAD_CODES = {"codes": np.zeros(3, np.uint8), "scale": np.zeros(1), "qmap": np.ze
         ({"w": adam_entries(max_exp_avg_sq=np.zeros(2))}, r"no place for w.max_exp_avg_sq"),
         ({"w": {"step": 1, "exp_avg": np.zeros(2)}}, r"nothing to make \[0\].nu\['w'\] from"),
         ({"w.nonsense": np.zeros(2)}, "'w.nonsense', which ends with no entry"),
+        ({3: np.zeros(2)}, "3, which ends with no entry"),
+        ({"w": adam_entries(step=np.zeros(2))}, "the step of 'w' must be one number"),
+        ({"w": adam_entries(exp_avg={"codes": np.zeros(1, np.uint8)})}, "'w' lacks 'qmap'"),
+        (
+            {
+                "w": adam_entries(
+                    exp_avg={**BAD_CODES, "codes": np.zeros(1, np.uint8), "scale": np.zeros(0)}
+                )
+            },
+            "0 scales of blocks",
+        ),
     ],
 )
 def test_states_that_do_not_fit_are_refused(state, message):
@@ -326,6 +337,13 @@ def test_wrong_arguments():
                     "exp_avg_qstate": {"qmap": np.zeros(16), "overhead": {}}}}  # fmt: skip
     with pytest.raises(ValueError, match="lpmm state of 'w': 7 bytes of 4-bit codes"):
         import_state("lpmm", packed, to=tx, params=params)
+    beyond = {"state1": np.full(2, 200, np.uint8), "absmax1": np.ones(1), "qmap1": np.ones(16)}
+    with pytest.raises(ValueError, match="code 200, beyond a table of 16 values"):
+        import_state("bitsandbytes", {"w": beyond}, to=tx, params=params)
+    rank1 = {"qmap": np.ones(16), "overhead": {"max_dims": [np.ones((63, 1)), np.ones((1, 256))]}}
+    packed = {"w": {"exp_avg": np.zeros(64 * 128 + 1, np.int8), "exp_avg_qstate": rank1}}
+    with pytest.raises(ValueError, match=r"maxima of shapes \[\(63, 1\), .* must be \[\(64, 1\)"):
+        import_state("lpmm", packed, to=tx, params={"w": jnp.ones((64, 256))})
     absmax = {"w": {"state1": np.zeros(2, np.uint8), "absmax1": np.zeros(5), "qmap1": np.ones(256)}}
     with pytest.raises(ValueError, match="5 scales of blocks of 256 for 2 elements"):
         import_state("bitsandbytes", absmax, to=tx, params=params)

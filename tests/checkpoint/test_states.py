@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import optax_lowbit
-from optax_lowbit import QuantSpec, convert_state, dequantize, is_quantized, quantize
+from optax_lowbit import QuantSpec, checkpoint, convert_state, dequantize, is_quantized, quantize
 from optax_lowbit.checkpoint import conversion, states
 from tests.optimizers.cases import (
     assert_bit_equal,
@@ -375,3 +375,21 @@ def test_one_leaf_at_a_time(monkeypatch):
     spec = state[0].mu["w0"].spec
     compiled = conversion._converted.lower(moment, (spec, np.dtype(np.float32))).compile()
     assert compiled.memory_analysis().temp_size_in_bytes <= leaf * 1.1
+
+
+def test_states_on_the_host(tmp_path):
+    """Of `offload`: saved, restored and converted, from and to."""
+    params, _, state = updated("adamw4bit")
+    tx = TRANSFORMS["adamw4bit"]
+    paged = optax_lowbit.offload(tx).init(params)
+    host = convert_state(state, to=optax_lowbit.offload(tx), params=params)
+    assert host[0].mu["matrix"].codes.sharding.memory_kind == "pinned_host"
+    assert_bit_equal(jax.tree.map(np.asarray, host), jax.tree.map(np.asarray, state))
+    checkpoint.save(tmp_path / "0", host)
+    restored = checkpoint.restore(tmp_path / "0", paged)
+    assert restored[0].mu["matrix"].codes.sharding.memory_kind == "pinned_host"
+    assert_bit_equal(jax.tree.map(np.asarray, restored), jax.tree.map(np.asarray, state))
+    eight = TRANSFORMS["adamw8bit"]
+    assert_bit_equal(
+        convert_state(host, to=eight, params=params), convert_state(state, to=eight, params=params)
+    )

@@ -109,11 +109,28 @@ def test_heads_of_another_size():
         ({"model_type": "gpt2", "n_embd": 8}, "lacks vocab_size, n_layer, n_head, n_positions"),
         ({**LLAMA, "attention_bias": True}, "attention_bias must be False .*got True"),
         ({**CONFIGS["roberta-large"], "type_vocab_size": 2}, "type_vocab_size must be 1 .*got 2"),
+        ({"model_type": ["llama"]}, r"model_type .*; got \['llama'\]"),
+        ({**LLAMA, "hidden_size": None}, "hidden_size must be a positive int .*got None"),
+        ({**LLAMA, "num_attention_heads": 0}, "num_attention_heads must be a positive int"),
+        ({**CONFIGS["gpt2"], "tie_word_embeddings": False}, "tie_word_embeddings must be True"),
+        (
+            {k: x for k, x in LLAMA.items() if k != "num_key_value_heads"}
+            | {"model_type": "mistral"},
+            "'mistral' lacks num_key_value_heads",
+        ),
     ],
 )
 def test_impossible_configs(config, message):
     with pytest.raises(ValueError, match=message):
         abstract_params(config)
+
+
+@pytest.mark.parametrize(("text", "message"), [("[1]", "must have an object"), ("{", "Expecting")])
+def test_broken_files_are_named(text, message, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"config\.json: .*{message}"):
+        abstract_params(path)
 
 
 def test_unknown_model():

@@ -92,7 +92,7 @@ def test_a_step_over_devices(config, capsys):
             r"invalid choice: 'adamw2bit'.*adamw4bit",
         ),
         ([*LLAMA, "--device", "24XB"], r"'24GB', or one of rtx3090, .*got '24XB'"),
-        ([*LLAMA, "--batch", "1", "--target", "gpu"], r"target must be one of cpu, .*got 'gpu'"),
+        ([*LLAMA, "--target", "gpu"], r"target must be one of cpu, .*got 'gpu'"),
         ([*LLAMA, "--devices", "0"], r"--devices: must be at least 1, got 0"),
         ([*LLAMA, "--config", "config.json"], r"--config: not allowed with argument --model"),
         (["--optimizer", "adamw"], r"one of the arguments --model --config is required"),

@@ -179,7 +179,14 @@ def test_state_is_on_every_device_where_the_mesh_does_not_divide_it():
     param = jax.ShapeDtypeStruct((64, 256), jnp.float32, sharding=sharding)
     mu = abstract_state(TRANSFORMS["adamw4bit"], {"w": param})[0].mu["w"]
     assert mu.codes.sharding.spec == PartitionSpec(None, "x")
-    assert mu.scales.sharding.spec == PartitionSpec(None, None)  # two blocks in a row
+    assert mu.scales.sharding.spec == PartitionSpec()  # two blocks in a row
+
+
+def test_wrong_arguments_are_told_without_a_step():
+    with pytest.raises(ValueError, match="target must be one of cpu, .*got 'tpu v99'"):
+        plan({"w": jnp.ones(3)}, optax.sgd(0.1), target="tpu v99")
+    with pytest.raises(ValueError, match="step must be given, got None"):
+        plan({"w": jnp.ones(3)}, optax.sgd(0.1), arguments=(1,))
 
 
 # --- compiled ---

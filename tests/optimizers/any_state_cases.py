@@ -135,8 +135,14 @@ OPTIMIZERS = [
     case("madgrad", 1e-2, remark="its sums are the parameters in disguise"),
     case("momo", by_leaf=False, needs="value", signed="exp_avg"),
     case("momo_adam", by_leaf=False, needs="value", signed="exp_avg", nonnegative="exp_avg_sq"),
-    case("muon", 1e-2, signed="mu", remark="`muon4bit` has its own specs"),
-    case("prodigy", signed="exp_avg", nonnegative="exp_avg_sq"),
+    case(
+        "muon", 1e-2, signed="mu",
+        remark="`muon4bit` has its own specs; no sharded axes on Explicit meshes, as in Optax",
+    ),
+    case(
+        "prodigy", signed="exp_avg", nonnegative="exp_avg_sq",
+        remark="no sharded axes on Explicit meshes, as in Optax",
+    ),
     case("schedule_free_adamw", 1e-2, nonnegative="nu", remark="`z` is an iterate"),
     case("schedule_free_sgd", 1e-2, remark="`z` is an iterate"),
     case("simplified_ademamix", 1e-2, signed="m", nonnegative="n"),

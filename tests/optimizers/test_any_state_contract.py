@@ -418,3 +418,25 @@ def test_an_update_holds_a_tile_or_a_leaf_in_float32():
     assert measured["lion"] < 0.01 and measured["adam"] < 0.01, measured
     assert measured["lamb"] < 0.45, measured  # five times one leaf
     assert measured["float32"] > 0.9, measured
+
+
+def test_fields_of_states_that_are_dicts():
+    """A transform of one's own, whose state is a dict."""
+
+    def update(updates, state, params=None):
+        mu = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, state["mu"], updates)
+        return mu, {"mu": mu}
+
+    own = optax.GradientTransformation(lambda p: {"mu": optax.tree.zeros_like(p)}, update)
+    params = normal_tree()
+    assert is_quantized(quantize_state(own).init(params)["mu"]["matrix"])
+
+
+def test_impossible_arguments_of_a_known_state_are_refused_at_init():
+    params = normal_tree()
+    with pytest.raises(ValueError, match=r"fields names \['nus'\], and the state has .*'mu', 'nu'"):
+        quantize_state(optax.adam(1e-3), fields={"nus": None}).init(params)
+    corrected = optax.chain(optax.sgd(0.1), optax_lowbit.correct_bfloat16())
+    bfloat16 = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    with pytest.raises(ValueError, match="correct_bfloat16 must be outside, last in a chain"):
+        quantize_state(corrected).init(bfloat16)

@@ -175,3 +175,15 @@ def test_nnx_optimizer_takes_scales_that_are_not_laid_out_as_the_parameter(name,
     _, optimizer = sharded_training(WITHOUT_BLOCKS[name](), AxisType.Auto, **metadata)
     codes = [v for v in optimizer_variables(optimizer) if v.get_value().dtype == jnp.uint8]
     assert codes
+
+
+@pytest.mark.parametrize("make", [optax_lowbit.adamw4bit, optax_lowbit.muon4bit])
+def test_nnx_parameters_masked_and_partitioned(make):
+    """A mask leaves variables without a value."""
+    model = nnx.Linear(128, 256, rngs=nnx.Rngs(0))
+    tx = optax.masked(make(1e-2), lambda params: jax.tree.map(lambda p: p.ndim > 1, params))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    grads = nnx.grad(lambda model: jnp.mean(model(jnp.ones((4, 128))) ** 2))(model)
+    before = model.kernel.get_value()
+    optimizer.update(model, grads)
+    assert (model.kernel.get_value() != before).any()

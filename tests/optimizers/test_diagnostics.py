@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_lowbit
-from optax_lowbit import Policy, dequantize, with_diagnostics
+from optax_lowbit import Policy, dequantize, quantize_state, with_diagnostics
 from tests.optimizers.cases import (
     assert_bit_equal,
     assert_same_types,
@@ -104,7 +105,33 @@ def test_in_a_chain_and_on_an_empty_tree():
     assert with_diagnostics(LOW, FULL, "first").init({}).measures == {}
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_sharded(axis_type):
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(axis_type,) * 2)
+    tx = with_diagnostics(LOW, FULL, "first")
+    params = {"first": normal_tree({"first": (64, 1024)})["first"]}
+    _, expected = jax.jit(tx.update)(params, tx.init(params), params)
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(params, NamedSharding(mesh, PartitionSpec("x", "y")))
+        _, state = jax.jit(tx.update)(spread, tx.init(spread), spread)
+    for name, value in expected.measures.items():
+        np.testing.assert_allclose(state.measures[name], value, rtol=1e-5)
+
+
+def test_moments_of_one_name_are_numbered():
+    tx = quantize_state(optax.chain(optax.trace(0.9), optax.trace(0.8)))
+    params = normal_tree(SHAPES)
+    state = with_diagnostics(tx, optax.identity(), "first").init(params)
+    assert {"first/trace/frozen", "first/trace 2/frozen"} <= state.measures.keys()
+
+
 def test_wrong_arguments():
+    with pytest.raises(TypeError, match="tx must be an optax.GradientTransformation, got 'x'"):
+        with_diagnostics("x", FULL, "first")
+    with pytest.raises(ValueError, match="leaves must be a regular expression, got None"):
+        with_diagnostics(LOW, FULL, None)
+    with pytest.raises(ValueError, match="shadow must keep its state in float32"):
+        with_diagnostics(LOW, LOW, "first").init(normal_tree(SHAPES))
     with pytest.raises(ValueError, match="every must be an int of at least 1, got 0"):
         with_diagnostics(LOW, FULL, "first", every=0)
     with pytest.raises(ValueError, match=r"leaves must be a regular expression, got '\('"):

@@ -111,6 +111,30 @@ def test_rank1_and_factored_updates_exchange_little(name, layout):
     assert max(found) <= 512 * 2048 // 32
 
 
+@pytest.mark.parametrize("spec", [(None, "a"), ("a", "b"), (None, "a", "b"), ("a", None, "b")])
+def test_stacked_layers_have_scales_of_their_own(spec):
+    """Rank-1 maxima of a stack's matrices are exchanged along the axes of the matrices alone."""
+    rng = np.random.default_rng(0)
+    grads = [rng.normal(size=(4, 256, 1024)).astype(np.float32) for _ in range(2)]
+    tx = optax_lowbit.scale_by_adam4bit()
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    spread = [jax.device_put(g, NamedSharding(mesh, PartitionSpec(*spec))) for g in grads]
+    expected = run(tx, jnp.asarray(grads[0]), grads)
+    jax.tree.map(np.testing.assert_array_equal, run(tx, spread[0], spread), expected)
+
+
+def test_fresh_moments_are_of_the_type_that_a_step_gives():
+    """As Optax's are: of another, the second step would compile again for their sake."""
+    mesh = mesh_for("both", AxisType.Auto)
+    params, grads = trees()
+    params, grads = place(params, mesh, "both"), place(grads[0], mesh, "both")
+    tx = OPTIMIZERS["adamw4bit"]()
+    state = tx.init(params)
+    _, new_state = jax.jit(tx.update)(grads, state, params)
+    for before, after in zip(jax.tree.leaves(state), jax.tree.leaves(new_state)):
+        assert before.ndim == 0 or before.sharding == after.sharding
+
+
 def test_a_mesh_that_does_not_divide_the_devices():
     """Six of eight: sums of other parts, so equal but for their rounding."""
     mesh = jax.make_mesh((6,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:6])

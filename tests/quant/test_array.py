@@ -265,3 +265,8 @@ def test_wrong_arguments_are_refused():
         quantize(jnp.ones(3), replace(rounding="stochastic"), key=jax.random.key(0, impl="rbg"))
     with pytest.raises(TypeError, match="q must be a QuantizedArray"):
         dequantize(jnp.ones(3))
+
+
+def test_repr_of_a_tree_of_something_else():
+    q = quantize(jnp.ones(128), QuantSpec(codebook="linear", bits=4, signed=True, scaling="block"))
+    assert "uint8" in repr(jax.tree.map(lambda x: x.dtype, q))
