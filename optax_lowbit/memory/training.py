@@ -94,7 +94,7 @@ def plan_training(
     if devices > 1:
         params = fully_sharded(params, devices, AXIS)
     if batch is None:
-        return plan(params, OPTIMIZERS[optimizer](backend))
+        return plan(params, OPTIMIZERS[optimizer](backend), target=target)
     if backend == "auto":
         named: Any = KERNELS[platform_of(target)]  # which this process may not have
         backend = named

@@ -16,6 +16,7 @@ import numpy as np
 
 from optax_lowbit.kernels.meshes import is_explicit
 from optax_lowbit.optimizers import storage
+from optax_lowbit.optimizers.corrected_bfloat16 import CorrectedBfloat16State
 from optax_lowbit.optimizers.flax_variables import is_variable, unwrapped, wrapped_like
 from optax_lowbit.optimizers.leaf_programs import Results, results_of
 from optax_lowbit.optimizers.leafwise import is_low_bit, is_random
@@ -117,7 +118,7 @@ class _Plan:
         self._reasons = [reason for _, reason in choices]
 
     def _check_names(self) -> None:
-        if any(slot.state == "CorrectedBfloat16State" for slot in self._slots):
+        if _has_node(self._abstract, CorrectedBfloat16State):
             raise ValueError(
                 "correct_bfloat16 must be outside, last in a chain: "
                 "optax.chain(quantize_state(tx), correct_bfloat16())"
@@ -211,6 +212,13 @@ def _fresh_leaf(
         return wrapped_like(like, value)
     quantized = quantize(in_float32(value), spec, key=key)
     return dataclasses.replace(quantized, dtype=param.dtype if is_float else quantized.dtype)
+
+
+def _has_node(tree: Any, node_type: type) -> bool:
+    def is_node(x):
+        return isinstance(x, node_type)
+
+    return any(map(is_node, jax.tree.leaves(tree, is_leaf=is_node)))
 
 
 def _is_zero(fill: jax.Array) -> bool:

@@ -190,4 +190,4 @@ def _ratio(x: jax.Array, y: jax.Array) -> jax.Array:
 def _cosine(x: jax.Array, y: jax.Array) -> jax.Array:
     """Of the angle between them; 1 if both are 0."""
     norms = jnp.linalg.norm(x) * jnp.linalg.norm(y)
-    return jnp.where(norms == 0, jnp.all(x == y).astype(jnp.float32), jnp.vdot(x, y) / norms)
+    return jnp.where(norms == 0, jnp.all(x == y).astype(jnp.float32), jnp.sum(x * y) / norms)

@@ -371,7 +371,8 @@ def is_random(spec: Any) -> bool:
 def checked_transform(tx: Any, name: str = "tx") -> optax.GradientTransformationExtraArgs:
     """``tx`` with support for extra arguments; raises TypeError if it is no transform."""
     if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
-        raise TypeError(f"{name} must be an optax.GradientTransformation, got {tx!r}")
+        given = type(tx).__name__
+        raise TypeError(f"{name} must be an optax.GradientTransformation, got {given}")
     return optax.with_extra_args_support(tx)
 
 

@@ -380,9 +380,9 @@ def test_one_leaf_at_a_time(monkeypatch):
 def test_states_on_the_host(tmp_path):
     """Of `offload`: saved, restored and converted, from and to."""
     params, _, state = updated("adamw4bit")
-    tx = TRANSFORMS["adamw4bit"]
-    paged = optax_lowbit.offload(tx).init(params)
-    host = convert_state(state, to=optax_lowbit.offload(tx), params=params)
+    tx = optax_lowbit.offload(TRANSFORMS["adamw4bit"], min_size=64)
+    paged = tx.init(params)
+    host = convert_state(state, to=tx, params=params)
     assert host[0].mu["matrix"].codes.sharding.memory_kind == "pinned_host"
     assert_bit_equal(jax.tree.map(np.asarray, host), jax.tree.map(np.asarray, state))
     checkpoint.save(tmp_path / "0", host)

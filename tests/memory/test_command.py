@@ -56,7 +56,7 @@ def test_every_optimizer(optimizer, config, capsys):
     assert main(["--config", config, "--optimizer", optimizer, "--dtype", "bfloat16"]) == 0
     state = bytes_in(capsys.readouterr().out, "optimizer state")
     assert state == plan(config, OPTIMIZERS[optimizer]("auto")).state.total or optimizer in (
-        "adamw", "sgd", "adafactor",  # whose moments have the dtype of the parameters
+        "adamw", "sgd", "adafactor", "lion",  # whose moments have the dtype of the parameters
     )  # fmt: skip
     if optimizer == "adamw-float32":
         assert state == plan(config, OPTIMIZERS["adamw"]("auto")).state.total

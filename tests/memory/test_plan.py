@@ -183,7 +183,7 @@ def test_state_is_on_every_device_where_the_mesh_does_not_divide_it():
 
 
 def test_wrong_arguments_are_told_without_a_step():
-    with pytest.raises(ValueError, match="target must be one of cpu, .*got 'tpu v99'"):
+    with pytest.raises(ValueError, match=r"target must be one of cpu, .*got 'tpu v99'"):
         plan({"w": jnp.ones(3)}, optax.sgd(0.1), target="tpu v99")
     with pytest.raises(ValueError, match="step must be given, got None"):
         plan({"w": jnp.ones(3)}, optax.sgd(0.1), arguments=(1,))

@@ -8,6 +8,7 @@ import optax.contrib
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import optax_lowbit
 from optax_lowbit import (
     Policy,
     QuantSpec,

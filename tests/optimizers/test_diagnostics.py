@@ -126,7 +126,7 @@ def test_moments_of_one_name_are_numbered():
 
 
 def test_wrong_arguments():
-    with pytest.raises(TypeError, match="tx must be an optax.GradientTransformation, got 'x'"):
+    with pytest.raises(TypeError, match=r"tx must be an optax\.GradientTransformation, got str"):
         with_diagnostics("x", FULL, "first")
     with pytest.raises(ValueError, match="leaves must be a regular expression, got None"):
         with_diagnostics(LOW, FULL, None)
