@@ -64,7 +64,7 @@ def save(path: Any, state: Any) -> None:
 
     .. seealso:: :func:`save_args`, for asynchronous checkpoints and for several in one folder.
     """
-    import orbax.checkpoint as ocp
+    ocp = _orbax()
 
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(_absolute(path), args=save_args(state))
@@ -94,7 +94,7 @@ def save_args(state: Any) -> Any:
       ...     latest = manager.directory / str(manager.latest_step())
       ...     restored = checkpoint.restore(latest, state)
     """
-    import orbax.checkpoint as ocp
+    ocp = _orbax()
 
     leaves = leaves_of(state)
     arrays = {}
@@ -158,12 +158,20 @@ def restore(path: Any, like: Any) -> Any:
     return jax.tree.unflatten(structure_of(like), values)
 
 
+def _orbax() -> Any:
+    try:
+        import orbax.checkpoint
+    except ModuleNotFoundError as error:
+        raise ImportError("checkpoints need Orbax: pip install orbax-checkpoint") from error
+    return orbax.checkpoint
+
+
 def _absolute(path: Any) -> Any:
     return pathlib.Path(path).absolute() if isinstance(path, str) else path
 
 
 def _read_manifest(path: Any) -> list[StoredLeaf]:
-    import orbax.checkpoint as ocp
+    ocp = _orbax()
 
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path}")
@@ -269,7 +277,7 @@ def _read(path: Any, places: Mapping[Piece, Sharding | None]) -> dict[str, Any]:
     Raises:
       ValueError: If one cannot be read, or is not what was written.
     """
-    import orbax.checkpoint as ocp
+    ocp = _orbax()
 
     arrays = {piece.name: piece.zeros() for piece in places if not piece.nbytes}
     item, arguments = {}, {}
