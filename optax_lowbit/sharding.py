@@ -68,7 +68,7 @@ def state_shardings(
       >>> shardings = optax_lowbit.state_shardings(tx, params)
       >>> state = jax.jit(tx.init, out_shardings=shardings)(params)
       >>> shardings[0].mu["w"].codes.spec, state[0].mu["w"].codes.sharding.spec
-      (P('data', None), P('data', None))
+      (P('data',), P('data',))
 
     .. seealso:: :func:`check_alignment`
     """

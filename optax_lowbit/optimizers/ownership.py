@@ -80,7 +80,8 @@ def slots(state: Any, params: Any) -> list[Slot]:
             if index is not None and (not is_scalar or (ndim == 0 and end == len(keys))):
                 owner, before = index, start
                 break
-        *_, (holder, field) = _fields_along(state, path[:before])
+        # Without an owner it is not known which keys are the parameter's.
+        *_, (holder, field) = _fields_along(state, path[:before], has_keys=owner is not None)
         return Slot(owner, holder, field, path_name(path))
 
     state_leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_state_leaf)
@@ -114,7 +115,7 @@ def _spans(keys: tuple[tuple[str, bool], ...], longest: int) -> Iterator[tuple[i
         yield from ((end - length, end) for end in range(len(keys), length - 1, -1))
 
 
-def _fields_along(node: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, str]]:
+def _fields_along(node: Any, path: tuple[Any, ...], *, has_keys: bool) -> Iterator[tuple[str, str]]:
     """Names of the types that a path goes through, and of their fields; first two empty."""
     yield "", ""
     for key in path:
@@ -122,7 +123,8 @@ def _fields_along(node: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, str]]
             yield type(node).__name__, key.name
             node = getattr(node, key.name)
         elif isinstance(key, jax.tree_util.DictKey):
-            yield type(node).__name__, str(key.key)
+            if has_keys:
+                yield type(node).__name__, str(key.key)
             node = node[key.key]
         elif isinstance(key, jax.tree_util.SequenceKey):
             node = node[key.idx]
