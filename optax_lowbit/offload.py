@@ -21,6 +21,7 @@ import optax
 from optax_lowbit.optimizers.descent import FusibleOptimizer
 from optax_lowbit.optimizers.flax_variables import unwrapped
 from optax_lowbit.optimizers.leaf_programs import LeafProgram, LeafPrograms, split_by_leaf
+from optax_lowbit.optimizers.leafwise import checked_transform
 from optax_lowbit.optimizers.ownership import is_state_leaf, owners
 
 # The memory kind that `jax.memory.Space.Host` stands for.
@@ -62,6 +63,7 @@ def offload(
       and a result that is paired with an array on the host is written there.
 
     Raises:
+      TypeError: If ``tx`` is no transform.
       ValueError: If ``min_size`` is negative or no int, or ``memory_kind`` is another. At init, or
         at the first update if ``tx`` needs extra arguments: if it is not leaf by leaf. The message
         names the arrays that mix.
@@ -90,7 +92,7 @@ def offload(
         raise ValueError(f"min_size must be an int of at least 0, got {min_size!r}")
     if memory_kind != _HOST_KIND:
         raise ValueError(f"memory_kind must be {_HOST_KIND!r}, got {memory_kind!r}")
-    update = optax.with_extra_args_support(tx).update
+    update = checked_transform(tx).update
 
     def init_fn(params):
         state = tx.init(params)

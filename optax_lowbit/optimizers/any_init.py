@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_lowbit.kernels.meshes import is_explicit
+from optax_lowbit.kernels.reference import float_dtype
 from optax_lowbit.optimizers import storage
 from optax_lowbit.optimizers.corrected_bfloat16 import CorrectedBfloat16State
 from optax_lowbit.optimizers.flax_variables import is_variable, unwrapped, wrapped_like
@@ -23,7 +24,6 @@ from optax_lowbit.optimizers.leafwise import is_low_bit, is_random
 from optax_lowbit.optimizers.ownership import Slot, is_state_leaf, moment_names, slots
 from optax_lowbit.optimizers.placement import check_alignment
 from optax_lowbit.optimizers.policy import (
-    Decision,
     KernelChoice,
     Policy,
     path_name,
@@ -80,7 +80,7 @@ def in_float32(x: Any) -> Any:
     """``x`` in the dtype of maths if it is of a narrower float dtype; abstract or not."""
     if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.inexact):
         return x
-    dtype = np.promote_types(x.dtype, np.float32)
+    dtype = float_dtype(x.dtype)
     if x.dtype == dtype:
         return x
     return x.update(dtype=dtype) if isinstance(x, jax.ShapeDtypeStruct) else x.astype(dtype)
@@ -176,10 +176,7 @@ class _Plan:
             if slot.owner is None:
                 continue
             label, param = self._params[slot.owner]
-            arrays = jax.tree.leaves(leaf)
-            nbytes = sum(array.size * array.dtype.itemsize for array in arrays)
-            dtype = str(unwrapped(leaf).dtype)
-            record(Decision(label, tuple(param.shape), name, spec, dtype, nbytes, reason))
+            storage.record_moment(label, tuple(param.shape), name, spec, unwrapped(leaf), reason)
             low_bit |= {slot.owner} if spec else set()
         for owner in sorted(low_bit):
             label, param = self._params[owner]

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 
 from optax_lowbit.optimizers.flax_variables import is_variable, unwrapped, wrapped_like
-from optax_lowbit.optimizers.policy import Decision, path_name, record
+from optax_lowbit.optimizers.policy import path_name
+from optax_lowbit.optimizers.storage import record_moment
 
 
 class CorrectedBfloat16State(NamedTuple):
@@ -158,9 +159,10 @@ def _no_correction(path: Any, leaf: Any) -> Any:
     param = unwrapped(leaf)
     if param.dtype != jnp.bfloat16:
         return optax.MaskedNode()
-    shape, dtype = tuple(param.shape), np.dtype(np.int8)
-    record(Decision(path_name(path), shape, "correction", dtype, "int8", param.size, ""))
-    return wrapped_like(leaf, jnp.zeros_like(param, dtype=dtype))
+    correction = jnp.zeros_like(param, dtype=jnp.int8)
+    dtype = np.dtype(np.int8)
+    record_moment(path_name(path), tuple(param.shape), "correction", dtype, correction, "")
+    return wrapped_like(leaf, correction)
 
 
 def _corrected(path: Any, leaf: Any, update: Any, correction: Any) -> tuple[Any, Any]:

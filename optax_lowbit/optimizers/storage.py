@@ -71,12 +71,18 @@ def init_moment(name: str, moment: "Moment", params: Any, policy: Policy) -> Any
         if isinstance(spec, QuantSpec) and is_explicit(param):
             check_alignment(label, param, spec)
         value = fresh_moment(param, spec, moment.dtype, moment.initial)
-        nbytes = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(value))
-        dtype = str(value.dtype)
-        record(Decision(label, tuple(param.shape), name, spec, dtype, nbytes, reason))
+        record_moment(label, tuple(param.shape), name, spec, value, reason)
         return value if isinstance(spec, QuantSpec | Factored) else wrapped_like(leaf, value)
 
     return jax.tree_util.tree_map_with_path(init_leaf, params, is_leaf=is_variable)
+
+
+def record_moment(
+    path: str, shape: tuple[int, ...], moment: str, spec: Any, value: Any, reason: str
+) -> None:
+    """Notes for `describe` how one moment of one leaf, ``value``, is stored, and why."""
+    nbytes = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(value))
+    record(Decision(path, shape, moment, spec, str(value.dtype), nbytes, reason))
 
 
 def fresh_moment(
