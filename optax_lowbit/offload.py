@@ -18,8 +18,8 @@ import jax.core
 import jax.numpy as jnp
 import optax
 
+from optax_lowbit.moments.flax_variables import unwrapped
 from optax_lowbit.optimizers.descent import FusibleOptimizer
-from optax_lowbit.optimizers.flax_variables import unwrapped
 from optax_lowbit.optimizers.leaf_programs import LeafProgram, LeafPrograms, split_by_leaf
 from optax_lowbit.optimizers.leafwise import checked_transform
 from optax_lowbit.optimizers.ownership import is_state_leaf, owners

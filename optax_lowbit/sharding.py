@@ -7,10 +7,10 @@ import jax
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from optax_lowbit.optimizers.flax_variables import is_variable, unwrapped
+from optax_lowbit.moments.flax_variables import is_variable, unwrapped
+from optax_lowbit.moments.placement import divisible, misalignment
+from optax_lowbit.moments.policy import path_name
 from optax_lowbit.optimizers.ownership import is_state_leaf, owners
-from optax_lowbit.optimizers.placement import divisible, misalignment
-from optax_lowbit.optimizers.policy import path_name
 from optax_lowbit.optimizers.state_layout import array_shardings
 from optax_lowbit.quant import is_quantized
 

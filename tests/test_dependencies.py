@@ -14,6 +14,7 @@ PACKAGE = "optax_lowbit"
 LEVELS = (
     {"quant"},
     {"kernels"},
+    {"moments"},
     {"optimizers", "zo", "adapters"},
     {"qlora"},
     {"sharding", "offload", "checkpoint", "memory"},

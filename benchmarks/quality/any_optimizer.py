@@ -30,7 +30,7 @@ from benchmarks.quality.report import difference, markdown_table
 from benchmarks.quality.tasks import digits, language
 from benchmarks.quality.training import run_task
 from optax_lowbit import Policy, quantize_state
-from optax_lowbit.optimizers.presets import FIRST_MOMENT_4BIT, FIRST_MOMENT_8BIT
+from optax_lowbit.moments.presets import FIRST_MOMENT_4BIT, FIRST_MOMENT_8BIT
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "benchmarks" / "results" / "any_optimizer.json"

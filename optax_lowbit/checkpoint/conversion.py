@@ -17,8 +17,8 @@ from optax_lowbit.checkpoint.leaves import (
     shape_of,
 )
 from optax_lowbit.kernels.means import mean
+from optax_lowbit.moments.storage import is_factored, is_low_bit
 from optax_lowbit.optimizers import FactoredMoment
-from optax_lowbit.optimizers.leafwise import is_factored, is_low_bit
 from optax_lowbit.quant import QuantSpec, is_quantized, quantize
 from optax_lowbit.quant.array import decode
 from optax_lowbit.quant.scaling import divide, effective_scaling

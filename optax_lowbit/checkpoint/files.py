@@ -19,7 +19,7 @@ from optax_lowbit.checkpoint.leaves import (
 )
 from optax_lowbit.checkpoint.manifest import Piece, StoredLeaf
 from optax_lowbit.checkpoint.matching import matched
-from optax_lowbit.optimizers.placement import divisible
+from optax_lowbit.moments.placement import divisible
 
 ARRAYS, MANIFEST = "state", "manifest"
 # Arrays that are to be converted are read in portions of this many bytes, and at least a leaf.

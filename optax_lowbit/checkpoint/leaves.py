@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_lowbit.optimizers.leafwise import is_low_bit
-from optax_lowbit.optimizers.policy import path_name
+from optax_lowbit.moments.policy import path_name
+from optax_lowbit.moments.storage import is_low_bit
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_lowbit.checkpoint.leaves import Leaf, dtype_of, is_key, pieces_of, shape_of
+from optax_lowbit.moments.storage import is_factored
 from optax_lowbit.optimizers import FactoredMoment
-from optax_lowbit.optimizers.leafwise import is_factored
 from optax_lowbit.quant import QuantSpec, is_quantized
 from optax_lowbit.quant.array import abstract_quantized
 

@@ -14,7 +14,7 @@ from optax_lowbit.memory.architectures import abstract_params
 from optax_lowbit.memory.layout import Bytes, abstract_state, abstracted, bytes_of
 from optax_lowbit.memory.sizes import Fit, parse_size
 from optax_lowbit.memory.targets import CompiledStep, check_target, compile_step, meshes
-from optax_lowbit.optimizers.leafwise import is_low_bit
+from optax_lowbit.moments.storage import is_low_bit
 from optax_lowbit.optimizers.ownership import is_state_leaf, owners
 
 

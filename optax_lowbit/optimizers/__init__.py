@@ -1,3 +1,5 @@
+from optax_lowbit.moments.policy import Policy
+from optax_lowbit.moments.storage import FactoredMoment
 from optax_lowbit.optimizers.accumulation import accumulate
 from optax_lowbit.optimizers.adagrad import ScaleByRssWithCountState, adagrad8bit
 from optax_lowbit.optimizers.adam4bit import adam4bit, adamw4bit, scale_by_adam4bit
@@ -16,11 +18,9 @@ from optax_lowbit.optimizers.diagnostics import DiagnosticsState, with_diagnosti
 from optax_lowbit.optimizers.factor import factor4bit, scale_by_factor4bit
 from optax_lowbit.optimizers.lion import lion4bit, lion8bit
 from optax_lowbit.optimizers.muon import muon4bit
-from optax_lowbit.optimizers.policy import Policy
 from optax_lowbit.optimizers.rmsprop import rmsprop8bit
 from optax_lowbit.optimizers.sgd import Trace4bitState, sgd4bit, sgd8bit, trace4bit
 from optax_lowbit.optimizers.stochastic_rounding import apply_updates_stochastic
-from optax_lowbit.optimizers.storage import FactoredMoment
 
 __all__ = (
     "CorrectedBfloat16State",

@@ -10,18 +10,12 @@ import optax
 
 from optax_lowbit.kernels.parameters import rounded
 from optax_lowbit.kernels.steps import step_leaf
-from optax_lowbit.optimizers.flax_variables import is_variable, unwrapped, wrapped_like
-from optax_lowbit.optimizers.leafwise import (
-    Moment,
-    checked_policy,
-    checked_transform,
-    fold_in_path,
-    is_low_bit,
-    noise_key,
-)
-from optax_lowbit.optimizers.policy import Policy
-from optax_lowbit.optimizers.presets import UNBIASED_8BIT
-from optax_lowbit.optimizers.storage import init_moment
+from optax_lowbit.moments.flax_variables import is_variable, unwrapped, wrapped_like
+from optax_lowbit.moments.keys import fold_in_path, noise_key
+from optax_lowbit.moments.policy import Policy
+from optax_lowbit.moments.presets import UNBIASED_8BIT
+from optax_lowbit.moments.storage import Moment, checked_policy, init_moment, is_low_bit
+from optax_lowbit.optimizers.leafwise import checked_transform
 from optax_lowbit.quant import QuantSpec, random_bits
 
 EveryK = int | Callable[[jax.Array], jax.typing.ArrayLike]

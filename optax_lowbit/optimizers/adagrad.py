@@ -5,10 +5,11 @@ from typing import NamedTuple
 import jax
 import optax
 
+from optax_lowbit.moments.policy import Policy
+from optax_lowbit.moments.presets import SECOND_MOMENT_8BIT
+from optax_lowbit.moments.storage import Moment
 from optax_lowbit.optimizers.descent import descend
-from optax_lowbit.optimizers.leafwise import Moment, counted, quantize_moments
-from optax_lowbit.optimizers.policy import Policy
-from optax_lowbit.optimizers.presets import SECOND_MOMENT_8BIT
+from optax_lowbit.optimizers.leafwise import counted, quantize_moments
 from optax_lowbit.quant import QuantSpec
 
 

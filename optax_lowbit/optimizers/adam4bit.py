@@ -5,13 +5,14 @@ import optax
 
 from optax_lowbit.kernels.backends import Backend
 from optax_lowbit.kernels.steps import FusedAdam
-from optax_lowbit.optimizers.descent import Mask, descend
-from optax_lowbit.optimizers.leafwise import Moment, quantize_moments
-from optax_lowbit.optimizers.policy import Policy
-from optax_lowbit.optimizers.presets import (
+from optax_lowbit.moments.policy import Policy
+from optax_lowbit.moments.presets import (
     FIRST_MOMENT_4BIT,
     SECOND_MOMENT_4BIT,
 )
+from optax_lowbit.moments.storage import Moment
+from optax_lowbit.optimizers.descent import Mask, descend
+from optax_lowbit.optimizers.leafwise import quantize_moments
 from optax_lowbit.quant import QuantSpec
 
 

@@ -4,10 +4,10 @@ import jax
 import optax
 
 from optax_lowbit.kernels.backends import Backend
+from optax_lowbit.moments.policy import Policy
+from optax_lowbit.moments.presets import FIRST_MOMENT_8BIT, SECOND_MOMENT_8BIT
 from optax_lowbit.optimizers.adam4bit import scale_by_adam4bit
 from optax_lowbit.optimizers.descent import Mask, descend
-from optax_lowbit.optimizers.policy import Policy
-from optax_lowbit.optimizers.presets import FIRST_MOMENT_8BIT, SECOND_MOMENT_8BIT
 from optax_lowbit.quant import QuantSpec
 
 

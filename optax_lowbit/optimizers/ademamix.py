@@ -5,10 +5,11 @@ from typing import Any
 import jax
 import optax
 
+from optax_lowbit.moments.policy import Policy
+from optax_lowbit.moments.presets import FIRST_MOMENT_4BIT, SECOND_MOMENT_4BIT, UNBIASED_8BIT
+from optax_lowbit.moments.storage import Moment
 from optax_lowbit.optimizers.descent import Mask, descend
-from optax_lowbit.optimizers.leafwise import Moment, quantize_moments
-from optax_lowbit.optimizers.policy import Policy
-from optax_lowbit.optimizers.presets import FIRST_MOMENT_4BIT, SECOND_MOMENT_4BIT, UNBIASED_8BIT
+from optax_lowbit.optimizers.leafwise import quantize_moments
 from optax_lowbit.quant import QuantSpec
 
 

@@ -16,19 +16,19 @@ import numpy as np
 
 from optax_lowbit.kernels.meshes import is_explicit
 from optax_lowbit.kernels.reference import float_dtype
-from optax_lowbit.optimizers import storage
-from optax_lowbit.optimizers.corrected_bfloat16 import CorrectedBfloat16State
-from optax_lowbit.optimizers.flax_variables import is_variable, unwrapped, wrapped_like
-from optax_lowbit.optimizers.leaf_programs import Results, results_of
-from optax_lowbit.optimizers.leafwise import is_low_bit, is_random
-from optax_lowbit.optimizers.ownership import Slot, is_state_leaf, moment_names, slots
-from optax_lowbit.optimizers.placement import check_alignment
-from optax_lowbit.optimizers.policy import (
+from optax_lowbit.moments import storage
+from optax_lowbit.moments.flax_variables import is_variable, unwrapped, wrapped_like
+from optax_lowbit.moments.placement import check_alignment
+from optax_lowbit.moments.policy import (
     KernelChoice,
     Policy,
     path_name,
     record,
 )
+from optax_lowbit.moments.storage import is_low_bit, is_random
+from optax_lowbit.optimizers.corrected_bfloat16 import CorrectedBfloat16State
+from optax_lowbit.optimizers.leaf_programs import Results, results_of
+from optax_lowbit.optimizers.ownership import Slot, is_state_leaf, moment_names, slots
 from optax_lowbit.optimizers.state_fields import Fields, Kind, kind_of
 from optax_lowbit.quant import QuantizedArray, QuantSpec, flax_serialization, quantize
 

@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import optax
 
+from optax_lowbit.moments.policy import Policy
+from optax_lowbit.moments.presets import FIRST_MOMENT_4BIT, SECOND_MOMENT_4BIT
+from optax_lowbit.moments.storage import checked_policy
 from optax_lowbit.optimizers import any_init, any_update
-from optax_lowbit.optimizers.leafwise import checked_policy, checked_transform
-from optax_lowbit.optimizers.policy import Policy
-from optax_lowbit.optimizers.presets import FIRST_MOMENT_4BIT, SECOND_MOMENT_4BIT
+from optax_lowbit.optimizers.leafwise import checked_transform
 from optax_lowbit.optimizers.state_fields import Fields, Kind, checked_fields, moments_by_name
 from optax_lowbit.quant import QuantSpec
 

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 
 from optax_lowbit.kernels.reference import stored_like
 from optax_lowbit.kernels.steps import step_leaf
+from optax_lowbit.moments.flax_variables import is_variable, unwrapped, wrapped_like
+from optax_lowbit.moments.keys import fold_in_path, noise_key
 from optax_lowbit.optimizers.any_init import counter_of, in_float32, moment_names
-from optax_lowbit.optimizers.flax_variables import is_variable, unwrapped, wrapped_like
 from optax_lowbit.optimizers.leaf_programs import LeafProgram, LeafPrograms, split_by_leaf
-from optax_lowbit.optimizers.leafwise import fold_in_path, noise_key
 from optax_lowbit.optimizers.ownership import is_state_leaf, owners, slots
 from optax_lowbit.quant import is_quantized
 from optax_lowbit.quant.array import decode

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_lowbit.optimizers.flax_variables import is_variable, unwrapped, wrapped_like
-from optax_lowbit.optimizers.policy import path_name
-from optax_lowbit.optimizers.storage import record_moment
+from optax_lowbit.moments.flax_variables import is_variable, unwrapped, wrapped_like
+from optax_lowbit.moments.policy import path_name
+from optax_lowbit.moments.storage import record_moment
 
 
 class CorrectedBfloat16State(NamedTuple):

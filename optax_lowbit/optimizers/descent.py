@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from optax_lowbit.kernels.parameters import Descent
-from optax_lowbit.optimizers.flax_variables import is_variable, unwrapped
-from optax_lowbit.optimizers.leafwise import LowBitTransformation, fold_in_path
+from optax_lowbit.moments.flax_variables import is_variable, unwrapped
+from optax_lowbit.moments.keys import fold_in_path
+from optax_lowbit.optimizers.leafwise import LowBitTransformation
 from optax_lowbit.quant import random_bits
 
 Mask = Any | Callable[[optax.Params], Any] | None

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 
-from optax_lowbit.optimizers.policy import (
+from optax_lowbit.moments.policy import (
     Decision,
     Factored,
     KernelChoice,

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_lowbit.optimizers.flax_variables import is_variable, unwrapped
-from optax_lowbit.optimizers.leafwise import checked_transform, is_low_bit
+from optax_lowbit.moments.flax_variables import is_variable, unwrapped
+from optax_lowbit.moments.policy import path_name
+from optax_lowbit.moments.storage import is_low_bit
+from optax_lowbit.optimizers.leafwise import checked_transform
 from optax_lowbit.optimizers.ownership import is_state_leaf, moment_names, slots
-from optax_lowbit.optimizers.policy import path_name
 from optax_lowbit.quant import QuantizedArray, dequantize, is_quantized, packing
 
 Measures = dict[str, jax.Array]

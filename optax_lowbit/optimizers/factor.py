@@ -10,19 +10,17 @@ from optax_lowbit.kernels.backends import Backend, checked
 from optax_lowbit.kernels.means import ManualAxes, mean, square_means
 from optax_lowbit.kernels.meshes import axes_to_exchange
 from optax_lowbit.kernels.steps import FusedAdam, step_leaf
+from optax_lowbit.moments.policy import Policy
+from optax_lowbit.moments.presets import FIRST_MOMENT_4BIT, SECOND_MOMENT_4BIT
+from optax_lowbit.moments.storage import FactoredMoment, Moment, checked_policy, init_moment
 from optax_lowbit.optimizers.descent import Mask, descend
 from optax_lowbit.optimizers.leafwise import (
     Leaf,
-    Moment,
-    checked_policy,
     low_bit_transformation,
     record_backends,
     under_standard_promotion,
     update_state,
 )
-from optax_lowbit.optimizers.policy import Policy
-from optax_lowbit.optimizers.presets import FIRST_MOMENT_4BIT, SECOND_MOMENT_4BIT
-from optax_lowbit.optimizers.storage import FactoredMoment, init_moment
 from optax_lowbit.quant import QuantSpec
 from optax_lowbit.quant.scaling import divide
 

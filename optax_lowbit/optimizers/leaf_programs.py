@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
+from optax_lowbit.moments.equations import bind, read
+
 _CALLS = {
     "jit": "jaxpr",
     "closed_call": "call_jaxpr",
@@ -68,13 +70,13 @@ class LeafProgram:
         environment = {**shared, **dict(zip(self._invars, arguments, strict=True))}
         piece = arguments[0].shape if self.is_elementwise and arguments else self.shape
         for equation in self._equations:
-            operands = [_read(environment, var) for var in equation.invars]
+            operands = [read(environment, var) for var in equation.invars]
             if piece != self.shape and _is_broadcast_of_scalar(equation):
                 results = [jnp.broadcast_to(operands[0], piece)]
             else:
-                results = _bind(equation, operands)
+                results = bind(equation, operands)
             environment.update(zip(equation.outvars, results))
-        return [_read(environment, var) for var in self._outvars]
+        return [read(environment, var) for var in self._outvars]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +101,7 @@ class LeafPrograms:
         """What all leaves' programs need, and the results of ``shared_outputs``."""
         environment = {**self._constants, **dict(zip(self._invars, arguments, strict=True))}
         _run(self._equations, environment)
-        return environment, [_read(environment, var) for var in self._outvars]
+        return environment, [read(environment, var) for var in self._outvars]
 
 
 def split_by_leaf(
@@ -204,7 +206,7 @@ class Results:
     def _value(self, var: Any, arguments: Sequence[Any]) -> jax.Array:
         environment = {**self._constants, **dict(zip(self._slicer.jaxpr.invars, arguments))}
         _run(self._slicer.closure([var], lambda var: True)[0], environment)
-        return jnp.asarray(_read(environment, var))
+        return jnp.asarray(read(environment, var))
 
 
 def results_of(function: Callable[..., Sequence[Any]], arguments: Sequence[Any]) -> Results:
@@ -309,21 +311,10 @@ def _is_elementwise(equation: JaxprEqn, shape: tuple[int, ...]) -> bool:
     return equation.primitive.name in _ELEMENTWISE and operands <= {shape, ()}
 
 
-def _bind(equation: JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
-    parameters = equation.primitive.get_bind_params(equation.params)
-    with equation.ctx.manager:
-        results = equation.primitive.bind(*operands, **parameters)
-    return results if equation.primitive.multiple_results else [results]
-
-
 def _run(equations: Iterable[JaxprEqn], environment: dict[Var, Any]) -> None:
     for equation in equations:
-        operands = [_read(environment, var) for var in equation.invars]
-        environment.update(zip(equation.outvars, _bind(equation, operands)))
-
-
-def _read(environment: dict[Var, Any], var: Any) -> Any:
-    return var.val if isinstance(var, Literal) else environment[var]
+        operands = [read(environment, var) for var in equation.invars]
+        environment.update(zip(equation.outvars, bind(equation, operands)))
 
 
 def _variables(vars: Iterable[Any]) -> list[Var]:
@@ -340,11 +331,11 @@ def _run_inlined(closed: ClosedJaxpr, *arguments: Any) -> list[Any]:
     environment = dict(zip(closed.jaxpr.constvars, closed.consts))
     environment.update(zip(closed.jaxpr.invars, arguments, strict=True))
     for equation in closed.jaxpr.eqns:
-        operands = [_read(environment, var) for var in equation.invars]
+        operands = [read(environment, var) for var in equation.invars]
         if equation.primitive.name in _CALLS:
             called = equation.params[_CALLS[equation.primitive.name]]
             results = _run_inlined(called, *operands)
         else:
-            results = _bind(equation, operands)
+            results = bind(equation, operands)
         environment.update(zip(equation.outvars, results))
-    return [_read(environment, var) for var in closed.jaxpr.outvars]
+    return [read(environment, var) for var in closed.jaxpr.outvars]

@@ -9,14 +9,12 @@ References:
   2023, Algorithm 1.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optax_lowbit.kernels.backends import (
@@ -27,29 +25,14 @@ from optax_lowbit.kernels.backends import (
     why_not_spread,
 )
 from optax_lowbit.kernels.parameters import Descent, descended
-from optax_lowbit.kernels.reference import Step, name_hash, widened
+from optax_lowbit.kernels.reference import Step, widened
 from optax_lowbit.kernels.steps import Fused, step_leaf
-from optax_lowbit.optimizers import storage
-from optax_lowbit.optimizers.flax_variables import is_variable, unwrapped, wrapped_like
-from optax_lowbit.optimizers.policy import KernelChoice, Policy, path_name, record
-from optax_lowbit.optimizers.storage import FactoredMoment
-from optax_lowbit.quant import QuantizedArray, QuantSpec, random_bits
-
-
-@dataclasses.dataclass(frozen=True)
-class Moment:
-    """A field of an optax state that has a value for every element of the parameters."""
-
-    # How it is stored; a dtype for leaves that are large enough; None for `dtype`.
-    spec: QuantSpec | np.dtype | None
-    # Whether it never has a negative value.
-    nonnegative: bool = False
-    # Whether matrices keep their row and column means instead, and `spec` is for vectors.
-    factored: bool = False
-    # Of leaves that are not quantized; None: float32, or wider if the parameter is.
-    dtype: Any = None
-    # What every element is at first; of a moment that is not factored.
-    initial: jax.typing.ArrayLike = 0.0
+from optax_lowbit.moments import storage
+from optax_lowbit.moments.flax_variables import is_variable, unwrapped, wrapped_like
+from optax_lowbit.moments.keys import fold_in_path, noise_key
+from optax_lowbit.moments.policy import KernelChoice, Policy, path_name, record
+from optax_lowbit.moments.storage import Moment, checked_policy, is_factored, is_low_bit
+from optax_lowbit.quant import QuantizedArray, random_bits
 
 
 def quantize_moments(
@@ -278,16 +261,6 @@ def _backend_of(fused, backend, param, moments) -> tuple[str, str]:
     return ("reference", reason) if reason else (wanted, "")
 
 
-def is_factored(moment: Any) -> bool:
-    """Whether a moment is kept as its row and column means."""
-    return isinstance(moment, FactoredMoment)
-
-
-def is_low_bit(moment: Any) -> bool:
-    """Whether a moment is stored as something else than one array."""
-    return isinstance(moment, QuantizedArray | FactoredMoment)
-
-
 class Inner(NamedTuple):
     """An optax transform whose state is known to be a NamedTuple (optax's types do not say so)."""
 
@@ -328,60 +301,9 @@ def counted(
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def checked_policy(
-    moments: Mapping[str, Moment], policy: Policy | None, key: jax.Array | int | None
-) -> Policy:
-    """The policy, or the default one; raises where low-bit arguments are impossible."""
-    policy = Policy() if policy is None else policy
-    if not isinstance(policy, Policy):
-        raise TypeError(f"policy must be a Policy or None, got {type(policy).__name__}")
-    specs = []
-    for name, moment in moments.items():
-        if moment.spec is not None and not isinstance(moment.spec, QuantSpec):
-            given = type(moment.spec).__name__
-            raise TypeError(f"{name}_spec must be a QuantSpec or None, got {given}")
-        if moment.spec is not None and not moment.nonnegative and not moment.spec.signed:
-            raise ValueError(f"{name}_spec must be signed, as {name} has values of both signs")
-        specs.append(moment.spec)
-    if key is not None:
-        random_bits.key_words(key)
-    for _, choice in policy.rules:
-        named = {moment for moment, _ in choice} if isinstance(choice, tuple) else set()
-        if not named <= moments.keys():
-            raise ValueError(
-                f"policy.rules name the moments {sorted(named)}, and there are {sorted(moments)}"
-            )
-        specs += [spec for _, spec in choice] if isinstance(choice, tuple) else [choice]
-    if key is None and any(map(is_random, specs)):
-        raise ValueError(
-            "key must be given (a jax.random.key or a seed) for stochastic rounding, of codes or, "
-            "under double_quant, of scales"
-        )
-    return policy
-
-
-def is_random(spec: Any) -> bool:
-    """Whether a state that is kept so draws random numbers in each step.
-
-    Scales in 8 bits do: a step may change them by less than rounding to nearest can see.
-    """
-    return isinstance(spec, QuantSpec) and (spec.rounding == "stochastic" or spec.double_quant)
-
-
 def checked_transform(tx: Any, name: str = "tx") -> optax.GradientTransformationExtraArgs:
     """``tx`` with support for extra arguments; raises TypeError if it is no transform."""
     if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
         given = type(tx).__name__
         raise TypeError(f"{name} must be an optax.GradientTransformation, got {given}")
     return optax.with_extra_args_support(tx)
-
-
-def noise_key(key: jax.Array | int, count: Any) -> random_bits.Key:
-    """The key of one step."""
-    return random_bits.fold_in(random_bits.key_words(key), count)
-
-
-def fold_in_path(key: random_bits.Key | None, path: tuple[Any, ...]) -> random_bits.Key | None:
-    """The key of one leaf."""
-    # Of names, not of positions: adding a leaf leaves the noise of the others alone.
-    return None if key is None else random_bits.fold_in(key, name_hash(path_name(path)))

@@ -7,9 +7,9 @@ import jax
 import optax
 import optax.contrib
 
+from optax_lowbit.moments.policy import Policy
+from optax_lowbit.moments.presets import FIRST_MOMENT_4BIT, SECOND_MOMENT_4BIT
 from optax_lowbit.optimizers.any_state import low_bit_state
-from optax_lowbit.optimizers.policy import Policy
-from optax_lowbit.optimizers.presets import FIRST_MOMENT_4BIT, SECOND_MOMENT_4BIT
 from optax_lowbit.quant import QuantSpec
 
 

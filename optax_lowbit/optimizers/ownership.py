@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from optax_lowbit.optimizers.flax_variables import is_variable, unwrapped
-from optax_lowbit.optimizers.leafwise import is_low_bit
-from optax_lowbit.optimizers.policy import path_name, path_names
+from optax_lowbit.moments.flax_variables import is_variable, unwrapped
+from optax_lowbit.moments.policy import path_name, path_names
+from optax_lowbit.moments.storage import is_low_bit
 
 
 def is_state_leaf(x: Any) -> bool:

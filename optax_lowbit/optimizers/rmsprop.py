@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_lowbit.optimizers.leafwise import Moment, counted, quantize_moments
-from optax_lowbit.optimizers.policy import Policy
-from optax_lowbit.optimizers.presets import FIRST_MOMENT_8BIT, SECOND_MOMENT_8BIT
+from optax_lowbit.moments.policy import Policy
+from optax_lowbit.moments.presets import FIRST_MOMENT_8BIT, SECOND_MOMENT_8BIT
+from optax_lowbit.moments.storage import Moment
+from optax_lowbit.optimizers.leafwise import counted, quantize_moments
 from optax_lowbit.optimizers.sgd import trace4bit
 from optax_lowbit.quant import QuantSpec
 

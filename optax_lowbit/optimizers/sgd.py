@@ -7,10 +7,11 @@ import optax
 
 from optax_lowbit.kernels.backends import Backend
 from optax_lowbit.kernels.steps import FusedMomentum
+from optax_lowbit.moments.policy import Policy
+from optax_lowbit.moments.presets import FIRST_MOMENT_4BIT, FIRST_MOMENT_8BIT
+from optax_lowbit.moments.storage import Moment
 from optax_lowbit.optimizers.descent import descend
-from optax_lowbit.optimizers.leafwise import Moment, counted, quantize_moments
-from optax_lowbit.optimizers.policy import Policy
-from optax_lowbit.optimizers.presets import FIRST_MOMENT_4BIT, FIRST_MOMENT_8BIT
+from optax_lowbit.optimizers.leafwise import counted, quantize_moments
 from optax_lowbit.quant import QuantSpec
 
 

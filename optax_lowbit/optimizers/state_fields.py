@@ -15,7 +15,7 @@ so that an error of rounding is forgotten or drowned. What is no moment stays in
 from collections.abc import Mapping
 from typing import Literal
 
-from optax_lowbit.optimizers.leafwise import Moment
+from optax_lowbit.moments.storage import Moment
 from optax_lowbit.quant import QuantSpec
 
 Kind = Literal["signed", "nonnegative"]

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_lowbit.optimizers.flax_variables import is_variable, unwrapped
+from optax_lowbit.moments.flax_variables import is_variable, unwrapped
+from optax_lowbit.moments.placement import divisible
 from optax_lowbit.optimizers.ownership import is_state_leaf, owners
-from optax_lowbit.optimizers.placement import divisible
 
 
 def array_shardings(

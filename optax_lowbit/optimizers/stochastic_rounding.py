@@ -6,8 +6,8 @@ import jax
 
 from optax_lowbit.kernels.parameters import rounded
 from optax_lowbit.kernels.reference import widened
-from optax_lowbit.optimizers.flax_variables import is_variable, unwrapped, wrapped_like
-from optax_lowbit.optimizers.leafwise import fold_in_path
+from optax_lowbit.moments.flax_variables import is_variable, unwrapped, wrapped_like
+from optax_lowbit.moments.keys import fold_in_path
 from optax_lowbit.quant import random_bits
 
 

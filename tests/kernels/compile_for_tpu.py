@@ -12,7 +12,7 @@ from jax.sharding import SingleDeviceSharding
 
 from optax_lowbit.kernels import pallas_tpu as kernels
 from optax_lowbit.kernels.adam import Coefficients, adam_step
-from optax_lowbit.optimizers.presets import (
+from optax_lowbit.moments.presets import (
     FIRST_MOMENT_4BIT,
     FIRST_MOMENT_8BIT,
     SECOND_MOMENT_4BIT,

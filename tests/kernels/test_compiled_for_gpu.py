@@ -25,7 +25,7 @@ from optax_lowbit.kernels import pallas_gpu
 from optax_lowbit.kernels.adam import Coefficients
 from optax_lowbit.kernels.parameters import Descent
 from optax_lowbit.memory.targets import H100
-from optax_lowbit.optimizers.presets import (
+from optax_lowbit.moments.presets import (
     FIRST_MOMENT_4BIT,
     FIRST_MOMENT_8BIT,
     SECOND_MOMENT_4BIT,

@@ -17,7 +17,7 @@ import optax_lowbit
 from optax_lowbit import FactoredMoment, Policy, QuantSpec, is_quantized, quantize
 from optax_lowbit.kernels.cpu import library, ops
 from optax_lowbit.kernels.means import ManualAxes, square_means
-from optax_lowbit.optimizers.presets import (
+from optax_lowbit.moments.presets import (
     FIRST_MOMENT_4BIT,
     FIRST_MOMENT_8BIT,
     SECOND_MOMENT_4BIT,

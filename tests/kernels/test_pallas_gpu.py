@@ -14,7 +14,7 @@ from optax_lowbit.kernels.adam import adam_direction, adam_step, coefficients
 from optax_lowbit.kernels.pallas_gpu.moments import rank_by_selects
 from optax_lowbit.kernels.parameters import Descent
 from optax_lowbit.kernels.reference import update_leaf
-from optax_lowbit.optimizers.presets import (
+from optax_lowbit.moments.presets import (
     FIRST_MOMENT_4BIT,
     FIRST_MOMENT_8BIT,
     SECOND_MOMENT_4BIT,

@@ -13,7 +13,7 @@ from optax_lowbit.kernels import pallas_tpu as kernels
 from optax_lowbit.kernels.adam import adam_direction, adam_step, coefficients
 from optax_lowbit.kernels.pallas_tpu import chunks, coding, geometry, operands
 from optax_lowbit.kernels.reference import update_leaf
-from optax_lowbit.optimizers.presets import (
+from optax_lowbit.moments.presets import (
     FIRST_MOMENT_4BIT,
     FIRST_MOMENT_8BIT,
     SECOND_MOMENT_4BIT,

@@ -23,7 +23,7 @@ from tests.optimizers.cases import (
 )
 
 ALL = Policy(min_size=0)
-SPEC = optax_lowbit.optimizers.presets.UNBIASED_8BIT
+SPEC = optax_lowbit.moments.presets.UNBIASED_8BIT
 
 
 def collect():

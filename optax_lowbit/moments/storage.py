@@ -1,7 +1,8 @@
 """Fresh moments, in few bits or not, laid out over devices as their parameters are."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.core
@@ -10,19 +11,32 @@ import numpy as np
 
 from optax_lowbit.kernels.meshes import is_explicit
 from optax_lowbit.kernels.reference import float_dtype
-from optax_lowbit.optimizers.flax_variables import is_variable, unwrapped, wrapped_like
-from optax_lowbit.optimizers.placement import (
+from optax_lowbit.moments.flax_variables import is_variable, unwrapped, wrapped_like
+from optax_lowbit.moments.placement import (
     check_alignment,
     placement_like,
     zeros_placed_like,
 )
-from optax_lowbit.optimizers.policy import Decision, Factored, Policy, path_name, record
-from optax_lowbit.quant import QuantizedArray, QuantSpec, flax_serialization, quantize
+from optax_lowbit.moments.policy import Decision, Factored, Policy, path_name, record
+from optax_lowbit.quant import QuantizedArray, QuantSpec, flax_serialization, quantize, random_bits
 from optax_lowbit.quant.array import abstract_quantized
 from optax_lowbit.quant.double_quant import CodedScales
 
-if TYPE_CHECKING:
-    from optax_lowbit.optimizers.leafwise import Moment
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """A field of an optax state that has a value for every element of the parameters."""
+
+    # How it is stored; a dtype for leaves that are large enough; None for `dtype`.
+    spec: QuantSpec | np.dtype | None
+    # Whether it never has a negative value.
+    nonnegative: bool = False
+    # Whether matrices keep their row and column means instead, and `spec` is for vectors.
+    factored: bool = False
+    # Of leaves that are not quantized; None: float32, or wider if the parameter is.
+    dtype: Any = None
+    # What every element is at first; of a moment that is not factored.
+    initial: jax.typing.ArrayLike = 0.0
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +73,7 @@ class FactoredMoment:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in (self.rows, self.columns))
 
 
-def init_moment(name: str, moment: "Moment", params: Any, policy: Policy) -> Any:
+def init_moment(name: str, moment: Moment, params: Any, policy: Policy) -> Any:
     """A tree of fresh moments shaped like ``params``, which may be abstract."""
     flax_serialization.ensure_registered(QuantizedArray, CodedScales, FactoredMoment)
 
@@ -133,3 +147,53 @@ def _zeros_reduced(param: Any, axis: int) -> jax.Array:
 def _without_key(x: jax.Array, spec: QuantSpec) -> QuantizedArray:
     key = 0 if spec.rounding == "stochastic" else None
     return quantize(x, spec, key=key)
+
+
+def is_factored(moment: Any) -> bool:
+    """Whether a moment is kept as its row and column means."""
+    return isinstance(moment, FactoredMoment)
+
+
+def is_low_bit(moment: Any) -> bool:
+    """Whether a moment is stored as something else than one array."""
+    return isinstance(moment, QuantizedArray | FactoredMoment)
+
+
+def checked_policy(
+    moments: Mapping[str, Moment], policy: Policy | None, key: jax.Array | int | None
+) -> Policy:
+    """The policy, or the default one; raises where low-bit arguments are impossible."""
+    policy = Policy() if policy is None else policy
+    if not isinstance(policy, Policy):
+        raise TypeError(f"policy must be a Policy or None, got {type(policy).__name__}")
+    specs = []
+    for name, moment in moments.items():
+        if moment.spec is not None and not isinstance(moment.spec, QuantSpec):
+            given = type(moment.spec).__name__
+            raise TypeError(f"{name}_spec must be a QuantSpec or None, got {given}")
+        if moment.spec is not None and not moment.nonnegative and not moment.spec.signed:
+            raise ValueError(f"{name}_spec must be signed, as {name} has values of both signs")
+        specs.append(moment.spec)
+    if key is not None:
+        random_bits.key_words(key)
+    for _, choice in policy.rules:
+        named = {moment for moment, _ in choice} if isinstance(choice, tuple) else set()
+        if not named <= moments.keys():
+            raise ValueError(
+                f"policy.rules name the moments {sorted(named)}, and there are {sorted(moments)}"
+            )
+        specs += [spec for _, spec in choice] if isinstance(choice, tuple) else [choice]
+    if key is None and any(map(is_random, specs)):
+        raise ValueError(
+            "key must be given (a jax.random.key or a seed) for stochastic rounding, of codes or, "
+            "under double_quant, of scales"
+        )
+    return policy
+
+
+def is_random(spec: Any) -> bool:
+    """Whether a state that is kept so draws random numbers in each step.
+
+    Scales in 8 bits do: a step may change them by less than rounding to nearest can see.
+    """
+    return isinstance(spec, QuantSpec) and (spec.rounding == "stochastic" or spec.double_quant)

@@ -1,0 +1,14 @@
+from optax_lowbit.zo.noise import Gaussian, Noise, Probe, Rademacher
+from optax_lowbit.zo.optimizer import StepInfo, ZeroOrderOptimizer, ZeroOrderState
+from optax_lowbit.zo.sgd import zo_sgd
+
+__all__ = (
+    "Gaussian",
+    "Noise",
+    "Probe",
+    "Rademacher",
+    "StepInfo",
+    "ZeroOrderOptimizer",
+    "ZeroOrderState",
+    "zo_sgd",
+)

@@ -1,0 +1,69 @@
+"""Arguments of zeroth-order optimizers, checked where they are given."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raises TypeError or ValueError if a field is impossible."""
+    for name in ("num_probes", "probe_batch"):
+        value = getattr(optimizer, name)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+    for name in ("learning_rate", "eps", "weight_decay"):
+        check_number(name, getattr(optimizer, name))
+    if is_concrete(optimizer.eps) and not optimizer.eps > 0:
+        raise ValueError(f"eps must be above 0, got {optimizer.eps!r}")
+    if optimizer.clip is not None and not (is_concrete(optimizer.clip) and optimizer.clip > 0):
+        raise ValueError(f"clip must be a number above 0 or None, got {optimizer.clip!r}")
+    for name in ("trainable", "weight_decay_mask"):
+        check_choice(name, getattr(optimizer, name))
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raises TypeError unless ``value`` is a real scalar or a schedule."""
+    is_scalar = isinstance(value, int | float | np.number | np.ndarray | jax.Array)
+    if not callable(value) and (not is_scalar or jnp.ndim(value) or isinstance(value, bool)):
+        raise TypeError(f"{name} must be a number or a schedule, got {value!r}")
+
+
+def check_choice(name: str, choice: Any) -> None:
+    """Raises unless ``choice`` is a regular expression, a predicate or None."""
+    if isinstance(choice, str):
+        try:
+            re.compile(choice)
+        except re.error as error:
+            raise ValueError(f"{name}={choice!r} is no regular expression: {error}") from error
+    elif choice is not None and not callable(choice):
+        raise TypeError(
+            f"{name} must be a regular expression, a predicate of path and leaf, or None, "
+            f"got {type(choice).__name__}"
+        )
+
+
+def is_concrete(value: Any) -> bool:
+    """Whether it is a number that is known now."""
+    return not callable(value) and not isinstance(value, jax.core.Tracer)
+
+
+def is_zero(value: Any) -> bool:
+    """Whether it is known to be zero."""
+    return is_concrete(value) and value == 0
+
+
+def scalar_loss(loss_fn: Callable[..., Any], args: tuple[Any, ...], params: Any) -> jax.Array:
+    """``loss_fn(params, *args)`` in float32.
+
+    Raises:
+      TypeError: If it is not a real scalar.
+    """
+    loss = loss_fn(params, *args)
+    shape, dtype = jnp.shape(loss), jnp.result_type(loss)
+    if shape != () or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"loss_fn must give a float of shape (), got {dtype} of shape {shape}")
+    return jnp.asarray(loss, jnp.float32)

@@ -1,0 +1,111 @@
+"""Sums of random directions over a tree: what a probe adds to parameters, and what a step does."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_lowbit.kernels.reference import name_hash, widened
+from optax_lowbit.moments.policy import path_name
+from optax_lowbit.quant import random_bits
+from optax_lowbit.zo.noise import Noise, Probe
+from optax_lowbit.zo.rows import Rows
+
+# Chooses leaves: a regular expression that is searched for in a path such as `layers/0/kernel`, or
+# a predicate of path and leaf.
+Choice = str | Callable[[str, Any], bool]
+
+
+def chooses(choice: Choice, path: str, leaf: Any) -> bool:
+    """Whether a leaf is chosen."""
+    return bool(re.search(choice, path) if isinstance(choice, str) else choice(path, leaf))
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainable:
+    """The leaves of a tree that train, and the rest.
+
+    Attributes:
+      leaves: The arrays that train.
+      paths: The name of each.
+    """
+
+    leaves: tuple[jax.Array, ...]
+    paths: tuple[str, ...]
+    _others: tuple[Any, ...]
+    _is_trainable: tuple[bool, ...]
+    _treedef: Any
+
+    def tree(self, leaves: Sequence[Any]) -> Any:
+        """The tree with these in place of the leaves that train."""
+        new, others = iter(leaves), iter(self._others)
+        return self._treedef.unflatten(next(new if yes else others) for yes in self._is_trainable)
+
+
+def split(params: Any, trainable: Choice | None = None) -> Trainable:
+    """The leaves that train: float arrays, of those that ``trainable`` chooses.
+
+    Args:
+      params: Pytree of arrays.
+      trainable: Of the float leaves; None: all.
+
+    Raises:
+      ValueError: If no leaf trains.
+    """
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(params)
+    chosen = [
+        jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        and (trainable is None or chooses(trainable, path_name(path), leaf))
+        for path, leaf in pairs
+    ]
+    named = [(path_name(path), leaf) for path, leaf in pairs]
+    ours = [pair for pair, yes in zip(named, chosen) if yes]
+    if not ours:
+        paths = [path for path, _ in named]
+        raise ValueError(f"trainable={trainable!r} must choose a float leaf, and there are {paths}")
+    others = [leaf for (_, leaf), yes in zip(named, chosen) if not yes]
+    return Trainable(
+        tuple(jnp.asarray(leaf) for _, leaf in ours), tuple(path for path, _ in ours),
+        tuple(others), tuple(chosen), treedef,
+    )  # fmt: skip
+
+
+def slope_sum(
+    noise: Noise, probe: Probe, keys: jax.Array, slopes: jax.Array, rows: Rows, path: str,
+    zero: jax.Array | int = 0,
+) -> jax.Array:  # fmt: skip
+    """``sum_i slopes[i] * z(keys[i])`` at some rows, float32, added in order.
+
+    Args:
+      noise: The distribution.
+      probe: What directions are drawn from, but for its key.
+      keys: uint32 ``(n, 2)``.
+      slopes: float32 ``(n,)``.
+      rows: Where.
+      path: Of the leaf.
+      zero: A uint32 0 that delays the drawing; see `late_perturbation.data_zero`.
+    """
+    path_hash = name_hash(path)
+
+    def term(key, slope):
+        words = key[0] + jnp.uint32(zero), key[1]
+        return slope * noise.draw(probe._replace(key=words), rows, path_hash)
+
+    if len(slopes) == 1:
+        return term(keys[0], slopes[0])
+    return jax.lax.fori_loop(
+        0,
+        len(slopes),
+        lambda i, total: total + term(keys[i], slopes[i]),
+        jnp.zeros_like(widened(rows.values)),
+    )
+
+
+def probe_keys(run: random_bits.Key, step: jax.Array, num_probes: int) -> jax.Array:
+    """The keys of a step's probes: uint32 ``(num_probes, 2)``."""
+    key = random_bits.fold_in(run, step)
+    words = [random_bits.fold_in(key, number) for number in range(num_probes)]
+    return jnp.stack([jnp.stack(pair) for pair in words])

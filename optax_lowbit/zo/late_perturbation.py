@@ -1,0 +1,241 @@
+"""Any function of parameters, evaluated with each of them perturbed right where it is used.
+
+``fun(tree.map(lambda w: w + s * z(w), params))`` needs the perturbed tree: XLA draws the noise of
+all leaves first, as it depends on nothing but a key, and keeps it for the update. Here the
+function's program is taken apart. A parameter is followed through what only moves or casts it
+(:mod:`~optax_lowbit.zo.views`), into jitted functions, scans, loops, branches and rematerialized
+blocks. Where arithmetic first needs it, it is perturbed, with a key that is made to depend on what
+the program has computed by then: so it can't be perturbed earlier.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+from optax_lowbit.moments.equations import bind, read
+from optax_lowbit.zo.rows import Rows, whole
+from optax_lowbit.zo.views import Pending, takes_rows_only, viewed
+
+# Gives the perturbed values of rows. The second argument is a uint32 zero that the compiler can't
+# know to be one before something else is computed.
+Perturb = Callable[[Rows, jax.Array], jax.Array]
+
+
+def call_perturbed(
+    fun: Callable[[list[jax.Array]], Any],
+    leaves: Sequence[jax.Array],
+    perturb: Perturb,
+    companions: Sequence[Any] | None = None,
+) -> Any:
+    """``fun`` of leaves perturbed where they are used; each use makes the perturbation anew.
+
+    Args:
+      fun: A traceable function of a list of arrays, to any pytree of arrays.
+      leaves: Float arrays.
+      perturb: Gives the perturbed values of rows.
+      companions: For each leaf a pytree of arrays with its leading axes, of which ``perturb`` is
+        given the same rows.
+
+    Returns:
+      What ``fun`` gives. Beside what it needs: a perturbed copy of the leaf in use.
+    """
+    closed, shapes = jax.make_jaxpr(fun, return_shape=True)(list(leaves))
+    companions = [()] * len(leaves) if companions is None else companions
+    pending = [
+        Pending(whole(number, leaf, companion))
+        for number, (leaf, companion) in enumerate(zip(leaves, companions, strict=True))
+    ]
+    evaluation = _Evaluation(perturb)
+    results = evaluation.run(closed.jaxpr, closed.consts, pending)
+    return jax.tree.unflatten(jax.tree.structure(shapes), evaluation.settled(results))
+
+
+def data_zero(x: jax.Array | None) -> jax.Array:
+    """uint32 0, known only when ``x``, a float array, is; 1 if its first element is NaN."""
+    if x is None:
+        return jnp.uint32(0)
+    # A product with zero would be folded; whether it is NaN can't be.
+    return jnp.isnan(x[(0,) * x.ndim]).astype(jnp.uint32)
+
+
+class _Evaluation:
+    """Runs a program some of whose values are :class:`Pending`."""
+
+    def __init__(self, perturb: Perturb, latest: jax.Array | None = None):
+        self.perturb = perturb
+        # The last float array computed at this level of the program.
+        self.latest = latest
+
+    def nested(self, latest: jax.Array | None = None) -> "_Evaluation":
+        """For the body of a loop, a branch, ..., whose values may not be seen from outside."""
+        return _Evaluation(self.perturb, self.latest if latest is None else latest)
+
+    def settled(self, values: Sequence[Any]) -> list[Any]:
+        """The values, those that were pending now perturbed."""
+        return [
+            x.after(self.perturb(x.rows, data_zero(self.latest))) if isinstance(x, Pending) else x
+            for x in values
+        ]
+
+    def run(self, jaxpr: Jaxpr, consts: Sequence[Any], operands: Sequence[Any]) -> list[Any]:
+        """The results of a program, pending ones among them."""
+        environment: dict[Any, Any] = dict(zip(jaxpr.constvars, consts))
+        environment.update(zip(jaxpr.invars, operands, strict=True))
+        for equation in jaxpr.eqns:
+            results = self._results(equation, [read(environment, var) for var in equation.invars])
+            environment.update(zip(equation.outvars, results))
+            self.latest = next(filter(_can_delay, results), self.latest)
+        return [read(environment, var) for var in jaxpr.outvars]
+
+    def _results(self, equation: JaxprEqn, operands: list[Any]) -> Sequence[Any]:
+        if not any(isinstance(x, Pending) for x in operands):
+            return bind(equation, operands)
+        view = viewed(equation, operands)
+        if view is not None:
+            return [view]
+        handler = _HANDLERS.get(equation.primitive.name)
+        if handler is not None:
+            return handler(self, equation, operands)
+        return bind(equation, self.settled(operands))
+
+
+def _can_delay(x: Any) -> bool:
+    is_array = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating)
+    return is_array and x.ndim > 0 and x.size > 0
+
+
+def _call(evaluation: _Evaluation, equation: JaxprEqn, operands: list[Any]) -> Sequence[Any]:
+    called: ClosedJaxpr = equation.params[_CALLED[equation.primitive.name]]
+    return evaluation.run(called.jaxpr, called.consts, operands)
+
+
+def _rematerialized(
+    evaluation: _Evaluation, equation: JaxprEqn, operands: list[Any]
+) -> Sequence[Any]:
+    """Pending values are closed over: they are parameters, which the backward pass has anyway."""
+    places = [i for i, x in enumerate(operands) if not isinstance(x, Pending)]
+
+    def block(*arrays):
+        values = list(operands)
+        for place, array in zip(places, arrays):
+            values[place] = array
+        inner = evaluation.nested(next(filter(_can_delay, arrays)))
+        return inner.settled(inner.run(equation.params["jaxpr"], (), values))
+
+    checkpointed = jax.checkpoint(
+        block, policy=equation.params["policy"], prevent_cse=equation.params["prevent_cse"]
+    )
+    return checkpointed(*(operands[place] for place in places))
+
+
+def _scan(evaluation: _Evaluation, equation: JaxprEqn, operands: list[Any]) -> Sequence[Any]:
+    """Leaves that are scanned over are perturbed slice by slice, inside the body."""
+    params = equation.params
+    body: ClosedJaxpr = params["jaxpr"]
+    first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
+    consts = _for_loop(evaluation, body.jaxpr, operands[:first], 0)
+    carry = evaluation.settled(operands[first:last])
+    scanned = [
+        x if not isinstance(x, Pending) or _has_row_per_turn(x) else evaluation.settled([x])[0]
+        for x in operands[last:]
+    ]
+    static = [_made_of_rows(x) for x in scanned]
+    arrays = [x.rows if isinstance(x, Pending) else x for x in scanned]
+
+    def turn(carry, slices):
+        values = [
+            like(x) if like is not None else x for like, x in zip(static, slices, strict=True)
+        ]
+        inner = evaluation.nested(next(filter(_can_delay, carry)))
+        results = inner.run(body.jaxpr, body.consts, [*consts, *carry, *values])
+        results = inner.settled(results)
+        return results[: len(carry)], results[len(carry) :]
+
+    carry, stacked = jax.lax.scan(
+        turn, carry, arrays, params["length"], params["reverse"], params["unroll"]
+    )
+    return [*carry, *stacked]
+
+
+def _made_of_rows(x: Any) -> Callable[[Rows], Pending] | None:
+    """What a pending value is made of again from a slice of its rows."""
+    if not isinstance(x, Pending):
+        return None
+    return lambda rows: Pending(rows, x.casts)
+
+
+def _has_row_per_turn(x: Pending) -> bool:
+    """Whether slices along the first axis are rows: of a vector they are elements."""
+    return x.rows.values.ndim > 1 and not x.moves
+
+
+def _for_loop(evaluation: _Evaluation, body: Jaxpr, consts: Sequence[Any], first: int) -> list[Any]:
+    """What a loop closes over: perturbed before it, unless the body only reads rows of it."""
+    result = []
+    for var, x in zip(body.invars[first:], consts):
+        if isinstance(x, Pending) and not _only_rows_are_read(body, var):
+            (x,) = evaluation.settled([x])
+        result.append(x)
+    return result
+
+
+def _only_rows_are_read(body: Jaxpr, var: Any) -> bool:
+    if var in body.outvars:
+        return False
+    for equation in body.eqns:
+        for place, operand in enumerate(equation.invars):
+            if operand is not var:
+                continue
+            if equation.primitive.name == "jit":
+                called = equation.params["jaxpr"].jaxpr
+                if not _only_rows_are_read(called, called.invars[place]):
+                    return False
+            elif not takes_rows_only(equation, place):
+                return False
+    return True
+
+
+def _while(evaluation: _Evaluation, equation: JaxprEqn, operands: list[Any]) -> Sequence[Any]:
+    params = equation.params
+    condition, body = params["cond_jaxpr"], params["body_jaxpr"]
+    first, last = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+    condition_consts = evaluation.settled(operands[:first])
+    consts = _for_loop(evaluation, body.jaxpr, operands[first:last], 0)
+    carry = evaluation.settled(operands[last:])
+
+    def is_going_on(carry):
+        arrays = [*condition_consts, *carry]
+        inner = evaluation.nested()
+        return inner.run(condition.jaxpr, condition.consts, arrays)[0]
+
+    def turn(carry):
+        inner = evaluation.nested(next(filter(_can_delay, carry)))
+        return inner.settled(inner.run(body.jaxpr, body.consts, [*consts, *carry]))
+
+    return jax.lax.while_loop(is_going_on, turn, carry)
+
+
+def _branches(evaluation: _Evaluation, equation: JaxprEqn, operands: list[Any]) -> Sequence[Any]:
+    index, *values = operands
+
+    def branch(closed: ClosedJaxpr):
+        def run():
+            inner = evaluation.nested()
+            return inner.settled(inner.run(closed.jaxpr, closed.consts, values))
+
+        return run
+
+    return jax.lax.switch(index, [branch(closed) for closed in equation.params["branches"]])
+
+
+_CALLED = {"jit": "jaxpr", "closed_call": "call_jaxpr"}
+_HANDLERS = {
+    **dict.fromkeys(_CALLED, _call),
+    "cond": _branches,
+    "remat2": _rematerialized,
+    "scan": _scan,
+    "while": _while,
+}
