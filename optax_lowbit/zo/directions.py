@@ -58,6 +58,7 @@ def split(params: Any, trainable: Choice | None = None) -> Trainable:
     pairs, treedef = jax.tree_util.tree_flatten_with_path(params)
     chosen = [
         jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        and jnp.size(leaf) > 0
         and (trainable is None or chooses(trainable, path_name(path), leaf))
         for path, leaf in pairs
     ]
@@ -113,4 +114,5 @@ def leaf_keys(key: random_bits.Key, paths: Sequence[str]) -> jax.Array:
     """A key for each leaf, by its path: uint32 ``(..., leaves, 2)`` of key words ``(..., 1)``."""
     hashes = jnp.stack([name_hash(path) for path in paths])
     hashes = jnp.broadcast_to(hashes, (*key[0].shape[:-1], len(paths)))
-    return jnp.stack(random_bits.fold_in(key, hashes), axis=-1)
+    # Else the compiler takes the table apart and runs the cipher for each leaf, as scalars.
+    return jax.lax.optimization_barrier(jnp.stack(random_bits.fold_in(key, hashes), axis=-1))

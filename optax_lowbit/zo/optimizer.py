@@ -29,7 +29,7 @@ from optax_lowbit.zo.directions import (
     split,
 )
 from optax_lowbit.zo.estimators import Central, Estimator, ForwardGradient, measure
-from optax_lowbit.zo.late_perturbation import data_zero
+from optax_lowbit.zo.late_perturbation import data_zero, first_element
 from optax_lowbit.zo.noise import Noise, Probe, Rademacher
 from optax_lowbit.zo.rows import whole
 from optax_lowbit.zo.slices import Slice
@@ -146,7 +146,7 @@ class ZeroOrderOptimizer:
         keys = probe_keys(_words(state.key), state.count, self.num_probes, ours.paths)
         words = random_bits.fold_in(probe.key, name_hash("rounding"))
         rounding = leaf_keys(tuple(word[None] for word in words), ours.paths)
-        zero, results = data_zero(record), []
+        zero, results = data_zero(record[0]), []
         for number, (path, values) in enumerate(zip(ours.paths, ours.leaves, strict=True)):
             moments = {name: column[number] for name, column in state.moments.items()}
             leaf = Leaf(
@@ -157,7 +157,7 @@ class ZeroOrderOptimizer:
                 self._decays(path, values),
             )
             results.append(update_leaf(self.rule, record, leaf))
-            zero = data_zero(results[-1][0])
+            zero = data_zero(first_element(results[-1][0]))
         new = ours.tree([values for values, _ in results])
         moments = {name: tuple(kept[name] for _, kept in results) for name in self.rule.moments}
         return new, ZeroOrderState(state.count + 1, state.key, probe.prepared, moments)
