@@ -87,7 +87,9 @@ def _gather(equation: JaxprEqn) -> Along | None:
 
     def along(x):
         # What is read out of bounds may be NaN, which row numbers can't be.
-        fill = {} if jnp.issubdtype(x.dtype, jnp.floating) else {"fill_value": None}
+        has_fill = equation.params["fill_value"] is not None
+        is_float = jnp.issubdtype(x.dtype, jnp.floating)
+        fill = {"fill_value": 0} if has_fill and not is_float else {}
         return {"slice_sizes": (*sizes[:-1], x.shape[-1]), **fill}
 
     return along if is_kept else None
