@@ -5,7 +5,7 @@ the gradient.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -77,6 +77,7 @@ def measure(
     keys: jax.Array,
     eps: jax.Array,
     probe_batch: int,
+    active: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The loss and the coefficients.
 
@@ -86,23 +87,39 @@ def measure(
       keys: uint32 ``(probes, leaves, 2)``.
       eps: float32 ``()``.
       probe_batch: Probes evaluated together.
+      active: int32 ``()``: only so many are evaluated, at least one; None: all.
 
     Returns:
       The loss, float32 ``()``: at the parameters if it is evaluated there, or the mean of what was
-      evaluated. And float32 ``(probes,)``.
+      evaluated. And float32 ``(probes,)``, with 0 for probes that were not.
     """
     if isinstance(estimator, ForwardGradient):
-        losses, slopes = over_probes(lambda key: derivative(phi, key), keys, probe_batch)
+        losses, slopes = over_probes(lambda key: derivative(phi, key), keys, probe_batch, active)
         return losses[0], slopes
     base = phi.here() if estimator.uses_base else None
-    signs = jnp.asarray(estimator.signs, jnp.float32)
-
-    def along(key):
-        return jax.lax.map(lambda sign: phi.at(key, sign * eps), signs)
-
-    losses = over_probes(along, keys, probe_batch)
+    losses = losses_along(estimator.signs, phi, keys, eps, probe_batch, active)
     coefficients = estimator.coefficients(base, losses, eps)
-    return jnp.mean(losses) if base is None else base, coefficients
+    mean = jnp.mean(losses)
+    if active is not None:
+        # Losses that were not evaluated are 0.
+        mean = mean * (jnp.float32(len(keys)) / active.astype(jnp.float32))
+        coefficients = jnp.where(jnp.arange(len(keys)) < active, coefficients, jnp.float32(0))
+    return mean if base is None else base, coefficients
+
+
+def losses_along(
+    signs: Sequence[float],
+    phi: Slice,
+    keys: jax.Array,
+    eps: jax.Array,
+    probe_batch: int,
+    active: jax.Array | None = None,
+) -> jax.Array:
+    """The losses at ``signs * eps`` along each direction: float32 ``(probes, signs)``."""
+    places = jnp.asarray(signs, jnp.float32) * eps
+    return over_probes(
+        lambda key: jax.lax.map(lambda s: phi.at(key, s), places), keys, probe_batch, active
+    )
 
 
 def derivative(phi: Slice, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -122,10 +139,41 @@ def curvature(phi: Slice, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Arr
     return loss, slope, second
 
 
-def over_probes(fun: Callable[[jax.Array], Any], keys: jax.Array, batch: int) -> Any:
-    """``fun`` of each key, ``batch`` of them at a time: more memory, and larger matmuls."""
+def over_probes(
+    fun: Callable[[jax.Array], Any],
+    keys: jax.Array,
+    batch: int,
+    active: jax.Array | None = None,
+) -> Any:
+    """``fun`` of each key, ``batch`` of them at a time: more memory, and larger matmuls.
+
+    With ``active``, of the first so many, and then zeros.
+    """
     if len(keys) == 1:
         return jax.tree.map(lambda x: x[None], fun(keys[0]))
-    if batch >= len(keys):
+    batch = min(batch, len(keys))
+    if active is not None:
+        return _over_first(fun, keys, batch, active)
+    if batch == len(keys):
         return jax.vmap(fun)(keys)
     return jax.lax.map(fun, keys, batch_size=batch if batch > 1 else None)
+
+
+def _over_first(fun, keys, batch, active) -> Any:
+    shapes = jax.eval_shape(fun, keys[0])
+    zeros = jax.tree.map(lambda x: jnp.zeros((len(keys), *x.shape), x.dtype), shapes)
+
+    def turn(i, results):
+        # Where fewer than a batch are left, both slices begin earlier.
+        some = jax.lax.dynamic_slice_in_dim(keys, i * batch, batch)
+        new = jax.vmap(fun)(some) if batch > 1 else jax.tree.map(lambda x: x[None], fun(some[0]))
+        return jax.tree.map(
+            lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, i * batch, 0), results, new
+        )
+
+    results = jax.lax.fori_loop(0, (active + (batch - 1)) // batch, turn, zeros)
+    is_active = jnp.arange(len(keys)) < active
+    return jax.tree.map(
+        lambda x: jnp.where(is_active.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros_like(x)),
+        results,
+    )

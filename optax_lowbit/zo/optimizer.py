@@ -32,7 +32,7 @@ from optax_lowbit.zo.late_perturbation import data_zero, first_element
 from optax_lowbit.zo.noise import Noise, Probe, Rademacher
 from optax_lowbit.zo.rows import whole
 from optax_lowbit.zo.slices import Slice
-from optax_lowbit.zo.updates import Leaf, Rule, update_leaf
+from optax_lowbit.zo.updates import Leaf, Rule, is_taken, update_leaf
 
 Loss = Callable[..., jax.Array]
 
@@ -45,12 +45,14 @@ class ZeroOrderState(NamedTuple):
       key: uint32 ``(2,)``: the run's key.
       prepared: What the noise keeps between steps.
       moments: By name, a tuple with an array for each leaf that trains.
+      scalars: By name, what the rule keeps beside.
     """
 
     count: jax.Array
     key: jax.Array
     prepared: Any
     moments: dict[str, tuple[Any, ...]]
+    scalars: dict[str, jax.Array]
 
 
 class StepInfo(NamedTuple):
@@ -81,6 +83,7 @@ class ZeroOrderOptimizer:
     learning_rate: optax.ScalarOrSchedule
     eps: optax.ScalarOrSchedule = 1e-3
     num_probes: int = 1
+    active_probes: optax.Schedule | None = None
     noise: Noise = dataclasses.field(default_factory=Rademacher)
     estimator: Estimator | ForwardGradient = dataclasses.field(default_factory=Central)
     probe_batch: int = 1
@@ -113,7 +116,8 @@ class ZeroOrderOptimizer:
             for name, moment in self.rule.moments.items()
         }
         prepared = self.noise.prepare((), ours, _words(words), jnp.int32(0))
-        return ZeroOrderState(jnp.int32(0), words, prepared, moments)
+        scalars = {name: jnp.array(first) for name, first in self.rule.scalars.items()}
+        return ZeroOrderState(jnp.int32(0), words, prepared, moments, scalars)
 
     def step(
         self, loss_fn: Loss, params: Any, state: ZeroOrderState, *args: Any
@@ -129,11 +133,10 @@ class ZeroOrderOptimizer:
 
     def estimate(self, loss_fn: Loss, params: Any, state: ZeroOrderState, *args: Any) -> StepInfo:
         """The first half of a step: evaluates the loss and leaves the parameters alone."""
-        ours = self._split(params)
-        phi = self._slice(loss_fn, ours, state, args)
-        keys = probe_keys(_words(state.key), state.count, self.num_probes, ours.paths)
-        eps = jnp.asarray(value_at(self.eps, state.count), jnp.float32)
-        loss, coefficients = measure(self.estimator, phi, keys, eps, self.probe_batch)
+        phi, keys = self._probed(loss_fn, params, state, args)
+        loss, coefficients = measure(
+            self.estimator, phi, keys, self._eps(state), self.probe_batch, self._active(state)
+        )
         return self._info(state, loss, coefficients)
 
     def apply(
@@ -143,32 +146,60 @@ class ZeroOrderOptimizer:
         ours = self._split(params)
         probe = self._probe(ours, state)
         keys = probe_keys(_words(state.key), state.count, self.num_probes, ours.paths)
-        rounding = rounding_keys(_words(state.key), state.count, ours.paths)
+        rounding = self._rounding(probe, ours)
         zero, results = data_zero(record[0]), []
+        scalars = self.rule.advance(state.scalars, record, state.count)
+        scalars = jax.tree.map(
+            lambda new, old: jnp.where(is_taken(record), new, old), scalars, state.scalars
+        )
         for number, (path, values) in enumerate(zip(ours.paths, ours.leaves, strict=True)):
             moments = {name: column[number] for name, column in state.moments.items()}
             leaf = Leaf(
                 whole(number, values, moments),
-                functools.partial(self._draw, probe, keys, zero),
+                functools.partial(self._draw, probe, keys, zero, self._active(state)),
                 tuple(rounding[number]),
                 state.count,
                 self._decays(path, values),
+                scalars,
             )
             results.append(update_leaf(self.rule, record, leaf))
             zero = data_zero(first_element(results[-1][0]))
         new = ours.tree([values for values, _ in results])
         moments = {name: tuple(kept[name] for _, kept in results) for name in self.rule.moments}
-        return new, ZeroOrderState(state.count + 1, state.key, probe.prepared, moments)
+        return new, ZeroOrderState(state.count + 1, state.key, probe.prepared, moments, scalars)
 
-    def _draw(self, probe, keys, zero, slopes, rows) -> jax.Array:
-        return slope_sum(self.noise, probe, keys, slopes, rows, zero)
+    def _draw(self, probe, keys, zero, active, slopes, rows, each=lambda z: z) -> jax.Array:
+        return slope_sum(self.noise, probe, keys, slopes, rows, zero, each, active)
 
     def _split(self, params: Any) -> Trainable:
         return split(params, self.trainable)
 
+    def _probed(self, loss_fn, params, state, args) -> tuple[Slice, jax.Array]:
+        """The loss near the parameters, and the keys of this step's directions."""
+        ours = self._split(params)
+        keys = probe_keys(_words(state.key), state.count, self.num_probes, ours.paths)
+        return self._slice(loss_fn, ours, state, args), keys
+
     def _slice(self, loss_fn, ours, state, args) -> Slice:
         loss = functools.partial(checks.scalar_loss, loss_fn, args)
-        return Slice(loss, ours, self.noise, self._probe(ours, state))
+        used = {name: state.moments[name] for name in self.noise.uses}
+        companions = [{name: x[i] for name, x in used.items()} for i in range(len(ours.leaves))]
+        return Slice(loss, ours, self.noise, self._probe(ours, state), companions)
+
+    def _eps(self, state: ZeroOrderState) -> jax.Array:
+        return jnp.asarray(value_at(self.eps, state.count), jnp.float32)
+
+    def _active(self, state: ZeroOrderState) -> jax.Array | None:
+        """How many probes count, int32 ``()``; None: all."""
+        if self.active_probes is None:
+            return None
+        with jax.numpy_dtype_promotion("standard"):
+            number = jnp.asarray(self.active_probes(state.count))
+        return jnp.clip(number, 1, self.num_probes).astype(jnp.int32)
+
+    def _rounding(self, probe: Probe, ours: Trainable) -> jax.Array:
+        """Keys of stochastic rounding in this step: uint32 ``(leaves, 2)``."""
+        return rounding_keys(probe.run, probe.step, ours.paths)
 
     def _probe(self, ours: Trainable, state: ZeroOrderState) -> Probe:
         run = _words(state.key)
@@ -182,15 +213,20 @@ class ZeroOrderOptimizer:
             jnp.asarray(value_at(x, state.count), jnp.float32)
             for x in (self.learning_rate, self.weight_decay)
         )
-        record = self.rule.record(coefficients / self.num_probes, rate, decay)
-        # A loss that is not finite says nothing of any direction: the step moves nothing.
-        record = jnp.where(jnp.all(jnp.isfinite(record)), record, jnp.zeros_like(record))
-        return StepInfo(loss, coefficients, record)
+        active = self._active(state)
+        number = self.num_probes if active is None else active.astype(jnp.float32)
+        record = self.rule.record(coefficients / number, rate, decay)
+        return StepInfo(loss, coefficients, finite_or_none(record))
 
     def _decays(self, path: str, values: jax.Array) -> bool:
         is_off = not callable(self.weight_decay) and checks.is_zero(self.weight_decay)
         mask = self.weight_decay_mask
         return not is_off and (mask is None or chooses(mask, path, values))
+
+
+def finite_or_none(record: jax.Array) -> jax.Array:
+    """The record, or that of no step: a loss that is not finite says nothing of any direction."""
+    return jnp.where(jnp.all(jnp.isfinite(record)), record, jnp.zeros_like(record))
 
 
 def value_at(x: optax.ScalarOrSchedule, count: jax.Array) -> Any:
