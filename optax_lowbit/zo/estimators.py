@@ -30,6 +30,16 @@ class Estimator:
         """How often the loss is evaluated."""
         return len(self.signs) * num_probes + self.uses_base
 
+    def point(self, number: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
+        """The probe of an evaluation, and where along it: int32 and float32, ``()``.
+
+        The evaluation at the parameters, if there is one, comes first; then probe by probe.
+        """
+        place = jnp.asarray(number, jnp.int32) - int(self.uses_base)
+        probe, sign = jnp.divmod(jnp.maximum(place, 0), len(self.signs))
+        signs = jnp.asarray(self.signs, jnp.float32)
+        return probe, jnp.where(place < 0, jnp.float32(0), signs[sign])
+
     def coefficients(self, base: jax.Array | None, losses: jax.Array, eps: Any) -> jax.Array:
         """From the loss at the parameters and ``(probes, signs)`` losses, float32 ``(probes,)``."""
         raise NotImplementedError
@@ -100,9 +110,29 @@ def measure(
     def along(key):
         return jax.lax.map(lambda sign: phi.at(key, sign * eps), signs)
 
-    losses = over_probes(along, keys, probe_batch)
+    return reading(estimator, base, over_probes(along, keys, probe_batch), eps)
+
+
+def reading(
+    estimator: Estimator, base: jax.Array | None, losses: jax.Array, eps: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The loss and the coefficients, from the values of the loss."""
     coefficients = estimator.coefficients(base, losses, eps)
     return jnp.mean(losses) if base is None else base, coefficients
+
+
+def value_estimator(estimator: Estimator | ForwardGradient) -> Estimator:
+    """The estimator, of which values of the loss are enough.
+
+    Raises:
+      TypeError: If it differentiates the loss.
+    """
+    if isinstance(estimator, Estimator):
+        return estimator
+    raise TypeError(
+        "estimator must be one of values of the loss, such as Central() or OneSided(), where the "
+        f"loss is evaluated apart; got {estimator}, which differentiates it"
+    )
 
 
 def derivative(phi: Slice, key: jax.Array) -> tuple[jax.Array, jax.Array]:
