@@ -1,4 +1,5 @@
 from optax_lowbit.zo.blockwise import BlockwiseOptimizer, blockwise
+from optax_lowbit.zo.diagnostics import Diagnosis, diagnose
 from optax_lowbit.zo.gradient import EstimateGradientState, estimate_gradient, gradient
 from optax_lowbit.zo.hybrid import HybridOptimizer, HybridState, hybrid
 from optax_lowbit.zo.hyperparameters import InjectedOptimizer, InjectedState, inject_hyperparams
@@ -9,6 +10,7 @@ from optax_lowbit.zo.sgd import zo_sgd
 
 __all__ = (
     "BlockwiseOptimizer",
+    "Diagnosis",
     "EstimateGradientState",
     "Gaussian",
     "HybridOptimizer",
@@ -22,6 +24,7 @@ __all__ = (
     "ZeroOrderOptimizer",
     "ZeroOrderState",
     "blockwise",
+    "diagnose",
     "estimate_gradient",
     "gradient",
     "hybrid",

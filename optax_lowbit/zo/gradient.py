@@ -172,13 +172,13 @@ def estimate_gradient(
         for name, value in (("params", params), ("obj_fn", obj_fn)):
             if value is None:
                 raise ValueError(f"{name} must be given to update: the loss is evaluated there")
-        whole = ZeroOrderState(*state, {})
+        whole = ZeroOrderState(state.count, state.key, state.prepared, {})
         estimate = _estimated(opt, obj_fn, params, whole, ())
         ours = split(params, trainable)
         prepared = noise.prepare(
             state.prepared, ours, random_bits.key_words(state.key), state.count
         )
-        count = optax.safe_increment(state.count)
+        count: Any = optax.safe_increment(state.count)
         return estimate, EstimateGradientState(count, state.key, prepared)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -151,10 +151,8 @@ class InjectedOptimizer:
 
     def _at(self, state: InjectedState) -> tuple[Any, dict[str, jax.Array]]:
         """The optimizer of one step, and the values it is made with."""
-        values = {
-            name: jnp.asarray(value_at(x, state.count), jnp.float32)
-            if callable(x)
-            else jnp.asarray(state.hyperparams[name], jnp.float32)
-            for name, x in self.hyperparams.items()
-        }
+        values = {}
+        for name, first in self.hyperparams.items():
+            now = first if callable(first) else state.hyperparams[name]
+            values[name] = jnp.asarray(value_at(now, state.count), jnp.float32)
         return self.make(**values), values

@@ -53,30 +53,33 @@ def microbatched(loss_fn: Loss, number: int) -> Loss:
 
     def mean_loss(params: Any, *args: Any) -> jax.Array:
         arrays, treedef = jax.tree.flatten(args)
-        parted = {i: _parts(x, number) for i, x in enumerate(arrays) if jnp.ndim(x)}
-        if not parted:
+        parted = [_parted(x, number) if jnp.ndim(x) else x for x in arrays]
+        if not any(map(jnp.ndim, arrays)):
             raise ValueError("args of a microbatched loss must have an array with a batch axis")
 
         @jax.checkpoint
-        def part_loss(params, part):
-            own = treedef.unflatten(part.get(i, x) for i, x in enumerate(arrays))
-            return checks.scalar_loss(loss_fn, own, params)
+        def part_loss(params, i):
+            own = [
+                jax.lax.dynamic_index_in_dim(x, i, 1, False) if jnp.ndim(x) else x for x in parted
+            ]
+            return checks.scalar_loss(loss_fn, treedef.unflatten(own), params)
 
-        def turn(total, part):
-            return total + part_loss(jax.tree.map(_in_each_turn, params), part)[None], None
+        def turn(total, i):
+            return total + part_loss(jax.tree.map(_in_each_turn, params), i)[None], None
 
         # Of one axis, so that what the loop has computed can delay what is drawn in it.
-        total, _ = jax.lax.scan(turn, jnp.zeros(1), parted)
+        total, _ = jax.lax.scan(turn, jnp.zeros(1), jnp.arange(number))
         return total[0] / jnp.float32(number)
 
     return mean_loss
 
 
-def _parts(x: jax.Array, number: int) -> jax.Array:
+def _parted(x: jax.Array, number: int) -> jax.Array:
+    """``(size // number, number, ...)``: the batch as it lies in memory."""
     size = x.shape[0]
     if size % number:
-        raise ValueError(f"a batch of {size} rows can't be parted into number={number} equal parts")
-    return jnp.swapaxes(jnp.reshape(x, (size // number, number, *x.shape[1:])), 0, 1)
+        raise ValueError(f"number={number} parts must divide the batch, which has {size} rows")
+    return jnp.reshape(x, (size // number, number, *x.shape[1:]))
 
 
 def _in_each_turn(x: Any) -> Any:
