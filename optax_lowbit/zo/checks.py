@@ -19,8 +19,9 @@ def check_optimizer(optimizer: Any) -> None:
         check_number(name, getattr(optimizer, name))
     if is_concrete(optimizer.eps) and not optimizer.eps > 0:
         raise ValueError(f"eps must be above 0, got {optimizer.eps!r}")
-    if optimizer.clip is not None and not (is_concrete(optimizer.clip) and optimizer.clip > 0):
-        raise ValueError(f"clip must be a number above 0 or None, got {optimizer.clip!r}")
+    clip = optimizer.clip
+    if callable(clip) or (clip is not None and is_concrete(clip) and not clip > 0):
+        raise ValueError(f"clip must be a number above 0 or None, got {clip!r}")
     if optimizer.active_probes is not None and not callable(optimizer.active_probes):
         raise TypeError(
             f"active_probes must be a schedule or None, got {optimizer.active_probes!r}; a fixed "

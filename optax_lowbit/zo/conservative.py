@@ -78,6 +78,18 @@ def zo_sgd_conservative(
 class ConservativeOptimizer(ZeroOrderOptimizer):
     """One whose record is that of the best of three steps; see :func:`zo_sgd_conservative`."""
 
+    @property
+    def evaluations(self):
+        """Refused: where this evaluates the loss depends on what it has found.
+
+        Raises:
+          TypeError: Always.
+        """
+        raise TypeError(
+            "zo_sgd_conservative evaluates the loss where earlier evaluations lead it, so it can't be asked "
+            "for candidates: give step a loss_fn that JAX can trace"
+        )
+
     def estimate(self, loss_fn, params, state, *args):
         """The first half of a step, with the loss at the parameters."""
         info = super().estimate(loss_fn, params, state, *args)

@@ -30,6 +30,16 @@ class Estimator:
         """How often the loss is evaluated."""
         return len(self.signs) * num_probes + self.uses_base
 
+    def point(self, number: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
+        """The probe of an evaluation, and where along it: int32 and float32, ``()``.
+
+        The evaluation at the parameters, if there is one, comes first; then probe by probe.
+        """
+        place = jnp.asarray(number, jnp.int32) - int(self.uses_base)
+        probe, sign = jnp.divmod(jnp.maximum(place, 0), len(self.signs))
+        signs = jnp.asarray(self.signs, jnp.float32)
+        return probe, jnp.where(place < 0, jnp.float32(0), signs[sign])
+
     def coefficients(self, base: jax.Array | None, losses: jax.Array, eps: Any) -> jax.Array:
         """From the loss at the parameters and ``(probes, signs)`` losses, float32 ``(probes,)``."""
         raise NotImplementedError
@@ -98,12 +108,23 @@ def measure(
         return losses[0], slopes
     base = phi.here() if estimator.uses_base else None
     losses = losses_along(estimator.signs, phi, keys, eps, probe_batch, active)
+    return reading(estimator, base, losses, eps, active)
+
+
+def reading(
+    estimator: Estimator,
+    base: jax.Array | None,
+    losses: jax.Array,
+    eps: jax.Array,
+    active: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The loss and the coefficients, from the values of the loss, 0 where it was not evaluated."""
     coefficients = estimator.coefficients(base, losses, eps)
     mean = jnp.mean(losses)
     if active is not None:
         # Losses that were not evaluated are 0.
-        mean = mean * (jnp.float32(len(keys)) / active.astype(jnp.float32))
-        coefficients = jnp.where(jnp.arange(len(keys)) < active, coefficients, jnp.float32(0))
+        mean = mean * (jnp.float32(len(losses)) / active.astype(jnp.float32))
+        coefficients = jnp.where(jnp.arange(len(losses)) < active, coefficients, jnp.float32(0))
     return mean if base is None else base, coefficients
 
 
@@ -119,6 +140,20 @@ def losses_along(
     places = jnp.asarray(signs, jnp.float32) * eps
     return over_probes(
         lambda key: jax.lax.map(lambda s: phi.at(key, s), places), keys, probe_batch, active
+    )
+
+
+def value_estimator(estimator: Estimator | ForwardGradient) -> Estimator:
+    """The estimator, of which values of the loss are enough.
+
+    Raises:
+      TypeError: If it differentiates the loss.
+    """
+    if isinstance(estimator, Estimator):
+        return estimator
+    raise TypeError(
+        "estimator must be one of values of the loss, such as Central() or OneSided(), where the "
+        f"loss is evaluated apart; got {estimator}, which differentiates it"
     )
 
 

@@ -168,6 +168,18 @@ class HessianOptimizer(ZeroOrderOptimizer):
     smoothing: optax.ScalarOrSchedule
     curvature: Curvature
 
+    @property
+    def evaluations(self):
+        """Refused: values of the loss are not all that this needs.
+
+        Raises:
+          TypeError: Always.
+        """
+        raise TypeError(
+            "hizoo needs the curvature of the loss, so it can't be asked for "
+            "candidates: give step a loss_fn that JAX can trace"
+        )
+
     def estimate(self, loss_fn, params, state, *args):
         """The first half of a step."""
         phi, keys = self._probed(loss_fn, params, state, args)

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_lowbit.kernels.reference import widened
 from optax_lowbit.moments.policy import Policy
 from optax_lowbit.moments.storage import init_moment
 from optax_lowbit.quant import random_bits
-from optax_lowbit.zo import checks
+from optax_lowbit.zo import checks, precision
 from optax_lowbit.zo.directions import (
     Choice,
     Trainable,
@@ -27,11 +28,19 @@ from optax_lowbit.zo.directions import (
     slope_sum,
     split,
 )
-from optax_lowbit.zo.estimators import Central, Estimator, ForwardGradient, measure
+from optax_lowbit.zo.estimators import (
+    Central,
+    Estimator,
+    ForwardGradient,
+    measure,
+    reading,
+    value_estimator,
+)
 from optax_lowbit.zo.late_perturbation import data_zero, first_element
 from optax_lowbit.zo.noise import Noise, Probe, Rademacher
 from optax_lowbit.zo.rows import whole
 from optax_lowbit.zo.slices import Slice
+from optax_lowbit.zo.sums import summed
 from optax_lowbit.zo.updates import Leaf, Rule, is_taken, update_leaf
 
 Loss = Callable[..., jax.Array]
@@ -106,9 +115,14 @@ class ZeroOrderOptimizer:
         Raises:
           TypeError: If ``key`` is no key.
           ValueError: If it is one of another generator, or no leaf trains.
+
+        Warns:
+          UserWarning: If ``eps`` is too small for the weights of a bfloat16 or float16 leaf.
         """
         words = jnp.stack(random_bits.key_words(key))
         ours = self._split(params)
+        if isinstance(self.estimator, Estimator):
+            precision.warn_of_small_eps(ours, value_at(self.eps, jnp.int32(0)))
         policy = Policy() if self.policy is None else self.policy
         named = dict(zip(ours.paths, ours.leaves, strict=True))
         moments = {
@@ -171,6 +185,102 @@ class ZeroOrderOptimizer:
     def _draw(self, probe, keys, zero, active, slopes, rows, each=lambda z: z) -> jax.Array:
         return slope_sum(self.noise, probe, keys, slopes, rows, zero, each, active)
 
+    @property
+    def evaluations(self) -> int:
+        """How many candidates :meth:`ask` has in a step, and losses :meth:`tell` takes."""
+        return value_estimator(self.estimator).evaluations(self.num_probes)
+
+    def ask(self, params: Any, state: ZeroOrderState, number: jax.typing.ArrayLike) -> Any:
+        """One of the parameter trees whose loss a step needs, for a loss that is no JAX function.
+
+        Args:
+          params: Pytree of arrays.
+          state: The state.
+          number: Which one, from 0 to ``evaluations - 1``; an int or an int32 ``()``.
+
+        Returns:
+          A tree like ``params``, in its dtypes: as much memory again.
+
+        Raises:
+          TypeError: If the estimator differentiates the loss.
+          ValueError: If there is no such candidate.
+
+        Examples:
+          >>> import jax, jax.numpy as jnp
+          >>> from optax_lowbit import zo
+          >>> opt = zo.zo_sgd(0.02, eps=0.5)
+          >>> ask, tell = jax.jit(opt.ask), jax.jit(opt.tell)
+          >>> params = {"w": jnp.zeros(4)}
+          >>> state = opt.init(params, 0)
+          >>> def errors(params):  # 1 - accuracy, minus a reward, ...
+          ...     return sum(abs(x - 1) for x in params["w"].tolist())
+          >>> for _ in range(300):
+          ...     losses = [errors(ask(params, state, i)) for i in range(opt.evaluations)]
+          ...     params, state, info = tell(params, state, losses)
+          >>> errors(params) < 1
+          True
+        """
+        if isinstance(number, int) and not 0 <= number < self.evaluations:
+            raise ValueError(f"number must be from 0 to {self.evaluations - 1}, got {number}")
+        ours = self._split(params)
+        probe, sign = value_estimator(self.estimator).point(number)
+        keys = probe_keys(_words(state.key), state.count, self.num_probes, ours.paths)[probe]
+        slope = sign * jnp.asarray(value_at(self.eps, state.count), jnp.float32)
+        moves = self._summed(ours, state, keys[None], slope[None])
+        return ours.tree(
+            [(widened(x) + move).astype(x.dtype) for x, move in zip(ours.leaves, moves)]
+        )
+
+    def tell(
+        self, params: Any, state: ZeroOrderState, losses: Any
+    ) -> tuple[Any, ZeroOrderState, StepInfo]:
+        """What :meth:`step` gives, from the losses of all candidates.
+
+        Args:
+          params: What the candidates were made from.
+          state: Likewise.
+          losses: ``(evaluations,)`` floats, in the order of their numbers; less is better.
+
+        Raises:
+          TypeError: If the estimator differentiates the loss.
+          ValueError: If there are more or fewer losses.
+        """
+        info = self._read(state, losses)
+        params, state = self.apply(params, state, info.record)
+        return params, state, info
+
+    def combine(self, params: Any, state: ZeroOrderState, slopes: jax.Array) -> Any:
+        """``sum_i slopes[i] z_i`` over the directions of a step, as a tree: a copy of parameters.
+
+        With the mean of the coefficients for slopes, it is the estimate of the gradient.
+
+        Args:
+          params: Pytree of arrays.
+          state: The state.
+          slopes: float32 ``(num_probes,)``.
+
+        Returns:
+          A tree like ``params``, in its dtypes; zeros where nothing trains.
+        """
+        ours = self._split(params)
+        keys = probe_keys(_words(state.key), state.count, self.num_probes, ours.paths)
+        leaves = self._summed(ours, state, keys, slopes)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return self._split(zeros).tree([x.astype(p.dtype) for x, p in zip(leaves, ours.leaves)])
+
+    def _summed(self, ours, state, keys, slopes) -> list[jax.Array]:
+        probe, companions = self._probe(ours, state), self.companions(ours, state)
+        return summed(self.noise, probe, ours, keys, slopes, companions)
+
+    def _read(self, state: ZeroOrderState, losses: Any) -> StepInfo:
+        estimator, losses = value_estimator(self.estimator), jnp.asarray(losses, jnp.float32)
+        if losses.shape != (self.evaluations,):
+            raise ValueError(f"losses must be of shape ({self.evaluations},), got {losses.shape}")
+        base = losses[0] if estimator.uses_base else None
+        others = losses[estimator.uses_base :].reshape(self.num_probes, -1)
+        eps = jnp.asarray(value_at(self.eps, state.count), jnp.float32)
+        return self._info(state, *reading(estimator, base, others, eps))
+
     def _split(self, params: Any) -> Trainable:
         return split(params, self.trainable)
 
@@ -182,9 +292,13 @@ class ZeroOrderOptimizer:
 
     def _slice(self, loss_fn, ours, state, args) -> Slice:
         loss = functools.partial(checks.scalar_loss, loss_fn, args)
-        used = {name: state.moments[name] for name in self.noise.uses}
-        companions = [{name: x[i] for name, x in used.items()} for i in range(len(ours.leaves))]
+        companions = self.companions(ours, state)
         return Slice(loss, ours, self.noise, self._probe(ours, state), companions)
+
+    def companions(self, ours: Trainable, state: ZeroOrderState) -> list[dict[str, Any]]:
+        """What the noise is given of each leaf's moments."""
+        used = {name: state.moments[name] for name in self.noise.uses}
+        return [{name: x[i] for name, x in used.items()} for i in range(len(ours.leaves))]
 
     def _eps(self, state: ZeroOrderState) -> jax.Array:
         return jnp.asarray(value_at(self.eps, state.count), jnp.float32)
