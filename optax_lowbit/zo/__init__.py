@@ -1,14 +1,20 @@
+from optax_lowbit.zo.low_rank import LowRank
+from optax_lowbit.zo.lozo import lozo
 from optax_lowbit.zo.noise import Gaussian, Noise, Probe, Rademacher
 from optax_lowbit.zo.optimizer import StepInfo, ZeroOrderOptimizer, ZeroOrderState
 from optax_lowbit.zo.sgd import zo_sgd
+from optax_lowbit.zo.sphere import Sphere
 
 __all__ = (
     "Gaussian",
+    "LowRank",
     "Noise",
     "Probe",
     "Rademacher",
+    "Sphere",
     "StepInfo",
     "ZeroOrderOptimizer",
     "ZeroOrderState",
+    "lozo",
     "zo_sgd",
 )

@@ -1,6 +1,8 @@
 """Sums of random directions over a tree: what a probe adds to parameters, and what a step does."""
 
 import dataclasses
+import functools
+import operator
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 from optax_lowbit.kernels.reference import name_hash, widened
 from optax_lowbit.moments.policy import path_name
 from optax_lowbit.quant import random_bits
-from optax_lowbit.zo.noise import Noise, Probe
+from optax_lowbit.zo.noise import Factors, Noise, Probe
 from optax_lowbit.zo.rows import Rows
 
 # Chooses leaves: a regular expression that is searched for in a path such as `layers/0/kernel`, or
@@ -87,16 +89,52 @@ def slope_sum(
       rows: Where.
       zero: A uint32 0 that delays the drawing; see `late_perturbation.data_zero`.
     """
-    zero = jnp.uint32(zero)
 
     def term(i):
-        first, second = keys[i, rows.leaf]
-        return slopes[i] * noise.draw(probe._replace(key=(first + zero, second), zero=zero), rows)
+        return slopes[i] * noise.draw(_with_key(probe, keys, i, rows, zero), rows)
 
     if len(slopes) == 1:
         return term(0)
+    factors = factor_sum(noise, probe, keys, slopes, rows, zero)
+    if factors is not None:
+        return outer(factors.left, factors.right)
     start = jnp.zeros_like(widened(rows.values))
     return jax.lax.fori_loop(0, len(slopes), lambda i, total: total + term(i), start)
+
+
+def factor_sum(
+    noise: Noise, probe: Probe, keys: jax.Array, slopes: jax.Array, rows: Rows,
+    zero: jax.typing.ArrayLike,
+) -> Factors | None:  # fmt: skip
+    """Factors of :func:`slope_sum`, the slopes in the left one; None where it has full rank."""
+
+    def term(i):
+        return noise.factors(_with_key(probe, keys, i, rows, zero), rows)
+
+    first = term(0)
+    if first is None:
+        return None
+    left = slopes[0] * first.left
+    if len(slopes) > 1:
+        add = lambda i, total: total + slopes[i] * term(i).left  # noqa: E731
+        left = jax.lax.fori_loop(1, len(slopes), add, left)
+    return first._replace(left=left)
+
+
+def outer(left: jax.Array, right: jax.Array) -> jax.Array:
+    """``left @ right.T``: ``(..., n)`` of ``(..., rank)`` and ``(n, rank)``.
+
+    Not by a matmul: a sum in the order of columns is the same for some rows as for all of them.
+    """
+    right = right.reshape((1,) * (left.ndim - 1) + right.shape)
+    terms = [left[..., k : k + 1] * right[..., k] for k in range(right.shape[-1])]
+    return functools.reduce(operator.add, terms)
+
+
+def _with_key(probe: Probe, keys: jax.Array, i: Any, rows: Rows, zero: Any) -> Probe:
+    first, second = keys[i, rows.leaf]
+    zero = jnp.uint32(zero)
+    return probe._replace(key=(first + zero, second), zero=zero)
 
 
 def probe_keys(

@@ -98,7 +98,8 @@ def measure(
     signs = jnp.asarray(estimator.signs, jnp.float32)
 
     def along(key):
-        return jax.lax.map(lambda sign: phi.at(key, sign * eps), signs)
+        line = phi.line(key)
+        return jax.lax.map(lambda sign: line(sign * eps), signs)
 
     losses = over_probes(along, keys, probe_batch)
     coefficients = estimator.coefficients(base, losses, eps)

@@ -16,12 +16,16 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from optax_lowbit.moments.equations import bind, read
+from optax_lowbit.zo.factored_dot import factored_dot
+from optax_lowbit.zo.noise import Factors
 from optax_lowbit.zo.rows import Rows, whole
 from optax_lowbit.zo.views import Pending, takes_rows_only, viewed
 
 # Gives the perturbed values of rows. The second argument is a uint32 zero that the compiler can't
 # know to be one before something else is computed.
 Perturb = Callable[[Rows, jax.Array], jax.Array]
+# Given the same: the factors of what is added to the rows, if it has a low rank.
+LowRank = Callable[[Rows, jax.Array], Factors | None]
 
 
 def call_perturbed(
@@ -29,6 +33,7 @@ def call_perturbed(
     leaves: Sequence[jax.Array],
     perturb: Perturb,
     companions: Sequence[Any] | None = None,
+    factors: LowRank = lambda rows, zero: None,
 ) -> Any:
     """``fun`` of leaves perturbed where they are used; each use makes the perturbation anew.
 
@@ -38,6 +43,8 @@ def call_perturbed(
       perturb: Gives the perturbed values of rows.
       companions: For each leaf a pytree of arrays with its leading axes, of which ``perturb`` is
         given the same rows.
+      factors: Gives the factors of what is added to rows. Then a matmul with them is
+        ``x @ W + (x @ left) @ right.T``, and no perturbed copy of ``W`` is made.
 
     Returns:
       What ``fun`` gives. Beside what it needs: a perturbed copy of the leaf in use.
@@ -48,7 +55,7 @@ def call_perturbed(
         Pending(whole(number, leaf, companion))
         for number, (leaf, companion) in enumerate(zip(leaves, companions, strict=True))
     ]
-    evaluation = _Evaluation(perturb)
+    evaluation = _Evaluation(perturb, factors)
     results = evaluation.run(closed.jaxpr, closed.consts, pending)
     return jax.tree.unflatten(jax.tree.structure(shapes), evaluation.settled(results))
 
@@ -64,14 +71,15 @@ def data_zero(x: jax.Array | None) -> jax.Array:
 class _Evaluation:
     """Runs a program some of whose values are :class:`Pending`."""
 
-    def __init__(self, perturb: Perturb, latest: jax.Array | None = None):
+    def __init__(self, perturb: Perturb, factors: LowRank, latest: jax.Array | None = None):
         self.perturb = perturb
+        self.factors = factors
         # The last float array computed at this level of the program.
         self.latest = latest
 
     def nested(self, latest: jax.Array | None = None) -> "_Evaluation":
         """For the body of a loop, a branch, ..., whose values may not be seen from outside."""
-        return _Evaluation(self.perturb, self.latest if latest is None else latest)
+        return _Evaluation(self.perturb, self.factors, self.latest if latest is None else latest)
 
     def settled(self, values: Sequence[Any]) -> list[Any]:
         """The values, those that were pending now perturbed."""
@@ -99,6 +107,11 @@ class _Evaluation:
         handler = _HANDLERS.get(equation.primitive.name)
         if handler is not None:
             return handler(self, equation, operands)
+        if equation.primitive.name == "dot_general":
+            zero = data_zero(self.latest)
+            product = factored_dot(equation, operands, lambda rows: self.factors(rows, zero))
+            if product is not None:
+                return [product]
         return bind(equation, self.settled(operands))
 
 

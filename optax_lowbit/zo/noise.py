@@ -6,6 +6,7 @@ comes from its path.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +37,20 @@ class Probe(NamedTuple):
     zero: jax.typing.ArrayLike = 0
 
 
+class Factors(NamedTuple):
+    """A direction's rows as a product ``left @ right.T``, which need not be formed.
+
+    Attributes:
+      left: float32 ``(..., rank)``: has the leading axes of the rows.
+      right: float32 ``(n, rank)``, for ``n`` columns: the same for all probes of a step.
+      before: ``right`` of the step before, where the noise can tell.
+    """
+
+    left: jax.Array
+    right: jax.Array
+    before: jax.Array | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Noise:
     """A distribution of directions ``z`` with ``E[z z^T] = I`` on what it spans."""
@@ -55,6 +70,25 @@ class Noise:
     def draw(self, probe: Probe, rows: Rows) -> jax.Array:
         """The direction's rows: float32 of the shape of ``rows.values``."""
         raise NotImplementedError
+
+    def scale(self, probe: Probe, keys: jax.Array, leaves: Sequence[jax.Array]) -> jax.Array:
+        """What directions are multiplied with, where that depends on all leaves at once.
+
+        Args:
+          probe: What they are drawn from, but for their keys.
+          keys: uint32 ``(probes, leaves, 2)``.
+          leaves: The arrays that train.
+
+        Returns:
+          float32 ``(probes,)``.
+        """
+        del probe, leaves
+        return jnp.ones(len(keys), jnp.float32)
+
+    def factors(self, probe: Probe, rows: Rows) -> Factors | None:
+        """What :meth:`draw` is the product of; None where it has full rank."""
+        del probe, rows
+        return None
 
 
 @dataclasses.dataclass(frozen=True)

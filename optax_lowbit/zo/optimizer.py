@@ -23,6 +23,7 @@ from optax_lowbit.zo.directions import (
     Choice,
     Trainable,
     chooses,
+    factor_sum,
     leaf_keys,
     probe_keys,
     slope_sum,
@@ -146,15 +147,17 @@ class ZeroOrderOptimizer:
         keys = probe_keys(_words(state.key), state.count, self.num_probes, ours.paths)
         words = random_bits.fold_in(probe.key, name_hash("rounding"))
         rounding = leaf_keys(tuple(word[None] for word in words), ours.paths)
+        scale = self.noise.scale(probe, keys, ours.leaves)
         zero, results = data_zero(record), []
         for number, (path, values) in enumerate(zip(ours.paths, ours.leaves, strict=True)):
             moments = {name: column[number] for name, column in state.moments.items()}
             leaf = Leaf(
                 whole(number, values, moments),
-                functools.partial(self._draw, probe, keys, zero),
+                functools.partial(self._sum, slope_sum, probe, keys, scale, zero),
                 tuple(rounding[number]),
                 state.count,
                 self._decays(path, values),
+                functools.partial(self._sum, factor_sum, probe, keys, scale, zero),
             )
             results.append(update_leaf(self.rule, record, leaf))
             zero = data_zero(results[-1][0])
@@ -162,8 +165,8 @@ class ZeroOrderOptimizer:
         moments = {name: tuple(kept[name] for _, kept in results) for name in self.rule.moments}
         return new, ZeroOrderState(state.count + 1, state.key, probe.prepared, moments)
 
-    def _draw(self, probe, keys, zero, slopes, rows) -> jax.Array:
-        return slope_sum(self.noise, probe, keys, slopes, rows, zero)
+    def _sum(self, kind, probe, keys, scale, zero, slopes, rows) -> Any:
+        return kind(self.noise, probe, keys, slopes * scale, rows, zero)
 
     def _split(self, params: Any) -> Trainable:
         return split(params, self.trainable)

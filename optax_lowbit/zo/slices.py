@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_lowbit.kernels.reference import widened
-from optax_lowbit.zo.directions import Trainable, slope_sum
+from optax_lowbit.zo.directions import Trainable, factor_sum, slope_sum
 from optax_lowbit.zo.late_perturbation import call_perturbed
 from optax_lowbit.zo.noise import Noise, Probe
 
@@ -44,19 +44,32 @@ class Slice:
 
     def at(self, key: jax.Array, s: jax.typing.ArrayLike) -> jax.Array:
         """The loss at ``theta + s z``; ``key`` has the keys of all leaves, ``(leaves, 2)``."""
-        return self.along(key[None], jnp.asarray(s, jnp.float32)[None])
+        return self.line(key)(s)
+
+    def line(self, key: jax.Array) -> Callable[[jax.typing.ArrayLike], jax.Array]:
+        """:meth:`at` along one direction, whose scale is found once for all of its values."""
+        keys = key[None]
+        scale = self.noise.scale(self.probe, keys, self.params.leaves)
+        return lambda s: self._scaled(keys, scale * jnp.asarray(s, jnp.float32))
 
     def along(self, keys: jax.Array, slopes: jax.Array) -> jax.Array:
         """The loss at ``theta + sum_i slopes[i] z_i``: float32.
 
         Each sum is made in float32 and cast to the dtype of its leaf once.
         """
+        return self._scaled(
+            keys, slopes * self.noise.scale(self.probe, keys, self.params.leaves)
+        )
 
+    def _scaled(self, keys: jax.Array, slopes: jax.Array) -> jax.Array:
         def perturb(rows, zero):
             moved = slope_sum(self.noise, self.probe, keys, slopes, rows, zero)
             return (widened(rows.values) + moved).astype(rows.values.dtype)
 
+        def factors(rows, zero):
+            return factor_sum(self.noise, self.probe, keys, slopes, rows, zero)
+
         return call_perturbed(
             lambda leaves: self.loss(self.params.tree(leaves)),
-            self.params.leaves, perturb, self.companions,
+            self.params.leaves, perturb, self.companions, factors,
         )  # fmt: skip

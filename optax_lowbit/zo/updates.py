@@ -13,6 +13,7 @@ from optax_lowbit.kernels.reference import Step, widened
 from optax_lowbit.kernels.steps import Fused, step_leaf
 from optax_lowbit.moments.storage import Moment
 from optax_lowbit.quant import random_bits
+from optax_lowbit.zo.noise import Factors
 from optax_lowbit.zo.rows import Rows
 
 # Leaves of more elements, and more than two axes, are updated one slice of the first axis at a
@@ -30,6 +31,7 @@ class Leaf:
       key: For stochastic rounding of parameters and moments.
       count: int32 ``()``: steps taken before this one.
       decays: Whether weight decay applies.
+      factors: The same as ``draw``, as factors; None where the direction has full rank.
     """
 
     rows: Rows
@@ -37,6 +39,7 @@ class Leaf:
     key: random_bits.Key
     count: jax.Array
     decays: bool
+    factors: Callable[[jax.Array, Rows], Factors | None] = lambda slopes, rows: None
 
 
 class Rule(Protocol):
