@@ -108,7 +108,7 @@ def factor_sum(
 ) -> Factors | None:  # fmt: skip
     """Factors of :func:`slope_sum`, the slopes in the left one; None where it has full rank."""
 
-    def term(i):
+    def term(i) -> Any:
         return noise.factors(_with_key(probe, keys, i, rows, zero), rows)
 
     first = term(0)

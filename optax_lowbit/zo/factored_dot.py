@@ -65,7 +65,8 @@ def factored_dot(
     (first, first_names), (second, second_names) = stages
     kept = set(result) | set(second_names)
     inner = [name for name in dict.fromkeys([*others, *first_names]) if name in kept]
-    dtype = equation.outvars[0].aval.dtype
+    result_type: Any = equation.outvars[0].aval
+    dtype = result_type.dtype
     wide = jnp.promote_types(dtype, jnp.float32)
     values = pending.after(pending.rows.values)
     whole = [values if x is pending else x for x in operands]
@@ -88,7 +89,8 @@ def _axis_order(pending: Pending) -> list[int] | None:
 def _axis_names(equation: JaxprEqn) -> tuple[list[list[int]], list[int]]:
     """Numbers for the axes of both operands and of the result; an axis they share has one."""
     (contracted, batch) = equation.params["dimension_numbers"]
-    left, right = (list(range(var.aval.ndim)) for var in equation.invars)
+    types: list[Any] = [var.aval for var in equation.invars]
+    left, right = (list(range(type_.ndim)) for type_ in types)
     right = [name + len(left) for name in right]
     for mine, theirs in zip((*contracted[0], *batch[0]), (*contracted[1], *batch[1]), strict=True):
         right[theirs] = left[mine]

@@ -9,7 +9,7 @@ from optax_lowbit.kernels.reference import name_hash
 from optax_lowbit.quant import random_bits
 from optax_lowbit.zo.checks import check_count
 from optax_lowbit.zo.directions import leaf_keys, outer
-from optax_lowbit.zo.noise import Factors, Gaussian, Noise, columns, standard_normal, words
+from optax_lowbit.zo.noise import Factors, Gaussian, Noise, columns, once, standard_normal, words
 from optax_lowbit.zo.rows import Rows, whole
 
 
@@ -26,13 +26,13 @@ class LowRank(Noise):
     columns, all others its rows; the layers of a stack have one ``V`` and each its own ``U``.
     Leaves of fewer than two axes have :class:`Gaussian` noise.
 
-    **What is estimated.** Given ``V``, the mean of ``c Z`` is ``G V V^T``, the gradient projected on
-    ``r`` directions of a row. Over the draws of ``V``, that has the mean ``G``: the estimate is
-    unbiased over many intervals, not inside of one.
+    **What is estimated.** Given ``V``, the mean of ``c Z`` is ``G V V^T / sqrt(r)``: the gradient,
+    projected on ``r`` directions of a row. Over the draws of ``V``, that has the mean ``G``: the
+    estimate is unbiased over many intervals, not inside of one.
 
     **Matmuls** with a leaf are evaluated as ``x W + s (x U) V^T``: no perturbed leaf is made. With
-    ``probe_batch`` above 1, ``x W`` of all those probes is one matmul. What else a program does with
-    a leaf (a row that is looked up, a sum) forms the rows in question.
+    ``probe_batch`` above 1, ``x W`` of all those probes is one matmul. Whatever else a program does
+    with a leaf (a row that is looked up, a sum) forms the rows in question.
 
     Factors are normal values rounded to bfloat16, so their products are exact in float32, and ``Z``
     of rank 2 is the same however it was compiled.
@@ -71,9 +71,7 @@ class LowRank(Noise):
         turns = jnp.stack([step, jnp.maximum(step - 1, 0)]) // self.interval
         own = random_bits.fold_in(run, name_hash("low rank"))
         keys = leaf_keys(random_bits.fold_in(own, turns[:, None]), params.paths)
-        return tuple(
-            keys[:, i] if leaf.ndim > 1 else None for i, leaf in enumerate(params.leaves)
-        )
+        return tuple(keys[:, i] if leaf.ndim > 1 else None for i, leaf in enumerate(params.leaves))
 
     def draw(self, probe, rows):
         """The product."""
@@ -92,8 +90,11 @@ class LowRank(Noise):
         return Factors(self._normal(probe.key, rows), right, before)
 
     def _normal(self, key: random_bits.Key, rows: Rows) -> jax.Array:
-        values = standard_normal(words(key, rows, self.rank)) * jnp.float32(self.rank**-0.25)
-        return jax.lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7)
+        def make():
+            values = standard_normal(words(key, rows, self.rank)) * jnp.float32(self.rank**-0.25)
+            return jax.lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7)
+
+        return once(key, make)
 
 
 def _all_rows(n: int) -> Rows:

@@ -45,9 +45,9 @@ def lozo(
     ``M`` is projected where ``V`` is drawn anew, so that ``M V^T`` stays close to what it was.
     Momentum of leaves of fewer than two axes is an ordinary mean of estimates.
 
-    **Memory.** Without momentum nothing is kept but two keys a leaf. With it ``4 rank`` bytes a row:
-    for 1024 columns and rank 2, 0.2% of float32 parameters. A step needs what the loss needs; a leaf
-    that is only multiplied with is not even perturbed.
+    **Memory.** Without momentum nothing is kept but two keys a leaf. With it ``4 rank`` bytes a
+    row: for 1024 columns and rank 2, 0.2% of float32 parameters. A step needs what the loss needs;
+    of a leaf that is only multiplied with, no perturbed copy is made.
 
     Args:
       learning_rate: A fixed learning rate or a schedule.

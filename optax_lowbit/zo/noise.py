@@ -6,7 +6,7 @@ comes from its path.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -130,16 +130,22 @@ def words(key: random_bits.Key, rows: Rows, count: int) -> jax.Array:
 
 
 def words_once(key: random_bits.Key, rows: Rows, count: int) -> jax.Array:
-    """:func:`words` that many elements are made of, each word computed once.
+    """:func:`words` that many elements are made of, each word computed once."""
+    return once(key, lambda: words(key, rows, count))
 
-    Fused into what unpacks them, XLA would run the cipher for every element. A loop can't be fused,
+
+def once(key: random_bits.Key, make: Callable[[], jax.Array]) -> jax.Array:
+    """What ``make`` gives, from a key, for many elements that are made of each of its values.
+
+    Fused into what makes them, XLA would run the cipher for every element. A loop can't be fused,
     and one of a single turn is none: so the number of turns is not known to the compiler.
     """
     is_rare = key[0] == jnp.uint32(0xDEADBEEF)  # and then the second turn gives the same
     turns = 1 + is_rare.astype(jnp.int32)
+    like = jax.eval_shape(make)
     # Zeros would be made for all leaves at once, before there is a key.
-    start = jnp.broadcast_to(key[0], (*rows.numbers.shape[:-1], count))
-    return jax.lax.fori_loop(0, turns, lambda _, old: words(key, rows, count), start)
+    start = jnp.broadcast_to(key[0].astype(like.dtype), like.shape)
+    return jax.lax.fori_loop(0, turns, lambda _, old: make(), start)
 
 
 def unpack_signs(words: jax.Array, n: int) -> jax.Array:

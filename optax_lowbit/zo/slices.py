@@ -57,9 +57,7 @@ class Slice:
 
         Each sum is made in float32 and cast to the dtype of its leaf once.
         """
-        return self._scaled(
-            keys, slopes * self.noise.scale(self.probe, keys, self.params.leaves)
-        )
+        return self._scaled(keys, slopes * self.noise.scale(self.probe, keys, self.params.leaves))
 
     def _scaled(self, keys: jax.Array, slopes: jax.Array) -> jax.Array:
         def perturb(rows, zero):

@@ -13,7 +13,7 @@ from optax_lowbit.zo.rows import whole
 
 @dataclasses.dataclass(frozen=True)
 class Sphere(Gaussian):
-    r"""Uniform on the sphere of radius ``sqrt(d)`` around the parameters, over all ``d`` that train.
+    r"""Uniform on the sphere of radius ``sqrt(d)``, for ``d`` elements of all leaves that train.
 
     .. math::
       z = \sqrt{d}\, \frac{g}{\lVert g \rVert}, \quad g \sim \mathcal{N}(0, I_d), \qquad
