@@ -9,12 +9,17 @@ from optax_lowbit.zo.gradient import EstimateGradientState, estimate_gradient, g
 from optax_lowbit.zo.hizoo import HESSIAN_8BIT, hizoo
 from optax_lowbit.zo.hybrid import HybridOptimizer, HybridState, hybrid
 from optax_lowbit.zo.hyperparameters import InjectedOptimizer, InjectedState, inject_hyperparams
+from optax_lowbit.zo.low_rank import LowRank
+from optax_lowbit.zo.lozo import lozo
+from optax_lowbit.zo.masks import MagnitudeMask, RandomMask
 from optax_lowbit.zo.microbatches import microbatched
 from optax_lowbit.zo.momentum import zo_sgd_momentum
 from optax_lowbit.zo.noise import Gaussian, Noise, Probe, Rademacher
 from optax_lowbit.zo.optimizer import StepInfo, ZeroOrderOptimizer, ZeroOrderState
 from optax_lowbit.zo.sgd import zo_sgd
 from optax_lowbit.zo.sign import zo_sgd_scalar_sign, zo_sgd_sign
+from optax_lowbit.zo.sphere import Sphere
+from optax_lowbit.zo.subspace import Subspace
 
 __all__ = (
     "HESSIAN_8BIT",
@@ -29,11 +34,16 @@ __all__ = (
     "HybridState",
     "InjectedOptimizer",
     "InjectedState",
+    "LowRank",
+    "MagnitudeMask",
     "Noise",
     "OneSided",
     "Probe",
     "Rademacher",
+    "RandomMask",
+    "Sphere",
     "StepInfo",
+    "Subspace",
     "ZeroOrderOptimizer",
     "ZeroOrderState",
     "blockwise",
@@ -45,6 +55,7 @@ __all__ = (
     "hizoo",
     "hybrid",
     "inject_hyperparams",
+    "lozo",
     "microbatched",
     "zo_adam",
     "zo_sgd",

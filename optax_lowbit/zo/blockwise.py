@@ -182,6 +182,18 @@ class _NoiseOfBlock(Noise):
         """It has been, for all blocks of the step."""
         return prepared
 
+    def scale(self, probe, keys, leaves):
+        """That of the whole direction, of which the block's is a part."""
+        return self.noise.scale(probe, keys, leaves)
+
+    def factors(self, probe, rows):
+        """Zero outside of the block."""
+        found = self.noise.factors(probe, rows)
+        if found is None:
+            return None
+        is_inside = (self.block == self.numbers[rows.leaf]).astype(jnp.float32)
+        return found._replace(left=is_inside * found.left)
+
     def draw(self, probe, rows):
         """Leaves outside of the block cost no random numbers."""
         return jax.lax.cond(

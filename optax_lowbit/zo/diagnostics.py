@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_lowbit.kernels.reference import widened
-from optax_lowbit.zo.directions import probe_keys, split
+from optax_lowbit.zo.directions import directions_of, probe_keys, split
 from optax_lowbit.zo.estimators import Central, ForwardGradient, OneSided, value_estimator
 from optax_lowbit.zo.noise import Probe
 from optax_lowbit.zo.optimizer import ZeroOrderOptimizer, ZeroOrderState, value_at
@@ -102,7 +102,8 @@ def _cosines(opt: ZeroOrderOptimizer, params: Any, state: ZeroOrderState) -> dic
     keys = probe_keys(run, state.count, opt.num_probes, ours.paths)[:1]
     probe = Probe(run, run, state.count, prepared)
     companions = opt.companions(ours, state)
-    directions = summed(opt.noise, probe, ours, keys, jnp.ones(1, jnp.float32), companions)
+    one = directions_of(opt.noise, probe, keys, ours.leaves)
+    directions = summed(one, ours, jnp.ones(1, jnp.float32), companions)
     eps = jnp.asarray(value_at(opt.eps, state.count), jnp.float32)
 
     def cosine(leaf, z):

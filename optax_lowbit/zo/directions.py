@@ -1,6 +1,8 @@
 """Sums of random directions over a tree: what a probe adds to parameters, and what a step does."""
 
 import dataclasses
+import functools
+import operator
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 from optax_lowbit.kernels.reference import name_hash, widened
 from optax_lowbit.moments.policy import path_name
 from optax_lowbit.quant import random_bits
-from optax_lowbit.zo.noise import Noise, Probe
+from optax_lowbit.zo.noise import Factors, Noise, Probe
 from optax_lowbit.zo.rows import Rows
 
 # Chooses leaves: a regular expression that is searched for in a path such as `layers/0/kernel`, or
@@ -74,36 +76,101 @@ def split(params: Any, trainable: Choice | None = None) -> Trainable:
     )  # fmt: skip
 
 
-def slope_sum(
-    noise: Noise, probe: Probe, keys: jax.Array, slopes: jax.Array, rows: Rows,
-    zero: jax.typing.ArrayLike,
-    each: Callable[[jax.Array], jax.Array] = lambda z: z,
-    active: jax.Array | None = None,
-) -> jax.Array:  # fmt: skip
-    """``sum_i slopes[i] * each(z_i)`` at some rows, float32, added in order.
+@dataclasses.dataclass(frozen=True)
+class Directions:
+    """The directions of some probes.
 
-    Args:
+    Attributes:
       noise: The distribution.
-      probe: What directions are drawn from, but for its key.
+      probe: What they are drawn from, but for its key.
       keys: uint32 ``(n, leaves, 2)``, from :func:`probe_keys`.
-      slopes: float32 ``(n,)``.
-      rows: Where.
-      zero: A uint32 0 that delays the drawing; see `late_perturbation.data_zero`.
-      each: Done to each direction.
-      active: int32 ``()``: after so many the slopes are 0, and nothing is drawn; None: all count.
+      scale: float32 ``(n,)``: what each is multiplied with.
+      active: int32 ``()``: after so many their slopes are 0, and nothing is drawn; None: all count.
     """
-    zero = jnp.uint32(zero)
 
-    def term(i):
-        first, second = keys[i, rows.leaf]
-        z = noise.draw(probe._replace(key=(first + zero, second), zero=zero), rows)
-        return slopes[i] * each(z)
+    noise: Noise
+    probe: Probe
+    keys: jax.Array
+    scale: jax.Array
+    active: jax.Array | None = None
 
-    if len(slopes) == 1:
-        return term(0)
-    start = jnp.zeros_like(widened(rows.values))
-    count = len(slopes) if active is None else active
-    return jax.lax.fori_loop(0, count, lambda i, total: total + term(i), start)
+    def sum(
+        self,
+        slopes: jax.Array,
+        rows: Rows,
+        zero: jax.typing.ArrayLike,
+        each: Callable[[jax.Array], jax.Array] | None = None,
+    ) -> jax.Array:
+        """``sum_i slopes[i] * each(z_i)`` at some rows, float32, added in order.
+
+        Args:
+          slopes: float32 ``(n,)``.
+          rows: Where.
+          zero: A uint32 0 that delays the drawing; see `late_perturbation.data_zero`.
+          each: Done to each direction; None: nothing.
+        """
+
+        def term(i):
+            z = self.noise.draw(self._source(i, rows, zero), rows)
+            return (
+                slopes[i] * self.scale[i] * z
+                if each is None
+                else slopes[i] * each(self.scale[i] * z)
+            )
+
+        if len(slopes) == 1:
+            return term(0)
+        factors = None if each is not None else self.factors(slopes, rows, zero)
+        if factors is not None:
+            return outer(factors.left, factors.right)
+        start = jnp.zeros_like(widened(rows.values))
+        count = len(slopes) if self.active is None else self.active
+        return jax.lax.fori_loop(0, count, lambda i, total: total + term(i), start)
+
+    def factors(self, slopes: jax.Array, rows: Rows, zero: jax.typing.ArrayLike) -> Factors | None:
+        """Factors of :meth:`sum`, the slopes in the left one; None where it has full rank."""
+
+        def term(i) -> Any:
+            return self.noise.factors(self._source(i, rows, zero), rows)
+
+        first = term(0)
+        if first is None:
+            return None
+        slopes = slopes * self.scale
+        left = slopes[0] * first.left
+        if len(slopes) > 1:
+
+            def add(i, total):
+                return total + slopes[i] * term(i).left
+
+            left = jax.lax.fori_loop(1, len(slopes), add, left)
+        return first._replace(left=left)
+
+    def _source(self, i: Any, rows: Rows, zero: Any) -> Probe:
+        first, second = self.keys[i, rows.leaf]
+        zero = jnp.uint32(zero)
+        return self.probe._replace(key=(first + zero, second), zero=zero)
+
+
+def directions_of(
+    noise: Noise,
+    probe: Probe,
+    keys: jax.Array,
+    leaves: Sequence[jax.Array],
+    active: jax.Array | None = None,
+) -> Directions:
+    """The directions with these keys, their scale found."""
+    return Directions(noise, probe, keys, noise.scale(probe, keys, leaves), active)
+
+
+def outer(left: jax.Array, right: jax.Array) -> jax.Array:
+    """``left @ right.T``: ``(..., n)`` of ``(..., rank)`` and ``(n, rank)``.
+
+    Not by a matmul: a sum in the order of columns is the same for some rows as for all of them.
+    """
+    right = right.reshape((1,) * (left.ndim - 1) + right.shape)
+    terms = [left[..., k : k + 1] * right[..., k] for k in range(right.shape[-1])]
+    return functools.reduce(operator.add, terms)
 
 
 # A number that no probe has.
@@ -123,18 +190,21 @@ def rounding_keys(run: random_bits.Key, step: jax.Array, paths: Sequence[str]) -
 
 
 def leaf_keys(key: random_bits.Key, paths: Sequence[str]) -> jax.Array:
-    """The keys of leaves by their paths: uint32 ``(leaves, 2)``."""
-    return _step_keys(key, jnp.int32(0), jnp.zeros(1, jnp.uint32), paths)[0]
+    """A key for each leaf, by its path: uint32 ``(..., leaves, 2)`` of key words ``(..., 1)``."""
+    zeros = jnp.zeros((*key[0].shape[:-1], len(paths)), jnp.uint32)
+    return _keys(key, zeros, zeros, paths)
 
 
 def _step_keys(key, step, numbers, paths) -> jax.Array:
-    # One call of the cipher, with a key for each leaf: each call takes a while to compile.
     shape = len(numbers), len(paths)
-    hashes = jnp.stack([name_hash(path) for path in paths])
-    words = random_bits.threefry2x32(
-        (key[0], jnp.broadcast_to(key[1] ^ hashes, shape)),
-        jnp.broadcast_to(step.astype(jnp.uint32), shape),
-        jnp.broadcast_to(numbers[:, None], shape),
-    )
+    steps = jnp.broadcast_to(step.astype(jnp.uint32), shape)
+    return _keys(key, steps, jnp.broadcast_to(numbers[:, None], shape), paths)
+
+
+def _keys(key, x0, x1, paths) -> jax.Array:
+    # One call of the cipher, with a key for each leaf: each call takes a while to compile.
+    hashes = jnp.broadcast_to(jnp.stack([name_hash(path) for path in paths]), x0.shape)
+    first, second = (jnp.broadcast_to(word, x0.shape) for word in key)
+    words = random_bits.threefry2x32((first, second ^ hashes), x0, x1)
     # Else the compiler takes the table apart and runs the cipher for each leaf, as scalars.
     return jax.lax.optimization_barrier(jnp.stack(words, axis=-1))

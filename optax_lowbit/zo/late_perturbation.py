@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from optax_lowbit.moments.equations import bind, read
+from optax_lowbit.zo.factored_dot import factored_dot
+from optax_lowbit.zo.noise import Factors
 from optax_lowbit.zo.rows import Rows, whole
 from optax_lowbit.zo.views import Pending, takes_rows_only, viewed
 
@@ -26,6 +28,8 @@ IN_EACH_TURN = "optax_lowbit.zo.in_each_turn"
 # Gives the perturbed values of rows. The second argument is an element of what the program computed
 # last, a float, for :func:`data_zero`.
 Perturb = Callable[[Rows, jax.Array], jax.Array]
+# Given the same: the factors of what is added to the rows, if it has a low rank.
+LowRank = Callable[[Rows, jax.Array], Factors | None]
 
 
 def call_perturbed(
@@ -34,6 +38,7 @@ def call_perturbed(
     perturb: Perturb,
     after: jax.Array,
     companions: Sequence[Any] | None = None,
+    factors: LowRank = lambda rows, latest: None,
 ) -> Any:
     """``fun`` of leaves perturbed where they are used; each use makes the perturbation anew.
 
@@ -45,6 +50,8 @@ def call_perturbed(
         that differs from turn to turn: else what the first leaf needs is moved out of the loop.
       companions: For each leaf a pytree of arrays with its leading axes, of which ``perturb`` is
         given the same rows.
+      factors: Gives the factors of what is added to rows. Then a matmul with them is
+        ``x @ W + (x @ left) @ right.T``, and no perturbed copy of ``W`` is made.
 
     Returns:
       What ``fun`` gives. Beside what it needs: a perturbed copy of the leaf in use.
@@ -55,7 +62,7 @@ def call_perturbed(
         Pending(whole(number, leaf, companion))
         for number, (leaf, companion) in enumerate(zip(leaves, companions, strict=True))
     ]
-    evaluation = _Evaluation(perturb, after)
+    evaluation = _Evaluation(perturb, factors, after)
     results = evaluation.run(closed.jaxpr, closed.consts, pending)
     return jax.tree.unflatten(jax.tree.structure(shapes), evaluation.settled(results))
 
@@ -74,14 +81,15 @@ def first_element(x: jax.Array) -> jax.Array:
 class _Evaluation:
     """Runs a program some of whose values are :class:`Pending`."""
 
-    def __init__(self, perturb: Perturb, latest: jax.Array):
+    def __init__(self, perturb: Perturb, factors: LowRank, latest: jax.Array):
         self.perturb = perturb
+        self.factors = factors
         # The last float array computed at this level of the program.
         self.latest = latest
 
     def nested(self, latest: jax.Array | None = None) -> "_Evaluation":
         """For the body of a loop, a branch, ..., whose values may not be seen from outside."""
-        return _Evaluation(self.perturb, self.latest if latest is None else latest)
+        return _Evaluation(self.perturb, self.factors, self.latest if latest is None else latest)
 
     def settled(self, values: Sequence[Any]) -> list[Any]:
         """The values, those that were pending now perturbed."""
@@ -111,6 +119,11 @@ class _Evaluation:
         handler = _HANDLERS.get(equation.primitive.name)
         if handler is not None:
             return handler(self, equation, operands)
+        if equation.primitive.name == "dot_general":
+            element = first_element(self.latest)
+            product = factored_dot(equation, operands, lambda rows: self.factors(rows, element))
+            if product is not None:
+                return [product]
         return bind(equation, self.settled(operands))
 
 

@@ -6,6 +6,7 @@ comes from its path.
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -36,6 +37,20 @@ class Probe(NamedTuple):
     zero: jax.typing.ArrayLike = 0
 
 
+class Factors(NamedTuple):
+    """A direction's rows as a product ``left @ right.T``, which need not be formed.
+
+    Attributes:
+      left: float32 ``(..., rank)``: has the leading axes of the rows.
+      right: float32 ``(n, rank)``, for ``n`` columns: the same for all probes of a step.
+      before: ``right`` of the step before, where the noise can tell.
+    """
+
+    left: jax.Array
+    right: jax.Array
+    before: jax.Array | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Noise:
     """A distribution of directions ``z`` with ``E[z z^T] = I`` on what it spans.
@@ -63,6 +78,25 @@ class Noise:
     def draw(self, probe: Probe, rows: Rows) -> jax.Array:
         """The direction's rows: float32 of the shape of ``rows.values``."""
         raise NotImplementedError
+
+    def scale(self, probe: Probe, keys: jax.Array, leaves: Sequence[jax.Array]) -> jax.Array:
+        """What directions are multiplied with, where that depends on all leaves at once.
+
+        Args:
+          probe: What they are drawn from, but for their keys.
+          keys: uint32 ``(probes, leaves, 2)``.
+          leaves: The arrays that train.
+
+        Returns:
+          float32 ``(probes,)``.
+        """
+        del probe, leaves
+        return jnp.ones(len(keys), jnp.float32)
+
+    def factors(self, probe: Probe, rows: Rows) -> Factors | None:
+        """What :meth:`draw` is the product of; None where it has full rank."""
+        del probe, rows
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,16 +140,22 @@ def words(key: random_bits.Key, rows: Rows, count: int) -> jax.Array:
 
 
 def words_once(key: random_bits.Key, rows: Rows, count: int) -> jax.Array:
-    """:func:`words` that many elements are made of, each word computed once.
+    """:func:`words` that many elements are made of, each word computed once."""
+    return once(key, lambda: words(key, rows, count))
 
-    Fused into what unpacks them, XLA would run the cipher for every element. A loop can't be fused,
+
+def once(key: random_bits.Key, make: Callable[[], jax.Array]) -> jax.Array:
+    """What ``make`` gives, from a key, for many elements that are made of each of its values.
+
+    Fused into what makes them, XLA would run the cipher for every element. A loop can't be fused,
     and one of a single turn is none: so the number of turns is not known to the compiler.
     """
     is_rare = key[0] == jnp.uint32(0xDEADBEEF)  # and then the second turn gives the same
     turns = 1 + is_rare.astype(jnp.int32)
+    like = jax.eval_shape(make)
     # Zeros would be made for all leaves at once, before there is a key.
-    start = jnp.broadcast_to(key[0], (*rows.numbers.shape[:-1], count))
-    return jax.lax.fori_loop(0, turns, lambda _, old: words(key, rows, count), start)
+    start = jnp.broadcast_to(key[0].astype(like.dtype), like.shape)
+    return jax.lax.fori_loop(0, turns, lambda _, old: make(), start)
 
 
 def unpack_signs(words: jax.Array, n: int) -> jax.Array:

@@ -23,9 +23,9 @@ from optax_lowbit.zo.directions import (
     Choice,
     Trainable,
     chooses,
+    directions_of,
     probe_keys,
     rounding_keys,
-    slope_sum,
     split,
 )
 from optax_lowbit.zo.estimators import (
@@ -161,7 +161,8 @@ class ZeroOrderOptimizer:
         probe = self._probe(ours, state)
         keys = probe_keys(_words(state.key), state.count, self.num_probes, ours.paths)
         rounding = self._rounding(probe, ours)
-        zero, results = data_zero(record[0]), []
+        directions = directions_of(self.noise, probe, keys, ours.leaves, self._active(state))
+        zero, results = data_zero(first_element(record)), []
         scalars = self.rule.advance(state.scalars, record, state.count)
         scalars = jax.tree.map(
             lambda new, old: jnp.where(is_taken(record), new, old), scalars, state.scalars
@@ -170,7 +171,8 @@ class ZeroOrderOptimizer:
             moments = {name: column[number] for name, column in state.moments.items()}
             leaf = Leaf(
                 whole(number, values, moments),
-                functools.partial(self._draw, probe, keys, zero, self._active(state)),
+                directions,
+                zero,
                 tuple(rounding[number]),
                 state.count,
                 self._decays(path, values),
@@ -181,9 +183,6 @@ class ZeroOrderOptimizer:
         new = ours.tree([values for values, _ in results])
         moments = {name: tuple(kept[name] for _, kept in results) for name in self.rule.moments}
         return new, ZeroOrderState(state.count + 1, state.key, probe.prepared, moments, scalars)
-
-    def _draw(self, probe, keys, zero, active, slopes, rows, each=lambda z: z) -> jax.Array:
-        return slope_sum(self.noise, probe, keys, slopes, rows, zero, each, active)
 
     @property
     def evaluations(self) -> int:
@@ -269,8 +268,8 @@ class ZeroOrderOptimizer:
         return self._split(zeros).tree([x.astype(p.dtype) for x, p in zip(leaves, ours.leaves)])
 
     def _summed(self, ours, state, keys, slopes) -> list[jax.Array]:
-        probe, companions = self._probe(ours, state), self.companions(ours, state)
-        return summed(self.noise, probe, ours, keys, slopes, companions)
+        directions = directions_of(self.noise, self._probe(ours, state), keys, ours.leaves)
+        return summed(directions, ours, slopes, self.companions(ours, state))
 
     def _read(self, state: ZeroOrderState, losses: Any) -> StepInfo:
         estimator, losses = value_estimator(self.estimator), jnp.asarray(losses, jnp.float32)

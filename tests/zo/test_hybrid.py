@@ -61,7 +61,7 @@ def test_step_is_both_halves(estimator):
         expected = jax.tree.map(lambda p, g: p - 0.5 * g, PARAMS[name], mean[name])
         tolerance = 0.01 if name == "head" else 1e-5  # the bias is in bfloat16
         jax.tree.map(
-            lambda x, y: np.testing.assert_allclose(
+            lambda x, y, tolerance=tolerance: np.testing.assert_allclose(
                 x.astype(jnp.float32), y.astype(jnp.float32), rtol=tolerance
             ),
             new[name], expected,
