@@ -54,9 +54,11 @@ def call_perturbed(
 
 
 def data_zero(x: jax.Array | None) -> jax.Array:
-    """uint32 0, known only when ``x``, a float array, is; 1 if its first element is NaN."""
+    """uint32 0, known only when ``x``, an array of floats or bytes, is; 1 if it begins with NaN."""
     if x is None:
         return jnp.uint32(0)
+    if x.dtype == jnp.uint8:
+        return x[(0,) * x.ndim].astype(jnp.uint32) >> 8
     # A product with zero would be folded; whether it is NaN can't be.
     return jnp.isnan(x[(0,) * x.ndim]).astype(jnp.uint32)
 

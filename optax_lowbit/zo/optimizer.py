@@ -21,6 +21,7 @@ from optax_lowbit.quant import random_bits
 from optax_lowbit.zo import checks
 from optax_lowbit.zo.directions import (
     Choice,
+    Part,
     Trainable,
     chooses,
     leaf_keys,
@@ -89,6 +90,7 @@ class ZeroOrderOptimizer:
     weight_decay: optax.ScalarOrSchedule = 0.0
     weight_decay_mask: Choice | None = None
     trainable: Choice | None = None
+    part: Part = "floats"
     policy: Policy | None = None
 
     def __post_init__(self):
@@ -155,6 +157,7 @@ class ZeroOrderOptimizer:
                 tuple(rounding[number]),
                 state.count,
                 self._decays(path, values),
+                ours.grids[number],
             )
             results.append(update_leaf(self.rule, record, leaf))
             zero = data_zero(results[-1][0])
@@ -166,7 +169,7 @@ class ZeroOrderOptimizer:
         return slope_sum(self.noise, probe, keys, slopes, rows, zero)
 
     def _split(self, params: Any) -> Trainable:
-        return split(params, self.trainable)
+        return split(params, self.trainable, self.part)
 
     def _slice(self, loss_fn, ours, state, args) -> Slice:
         loss = functools.partial(checks.scalar_loss, loss_fn, args)

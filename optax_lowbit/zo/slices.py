@@ -49,11 +49,18 @@ class Slice:
     def along(self, keys: jax.Array, slopes: jax.Array) -> jax.Array:
         """The loss at ``theta + sum_i slopes[i] z_i``: float32.
 
-        Each sum is made in float32 and cast to the dtype of its leaf once.
+        Each sum is made in float32 and cast to the dtype of its leaf once; codes move by whole
+        places of their table.
         """
 
         def perturb(rows, zero):
-            moved = slope_sum(self.noise, self.probe, keys, slopes, rows, zero)
+            def draw(rows):
+                return slope_sum(self.noise, self.probe, keys, slopes, rows, zero)
+
+            grid = self.params.grids[rows.leaf]
+            if grid is not None:
+                return grid.moved(rows, draw)
+            moved = draw(rows)
             return (widened(rows.values) + moved).astype(rows.values.dtype)
 
         return call_perturbed(

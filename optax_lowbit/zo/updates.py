@@ -13,6 +13,7 @@ from optax_lowbit.kernels.reference import Step, widened
 from optax_lowbit.kernels.steps import Fused, step_leaf
 from optax_lowbit.moments.storage import Moment
 from optax_lowbit.quant import random_bits
+from optax_lowbit.zo.grid import Grid
 from optax_lowbit.zo.rows import Rows
 
 # Leaves of more elements, and more than two axes, are updated one slice of the first axis at a
@@ -30,6 +31,7 @@ class Leaf:
       key: For stochastic rounding of parameters and moments.
       count: int32 ``()``: steps taken before this one.
       decays: Whether weight decay applies.
+      grid: Of a leaf of codes: how they are read.
     """
 
     rows: Rows
@@ -37,6 +39,7 @@ class Leaf:
     key: random_bits.Key
     count: jax.Array
     decays: bool
+    grid: Grid | None = None
 
 
 class Rule(Protocol):

@@ -1,6 +1,7 @@
 """Trees, losses and materialized directions that the tests of zeroth-order steps share."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -42,14 +43,18 @@ TOKENS = jnp.array([0, 3, 3, 10, 7])
 
 def drawn(opt, params, state, probe=0):
     """The direction of one probe of a step, as a tree."""
-    ours = split(params, opt.trainable)
+    ours = split(params, opt.trainable, opt.part)
     run = state.key[0], state.key[1]
     keys = probe_keys(run, state.count, opt.num_probes, ours.paths)[probe : probe + 1]
     prepared = opt.noise.prepare(state.prepared, ours, run, state.count)
     draw = functools.partial(
         slope_sum, opt.noise, Probe(run, run, state.count, prepared), keys, jnp.ones(1)
     )
-    return ours.tree([draw(whole(i, leaf), 0) for i, leaf in enumerate(ours.leaves)])
+    leaves = [
+        draw(rows, 0) if grid is None else grid.drawn(rows, lambda rows: draw(rows, 0))
+        for rows, grid in zip(map(whole, itertools.count(), ours.leaves), ours.grids)
+    ]
+    return ours.tree(leaves)
 
 
 def moved(params, direction, s):
