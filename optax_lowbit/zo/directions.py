@@ -50,12 +50,17 @@ class Trainable:
         new, others = iter(leaves), iter(self._others)
         return self._treedef.unflatten(next(new if yes else others) for yes in self._is_trainable)
 
+    def opened(self, rows: Rows) -> Rows:
+        """The rows, with an element for each column: of codes, their places."""
+        grid = self.grids[rows.leaf]
+        return rows if grid is None else grid.opened(rows)
+
 
 def split(params: Any, trainable: Choice | None = None, part: Part = "floats") -> Trainable:
     """The leaves that train: of those that ``part`` names, the ones that ``trainable`` chooses.
 
     Args:
-      params: Pytree of arrays and of :class:`QuantizedArray`, whose leaves are arrays.
+      params: Pytree of arrays and of :class:`QuantizedArray`. Empty arrays do not train.
       trainable: None: all.
       part: See :data:`Part`.
 
@@ -89,6 +94,8 @@ def _leaves_with_nodes(params: Any) -> list[tuple[str, Any, Any]]:
 
 
 def _is_part(leaf: Any, node: Any, part: Part) -> bool:
+    if not jnp.size(leaf):
+        return False
     if part == "codes":
         return is_quantized(node) and leaf is node.codes
     is_float = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
@@ -98,8 +105,10 @@ def _is_part(leaf: Any, node: Any, part: Part) -> bool:
 def slope_sum(
     noise: Noise, probe: Probe, keys: jax.Array, slopes: jax.Array, rows: Rows,
     zero: jax.typing.ArrayLike,
+    each: Callable[[jax.Array], jax.Array] = lambda z: z,
+    active: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
-    """``sum_i slopes[i] * z_i`` at some rows, float32, added in order.
+    """``sum_i slopes[i] * each(z_i)`` at some rows, float32, added in order.
 
     Args:
       noise: The distribution.
@@ -108,31 +117,52 @@ def slope_sum(
       slopes: float32 ``(n,)``.
       rows: Where.
       zero: A uint32 0 that delays the drawing; see `late_perturbation.data_zero`.
+      each: Done to each direction.
+      active: int32 ``()``: after so many the slopes are 0, and nothing is drawn; None: all count.
     """
     zero = jnp.uint32(zero)
 
     def term(i):
         first, second = keys[i, rows.leaf]
-        return slopes[i] * noise.draw(probe._replace(key=(first + zero, second), zero=zero), rows)
+        z = noise.draw(probe._replace(key=(first + zero, second), zero=zero), rows)
+        return slopes[i] * each(z)
 
     if len(slopes) == 1:
         return term(0)
     start = jnp.zeros_like(widened(rows.values))
-    return jax.lax.fori_loop(0, len(slopes), lambda i, total: total + term(i), start)
+    count = len(slopes) if active is None else active
+    return jax.lax.fori_loop(0, count, lambda i, total: total + term(i), start)
+
+
+# A number that no probe has.
+_ROUNDING = 2**32 - 1
 
 
 def probe_keys(
     run: random_bits.Key, step: jax.Array, num_probes: int, paths: Sequence[str]
 ) -> jax.Array:
-    """The keys of a step: uint32 ``(num_probes, leaves, 2)``."""
-    # All by a few calls of the cipher, each of which is a tenth of a second of compiling.
-    numbers = jnp.arange(num_probes, dtype=jnp.uint32)[:, None]
-    key = random_bits.fold_in(random_bits.fold_in(run, step), numbers)
-    return leaf_keys(key, paths)
+    """The keys of a step's probes: uint32 ``(num_probes, leaves, 2)``."""
+    return _step_keys(run, step, jnp.arange(num_probes, dtype=jnp.uint32), paths)
+
+
+def rounding_keys(run: random_bits.Key, step: jax.Array, paths: Sequence[str]) -> jax.Array:
+    """The keys of a step's stochastic rounding: uint32 ``(leaves, 2)``."""
+    return _step_keys(run, step, jnp.array([_ROUNDING], jnp.uint32), paths)[0]
 
 
 def leaf_keys(key: random_bits.Key, paths: Sequence[str]) -> jax.Array:
-    """A key for each leaf, by its path: uint32 ``(..., leaves, 2)`` of key words ``(..., 1)``."""
+    """The keys of leaves by their paths: uint32 ``(leaves, 2)``."""
+    return _step_keys(key, jnp.int32(0), jnp.zeros(1, jnp.uint32), paths)[0]
+
+
+def _step_keys(key, step, numbers, paths) -> jax.Array:
+    # One call of the cipher, with a key for each leaf: each call takes a while to compile.
+    shape = len(numbers), len(paths)
     hashes = jnp.stack([name_hash(path) for path in paths])
-    hashes = jnp.broadcast_to(hashes, (*key[0].shape[:-1], len(paths)))
-    return jnp.stack(random_bits.fold_in(key, hashes), axis=-1)
+    words = random_bits.threefry2x32(
+        (key[0], jnp.broadcast_to(key[1] ^ hashes, shape)),
+        jnp.broadcast_to(step.astype(jnp.uint32), shape),
+        jnp.broadcast_to(numbers[:, None], shape),
+    )
+    # Else the compiler takes the table apart and runs the cipher for each leaf, as scalars.
+    return jax.lax.optimization_barrier(jnp.stack(words, axis=-1))

@@ -1,7 +1,6 @@
 """The codes of a low-bit array as places in their sorted table, which steps move up and down."""
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -57,21 +56,20 @@ class Grid:
         return codes.astype(jnp.int32)
 
     def codes(self, places: jax.Array) -> jax.Array:
-        """Packed codes of int32 places from 0 to :attr:`top`."""
-        codes, order = places.astype(jnp.uint8), self._codes_by_place()
+        """Packed codes of the nearest places to int32 or float32 ones; the table is not left."""
+        codes = jnp.clip(jnp.round(places), 0, self.top).astype(jnp.uint8)
+        order = self._codes_by_place()
         if order is not None:
             codes = rounding.code_values(codes, tuple(order.tolist())).astype(jnp.uint8)
         return self.packed(codes)
 
-    def drawn(self, rows: Rows, draw: Callable[[Rows], jax.Array]) -> jax.Array:
-        """``draw`` of rows with an element for each place: float32 ``(..., n)``."""
-        places = self.places(rows.values).astype(jnp.float32)
-        return draw(dataclasses.replace(rows, values=places))
+    def opened(self, rows: Rows) -> Rows:
+        """Rows of codes with their places, float32 ``(..., n)``, for values."""
+        return dataclasses.replace(rows, values=self.places(rows.values).astype(jnp.float32))
 
-    def moved(self, rows: Rows, draw: Callable[[Rows], jax.Array]) -> jax.Array:
-        """The packed codes of rows that ``draw`` has moved, by places; the table is not left."""
-        steps = jnp.round(self.drawn(rows, draw)).astype(jnp.int32)
-        return self.codes(jnp.clip(self.places(rows.values) + steps, 0, self.top))
+    def moved(self, codes: jax.Array, by: jax.Array) -> jax.Array:
+        """Packed codes after steps of so many places, float32 ``(..., n)``."""
+        return self.codes(self.places(codes).astype(jnp.float32) + by)
 
     def _codes_by_place(self) -> np.ndarray | None:
         """The code of each place; None where that is the place itself."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,8 @@ from optax_lowbit.zo.directions import Choice
 from optax_lowbit.zo.estimators import Central, Estimator
 from optax_lowbit.zo.noise import Noise, columns, words
 from optax_lowbit.zo.optimizer import ZeroOrderOptimizer
+from optax_lowbit.zo.rows import Rows
+from optax_lowbit.zo.updates import Rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,22 +42,20 @@ class GridSteps(Noise):
         return jnp.where(word & 1, -size, size)
 
 
-@dataclasses.dataclass(frozen=True)
-class DescendOnGrid:
+RESIDUAL = {"residual": Moment(None, dtype=jnp.uint8)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DescendOnGrid(Rule):
     """Adds the directions to places and their residual, which are one number in fixed point.
 
     Attributes:
       variance: Of an element of a direction.
-      error_feedback: Whether there is a residual, with as many bits as the codes.
+      moments: :data:`RESIDUAL`, in two's complement, with as many bits as the codes and packed as
+        they are; or nothing.
     """
 
     variance: float
-    error_feedback: bool
-
-    @property
-    def moments(self) -> Mapping[str, Moment]:
-        """The residual, in two's complement, packed as the codes are."""
-        return {"residual": Moment(None, dtype=jnp.uint8)} if self.error_feedback else {}
 
     def record(self, coefficients, rate, decay):
         """Slopes."""
@@ -65,28 +64,29 @@ class DescendOnGrid:
 
     def update(self, record, leaf):
         """Only the sum of a step is rounded, to a unit of the residual; the rest is integers."""
-        grid, rows = leaf.grid, leaf.rows
-        bits = grid.spec.bits if self.error_feedback else 0
-        fine = grid.places(rows.values) << bits
-        if self.error_feedback:
+        grid = leaf.grid
+        if grid is None:
+            raise TypeError("DescendOnGrid updates the codes of a QuantizedArray, got a float leaf")
+        rows = grid.opened(leaf.rows)
+        bits = grid.spec.bits if self.moments else 0
+        fine = grid.places(leaf.rows.values) << bits
+        if self.moments:
             sign = 1 << bits - 1
-            fine = fine + (grid.unpacked(rows.companions["residual"]).astype(jnp.int32) ^ sign)
-            fine = fine - sign
+            fine += (grid.unpacked(rows.companions["residual"]).astype(jnp.int32) ^ sign) - sign
         last = grid.top << bits
-        step = grid.drawn(rows, lambda rows: leaf.draw(record, rows)) * jnp.float32(2**bits)
-        step = stochastic_integers(jnp.clip(step, -last, last), leaf.key)
-        fine = jnp.clip(fine + step, 0, last)
+        step = jnp.clip(leaf.draw(record, rows) * jnp.float32(2**bits), -last, last)
+        fine = jnp.clip(fine + stochastic_integers(step, leaf.key, rows), 0, last)
         places = fine + (1 << bits >> 1) >> bits
-        if not self.error_feedback:
+        if not self.moments:
             return grid.codes(places), {}
         residual = fine - (places << bits) & (1 << bits) - 1
         return grid.codes(places), {"residual": grid.packed(residual.astype(jnp.uint8))}
 
 
-def stochastic_integers(x: jax.Array, key: random_bits.Key) -> jax.Array:
-    """One of the two integers around each element, int32, drawn so that the mean is ``x``."""
+def stochastic_integers(x: jax.Array, key: random_bits.Key, rows: Rows) -> jax.Array:
+    """One of the two integers around each element of rows, drawn so that the mean is ``x``."""
     below = jnp.floor(x)
-    noise = random_bits.uniform(key, *random_bits.element_indices(x.shape))
+    noise = random_bits.uniform(key, *rows.indices())
     return below.astype(jnp.int32) + (noise < x - below).astype(jnp.int32)
 
 
@@ -99,6 +99,7 @@ def zo_sgd_grid(
     error_feedback: bool = True,
     trainable: Choice | None = None,
     clip: float | None = None,
+    active_probes: optax.Schedule | None = None,
     probe_batch: int = 1,
 ) -> ZeroOrderOptimizer:
     r"""Trains the codes of low-bit parameters: every weight, without a float copy of it.
@@ -143,8 +144,9 @@ def zo_sgd_grid(
       error_feedback: Whether residuals are kept. Without, the sum ``u`` is itself rounded
         stochastically to a place.
       trainable: Of the arrays, by path or predicate; see :func:`zo_sgd`.
-      clip: Largest magnitude of a ``c_i``.
-      probe_batch: Probes evaluated together.
+      clip: Largest magnitude of a coefficient ``v c_i``, half the difference of two losses; None:
+        not clipped.
+      active_probes, probe_batch: As in :func:`zo_sgd`.
 
     Returns:
       A :class:`ZeroOrderOptimizer`, whose state has the residuals as ``moments["residual"]``: uint8
@@ -167,7 +169,7 @@ def zo_sgd_grid(
       >>> state.moments["residual"][0].shape
       (32,)
       >>> step = jax.jit(opt.step, static_argnums=0)
-      >>> for _ in range(100):
+      >>> for _ in range(200):
       ...     params, state, info = step(loss_fn, params, state)
       >>> bool(loss_fn(params) < 0.1)
       True
@@ -190,7 +192,8 @@ def zo_sgd_grid(
         )
     noise = GridSteps(float(eps))
     return ZeroOrderOptimizer(
-        rule=DescendOnGrid(noise.variance, error_feedback), learning_rate=learning_rate, eps=1.0,
-        num_probes=num_probes, noise=noise, estimator=estimator, trainable=trainable, part="codes",
-        clip=clip, probe_batch=probe_batch,
+        rule=DescendOnGrid(variance=noise.variance, moments=RESIDUAL if error_feedback else {}),
+        learning_rate=learning_rate, eps=1.0, num_probes=num_probes, active_probes=active_probes,
+        noise=noise, estimator=estimator, trainable=trainable, part="codes", clip=clip,
+        probe_batch=probe_batch,
     )  # fmt: skip

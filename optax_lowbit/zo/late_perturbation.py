@@ -19,8 +19,12 @@ from optax_lowbit.moments.equations import bind, read
 from optax_lowbit.zo.rows import Rows, whole
 from optax_lowbit.zo.views import Pending, takes_rows_only, viewed
 
-# Gives the perturbed values of rows. The second argument is a uint32 zero that the compiler can't
-# know to be one before something else is computed.
+# The `jax.ad_checkpoint.checkpoint_name` of a parameter that a loop is to have perturbed in each
+# turn, where it is used there, and not once before the loop.
+IN_EACH_TURN = "optax_lowbit.zo.in_each_turn"
+
+# Gives the perturbed values of rows. The second argument is an element of what the program computed
+# last, a float, for :func:`data_zero`.
 Perturb = Callable[[Rows, jax.Array], jax.Array]
 
 
@@ -28,6 +32,7 @@ def call_perturbed(
     fun: Callable[[list[jax.Array]], Any],
     leaves: Sequence[jax.Array],
     perturb: Perturb,
+    after: jax.Array,
     companions: Sequence[Any] | None = None,
 ) -> Any:
     """``fun`` of leaves perturbed where they are used; each use makes the perturbation anew.
@@ -36,6 +41,8 @@ def call_perturbed(
       fun: A traceable function of a list of arrays, to any pytree of arrays.
       leaves: Float arrays.
       perturb: Gives the perturbed values of rows.
+      after: A float array; nothing is perturbed before it is known. In a loop over evaluations, one
+        that differs from turn to turn: else what the first leaf needs is moved out of the loop.
       companions: For each leaf a pytree of arrays with its leading axes, of which ``perturb`` is
         given the same rows.
 
@@ -48,25 +55,28 @@ def call_perturbed(
         Pending(whole(number, leaf, companion))
         for number, (leaf, companion) in enumerate(zip(leaves, companions, strict=True))
     ]
-    evaluation = _Evaluation(perturb)
+    evaluation = _Evaluation(perturb, after)
     results = evaluation.run(closed.jaxpr, closed.consts, pending)
     return jax.tree.unflatten(jax.tree.structure(shapes), evaluation.settled(results))
 
 
-def data_zero(x: jax.Array | None) -> jax.Array:
-    """uint32 0, known only when ``x``, an array of floats or bytes, is; 1 if it begins with NaN."""
-    if x is None:
-        return jnp.uint32(0)
+def data_zero(x: jax.Array) -> jax.Array:
+    """uint32 0, known only when ``x``, a float or a byte ``()``, is; 1 if that is NaN."""
     if x.dtype == jnp.uint8:
-        return x[(0,) * x.ndim].astype(jnp.uint32) >> 8
+        return x.astype(jnp.uint32) >> 8
     # A product with zero would be folded; whether it is NaN can't be.
-    return jnp.isnan(x[(0,) * x.ndim]).astype(jnp.uint32)
+    return jnp.isnan(x).astype(jnp.uint32)
+
+
+def first_element(x: jax.Array) -> jax.Array:
+    """An element, to wait for the whole by."""
+    return x[(0,) * x.ndim]
 
 
 class _Evaluation:
     """Runs a program some of whose values are :class:`Pending`."""
 
-    def __init__(self, perturb: Perturb, latest: jax.Array | None = None):
+    def __init__(self, perturb: Perturb, latest: jax.Array):
         self.perturb = perturb
         # The last float array computed at this level of the program.
         self.latest = latest
@@ -78,7 +88,9 @@ class _Evaluation:
     def settled(self, values: Sequence[Any]) -> list[Any]:
         """The values, those that were pending now perturbed."""
         return [
-            x.after(self.perturb(x.rows, data_zero(self.latest))) if isinstance(x, Pending) else x
+            x.after(self.perturb(x.rows, first_element(self.latest)))
+            if isinstance(x, Pending)
+            else x
             for x in values
         ]
 
@@ -175,16 +187,16 @@ def _has_row_per_turn(x: Pending) -> bool:
 
 
 def _for_loop(evaluation: _Evaluation, body: Jaxpr, consts: Sequence[Any], first: int) -> list[Any]:
-    """What a loop closes over: perturbed before it, unless the body only reads rows of it."""
+    """What a loop closes over: perturbed before it, unless the body reads rows or names it."""
     result = []
     for var, x in zip(body.invars[first:], consts):
-        if isinstance(x, Pending) and not _only_rows_are_read(body, var):
+        if isinstance(x, Pending) and not _may_be_perturbed_inside(body, var):
             (x,) = evaluation.settled([x])
         result.append(x)
     return result
 
 
-def _only_rows_are_read(body: Jaxpr, var: Any) -> bool:
+def _may_be_perturbed_inside(body: Jaxpr, var: Any) -> bool:
     if var in body.outvars:
         return False
     for equation in body.eqns:
@@ -193,11 +205,15 @@ def _only_rows_are_read(body: Jaxpr, var: Any) -> bool:
                 continue
             if equation.primitive.name == "jit":
                 called = equation.params["jaxpr"].jaxpr
-                if not _only_rows_are_read(called, called.invars[place]):
+                if not _may_be_perturbed_inside(called, called.invars[place]):
                     return False
-            elif not takes_rows_only(equation, place):
+            elif not takes_rows_only(equation, place) and not _is_for_each_turn(equation):
                 return False
     return True
+
+
+def _is_for_each_turn(equation: JaxprEqn) -> bool:
+    return equation.primitive.name == "name" and equation.params["name"] == IN_EACH_TURN
 
 
 def _while(evaluation: _Evaluation, equation: JaxprEqn, operands: list[Any]) -> Sequence[Any]:

@@ -34,6 +34,7 @@ def qzo(
     weight_decay_mask: Choice | None = None,
     trainable: Choice | None = None,
     clip: float | None = None,
+    active_probes: optax.Schedule | None = None,
     probe_batch: int = 1,
 ) -> ZeroOrderOptimizer:
     r"""Trains the scales of low-bit parameters, over codes that stay: QZO.
@@ -66,7 +67,7 @@ def qzo(
       weight_decay_mask: Which decay, by path or predicate.
       trainable: Which train, by path, such as ``layers/0/kernel/scales``, or predicate.
       clip: ``C``; None: none. A probe that meets a spike of the loss then can't ruin a model.
-      probe_batch: Probes evaluated together.
+      active_probes, probe_batch: As in :func:`zo_sgd`.
 
     Returns:
       A :class:`ZeroOrderOptimizer`.
@@ -102,5 +103,5 @@ def qzo(
         rule=DescendKeepingSign(), learning_rate=learning_rate, eps=eps, num_probes=num_probes,
         noise=noise, estimator=estimator, weight_decay=weight_decay,
         weight_decay_mask=weight_decay_mask, trainable=trainable, part="scales", clip=clip,
-        probe_batch=probe_batch,
+        active_probes=active_probes, probe_batch=probe_batch,
     )  # fmt: skip

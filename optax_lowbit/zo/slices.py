@@ -14,9 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optax_lowbit.kernels.parameters import rounded
 from optax_lowbit.kernels.reference import widened
 from optax_lowbit.zo.directions import Trainable, slope_sum
-from optax_lowbit.zo.late_perturbation import call_perturbed
+from optax_lowbit.zo.late_perturbation import Perturb, call_perturbed, data_zero
 from optax_lowbit.zo.noise import Noise, Probe
 
 
@@ -46,24 +47,58 @@ class Slice:
         """The loss at ``theta + s z``; ``key`` has the keys of all leaves, ``(leaves, 2)``."""
         return self.along(key[None], jnp.asarray(s, jnp.float32)[None])
 
-    def along(self, keys: jax.Array, slopes: jax.Array) -> jax.Array:
+    def along(
+        self, keys: jax.Array, slopes: jax.Array, rounding: jax.Array | None = None
+    ) -> jax.Array:
         """The loss at ``theta + sum_i slopes[i] z_i``: float32.
 
-        Each sum is made in float32 and cast to the dtype of its leaf once; codes move by whole
+        Each sum is made in float32 and cast to the dtype of its leaf once; codes are moved by whole
         places of their table.
+
+        Args:
+          keys: uint32 ``(n, leaves, 2)``.
+          slopes: float32 ``(n,)``.
+          rounding: uint32 ``(leaves, 2)``: keys for stochastic rounding; None: to nearest.
         """
 
-        def perturb(rows, zero):
-            def draw(rows):
-                return slope_sum(self.noise, self.probe, keys, slopes, rows, zero)
-
-            grid = self.params.grids[rows.leaf]
+        def perturb(rows, latest):
+            zero, grid = data_zero(latest), self.params.grids[rows.leaf]
+            opened = self.params.opened(rows)
+            moved = slope_sum(self.noise, self.probe, keys, slopes, opened, zero)
             if grid is not None:
-                return grid.moved(rows, draw)
-            moved = draw(rows)
-            return (widened(rows.values) + moved).astype(rows.values.dtype)
+                return grid.moved(rows.values, moved)
+            key = None if rounding is None else tuple(rounding[rows.leaf])
+            moved = widened(rows.values) + moved
+            return rounded(moved, rows.values.dtype, key, rows.indices())
 
+        return self._called(perturb, slopes)
+
+    def tangent(self, key: jax.Array, s: jax.Array) -> jax.Array:
+        """:meth:`at` for ``s = 0``, to be differentiated by ``s`` in forward mode.
+
+        Parameters stay as they are, and their tangent is the direction.
+        """
+
+        # All arrays are arguments: a derivative rule may not close over any that are traced.
+        @jax.custom_jvp
+        def along(s, rows, latest, drawn_from):
+            del s, latest, drawn_from
+            return rows.values
+
+        @along.defjvp
+        def along_jvp(primals, tangents):
+            s, rows, latest, (key, probe) = primals
+            # What waits for the tangent alone can't be drawn while the loss itself is computed.
+            zero = data_zero(latest) + data_zero(tangents[2])
+            direction = slope_sum(self.noise, probe, key[None], jnp.ones(1), rows, zero)
+            tangent = (tangents[0] * direction).astype(rows.values.dtype)
+            return along(s, rows, latest, (key, probe)), tangent
+
+        drawn_from = key, self.probe
+        return self._called(lambda rows, latest: along(s, rows, latest, drawn_from), s)
+
+    def _called(self, perturb: Perturb, after: jax.Array) -> jax.Array:
         return call_perturbed(
             lambda leaves: self.loss(self.params.tree(leaves)),
-            self.params.leaves, perturb, self.companions,
+            self.params.leaves, perturb, after, self.companions,
         )  # fmt: skip

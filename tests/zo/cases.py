@@ -1,7 +1,6 @@
 """Trees, losses and materialized directions that the tests of zeroth-order steps share."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -50,11 +49,7 @@ def drawn(opt, params, state, probe=0):
     draw = functools.partial(
         slope_sum, opt.noise, Probe(run, run, state.count, prepared), keys, jnp.ones(1)
     )
-    leaves = [
-        draw(rows, 0) if grid is None else grid.drawn(rows, lambda rows: draw(rows, 0))
-        for rows, grid in zip(map(whole, itertools.count(), ours.leaves), ours.grids)
-    ]
-    return ours.tree(leaves)
+    return ours.tree([draw(ours.opened(whole(i, leaf)), 0) for i, leaf in enumerate(ours.leaves)])
 
 
 def moved(params, direction, s):
