@@ -6,6 +6,7 @@ from optax_lowbit.zo.estimators import Central, Estimator, ForwardGradient, OneS
 from optax_lowbit.zo.forward_gradient import forward_grad
 from optax_lowbit.zo.fzoo import fzoo
 from optax_lowbit.zo.gradient import EstimateGradientState, estimate_gradient, gradient
+from optax_lowbit.zo.grid_sgd import zo_sgd_grid
 from optax_lowbit.zo.hizoo import HESSIAN_8BIT, hizoo
 from optax_lowbit.zo.hybrid import HybridOptimizer, HybridState, hybrid
 from optax_lowbit.zo.hyperparameters import InjectedOptimizer, InjectedState, inject_hyperparams
@@ -16,6 +17,7 @@ from optax_lowbit.zo.microbatches import microbatched
 from optax_lowbit.zo.momentum import zo_sgd_momentum
 from optax_lowbit.zo.noise import Gaussian, Noise, Probe, Rademacher
 from optax_lowbit.zo.optimizer import StepInfo, ZeroOrderOptimizer, ZeroOrderState
+from optax_lowbit.zo.scales import qzo
 from optax_lowbit.zo.sgd import zo_sgd
 from optax_lowbit.zo.sign import zo_sgd_scalar_sign, zo_sgd_sign
 from optax_lowbit.zo.sphere import Sphere
@@ -57,9 +59,11 @@ __all__ = (
     "inject_hyperparams",
     "lozo",
     "microbatched",
+    "qzo",
     "zo_adam",
     "zo_sgd",
     "zo_sgd_conservative",
+    "zo_sgd_grid",
     "zo_sgd_momentum",
     "zo_sgd_scalar_sign",
     "zo_sgd_sign",

@@ -150,7 +150,7 @@ class BlockwiseOptimizer:
         return ours.tree(leaves), state, _merged(info)
 
     def _split(self, params: Any) -> Trainable:
-        return split(params, self.opt.trainable)
+        return split(params, self.opt.trainable, self.opt.part)
 
     def _prepared(self, ours: Trainable, state: ZeroOrderState) -> ZeroOrderState:
         """With what the noise keeps made ready once, from the parameters before the step."""

@@ -5,20 +5,24 @@ import functools
 import operator
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from optax_lowbit.kernels.reference import name_hash, widened
 from optax_lowbit.moments.policy import path_name
-from optax_lowbit.quant import random_bits
+from optax_lowbit.quant import is_quantized, random_bits
+from optax_lowbit.zo.grid import Grid
 from optax_lowbit.zo.noise import Factors, Noise, Probe
 from optax_lowbit.zo.rows import Rows
 
 # Chooses leaves: a regular expression that is searched for in a path such as `layers/0/kernel`, or
 # a predicate of path and leaf.
 Choice = str | Callable[[str, Any], bool]
+
+# What of a tree trains: all float arrays, or of every `QuantizedArray` the scales or the codes.
+Part = Literal["floats", "scales", "codes"]
 
 
 def chooses(choice: Choice, path: str, leaf: Any) -> bool:
@@ -33,10 +37,12 @@ class Trainable:
     Attributes:
       leaves: The arrays that train.
       paths: The name of each.
+      grids: For each leaf that is the codes of a :class:`QuantizedArray`, how they are read.
     """
 
     leaves: tuple[jax.Array, ...]
     paths: tuple[str, ...]
+    grids: tuple[Grid | None, ...]
     _others: tuple[Any, ...]
     _is_trainable: tuple[bool, ...]
     _treedef: Any
@@ -46,34 +52,56 @@ class Trainable:
         new, others = iter(leaves), iter(self._others)
         return self._treedef.unflatten(next(new if yes else others) for yes in self._is_trainable)
 
+    def opened(self, rows: Rows) -> Rows:
+        """The rows, with an element for each column: of codes, their places."""
+        grid = self.grids[rows.leaf]
+        return rows if grid is None else grid.opened(rows)
 
-def split(params: Any, trainable: Choice | None = None) -> Trainable:
-    """The leaves that train: float arrays, of those that ``trainable`` chooses.
+
+def split(params: Any, trainable: Choice | None = None, part: Part = "floats") -> Trainable:
+    """The leaves that train: of those that ``part`` names, the ones that ``trainable`` chooses.
 
     Args:
-      params: Pytree of arrays.
-      trainable: Of the float leaves; None: all.
+      params: Pytree of arrays and of :class:`QuantizedArray`. Empty arrays do not train.
+      trainable: None: all.
+      part: See :data:`Part`.
 
     Raises:
       ValueError: If no leaf trains.
     """
-    pairs, treedef = jax.tree_util.tree_flatten_with_path(params)
-    chosen = [
-        jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-        and jnp.size(leaf) > 0
-        and (trainable is None or chooses(trainable, path_name(path), leaf))
-        for path, leaf in pairs
-    ]
-    named = [(path_name(path), leaf) for path, leaf in pairs]
-    ours = [pair for pair, yes in zip(named, chosen) if yes]
+    others, ours, chosen = [], [], []
+    for path, leaf, node in _leaves_with_nodes(params):
+        yes = _is_part(leaf, node, part) and (trainable is None or chooses(trainable, path, leaf))
+        chosen.append(yes)
+        if yes:
+            ours.append((jnp.asarray(leaf), path, Grid.of(node) if part == "codes" else None))
+        else:
+            others.append(leaf)
     if not ours:
-        paths = [path for path, _ in named]
-        raise ValueError(f"trainable={trainable!r} must choose a float leaf, and there are {paths}")
-    others = [leaf for (_, leaf), yes in zip(named, chosen) if not yes]
-    return Trainable(
-        tuple(jnp.asarray(leaf) for _, leaf in ours), tuple(path for path, _ in ours),
-        tuple(others), tuple(chosen), treedef,
-    )  # fmt: skip
+        what = "a float leaf" if part == "floats" else f"the {part} of a QuantizedArray"
+        paths = [path for path, *_ in _leaves_with_nodes(params)]
+        raise ValueError(f"trainable={trainable!r} must choose {what}, and there are {paths}")
+    leaves, paths, grids = zip(*ours)
+    return Trainable(leaves, paths, grids, tuple(others), tuple(chosen), jax.tree.structure(params))
+
+
+def _leaves_with_nodes(params: Any) -> list[tuple[str, Any, Any]]:
+    """Path and array of every leaf, and the :class:`QuantizedArray` that it is in, or itself."""
+    nodes, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
+    return [
+        (path_name((*path, *inner)), leaf, node)
+        for path, node in nodes
+        for inner, leaf in jax.tree_util.tree_leaves_with_path(node)
+    ]
+
+
+def _is_part(leaf: Any, node: Any, part: Part) -> bool:
+    if not jnp.size(leaf):
+        return False
+    if part == "codes":
+        return is_quantized(node) and leaf is node.codes
+    is_float = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    return is_float and (part == "floats" or is_quantized(node))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,7 +68,9 @@ def call_perturbed(
 
 
 def data_zero(x: jax.Array) -> jax.Array:
-    """uint32 0, known only when the float ``x``, of shape ``()``, is; 1 if that is NaN."""
+    """uint32 0, known only when ``x``, a float or a byte ``()``, is; 1 if that is NaN."""
+    if x.dtype == jnp.uint8:
+        return x.astype(jnp.uint32) >> 8
     # A product with zero would be folded; whether it is NaN can't be.
     return jnp.isnan(x).astype(jnp.uint32)
 

@@ -21,6 +21,7 @@ from optax_lowbit.quant import random_bits
 from optax_lowbit.zo import checks, precision
 from optax_lowbit.zo.directions import (
     Choice,
+    Part,
     Trainable,
     chooses,
     directions_of,
@@ -100,6 +101,7 @@ class ZeroOrderOptimizer:
     weight_decay: optax.ScalarOrSchedule = 0.0
     weight_decay_mask: Choice | None = None
     trainable: Choice | None = None
+    part: Part = "floats"
     policy: Policy | None = None
 
     def __post_init__(self):
@@ -177,6 +179,7 @@ class ZeroOrderOptimizer:
                 state.count,
                 self._decays(path, values),
                 scalars,
+                grid=ours.grids[number],
             )
             results.append(update_leaf(self.rule, record, leaf))
             zero = data_zero(first_element(results[-1][0]))
@@ -227,7 +230,10 @@ class ZeroOrderOptimizer:
         slope = sign * jnp.asarray(value_at(self.eps, state.count), jnp.float32)
         moves = self._summed(ours, state, keys[None], slope[None])
         return ours.tree(
-            [(widened(x) + move).astype(x.dtype) for x, move in zip(ours.leaves, moves)]
+            [
+                (widened(x) + by).astype(x.dtype) if grid is None else grid.moved(x, by)
+                for x, grid, by in zip(ours.leaves, ours.grids, moves)
+            ]
         )
 
     def tell(
@@ -260,7 +266,12 @@ class ZeroOrderOptimizer:
 
         Returns:
           A tree like ``params``, in its dtypes; zeros where nothing trains.
+
+        Raises:
+          TypeError: If codes train, of which there is no gradient.
         """
+        if self.part == "codes":
+            raise TypeError("combine needs float leaves, and these steps are of codes")
         ours = self._split(params)
         keys = probe_keys(_words(state.key), state.count, self.num_probes, ours.paths)
         leaves = self._summed(ours, state, keys, slopes)
@@ -281,7 +292,7 @@ class ZeroOrderOptimizer:
         return self._info(state, *reading(estimator, base, others, eps))
 
     def _split(self, params: Any) -> Trainable:
-        return split(params, self.trainable)
+        return split(params, self.trainable, self.part)
 
     def _probed(self, loss_fn, params, state, args) -> tuple[Slice, jax.Array]:
         """The loss near the parameters, and the keys of this step's directions."""

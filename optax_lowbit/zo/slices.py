@@ -57,7 +57,8 @@ class Slice:
     ) -> jax.Array:
         """The loss at ``theta + sum_i slopes[i] z_i``: float32.
 
-        Each sum is made in float32 and cast to the dtype of its leaf once.
+        Each sum is made in float32 and cast to the dtype of its leaf once; codes are moved by whole
+        places of their table.
 
         Args:
           keys: uint32 ``(n, leaves, 2)``.
@@ -96,7 +97,11 @@ class Slice:
 
     def _moved(self, directions, slopes, rounding) -> jax.Array:
         def perturb(rows, latest):
-            moved = widened(rows.values) + directions.sum(slopes, rows, data_zero(latest))
+            grid = self.params.grids[rows.leaf]
+            moves = directions.sum(slopes, self.params.opened(rows), data_zero(latest))
+            if grid is not None:
+                return grid.moved(rows.values, moves)
+            moved = widened(rows.values) + moves
             key = None if rounding is None else tuple(rounding[rows.leaf])
             return rounded(moved, rows.values.dtype, key, rows.indices())
 

@@ -25,7 +25,7 @@ def summed(
     # One leaf after the other: what drawing needs beside its result is then that of one leaf.
     zero, sums = jnp.uint32(0), []
     for number, values in enumerate(params.leaves):
-        rows = whole(number, values, companions[number])
+        rows = params.opened(whole(number, values, companions[number]))
         sums.append(directions.sum(slopes, rows, zero))
         zero = data_zero(first_element(sums[-1]))
     return sums

@@ -15,6 +15,7 @@ from optax_lowbit.kernels.steps import Fused, step_leaf
 from optax_lowbit.moments.storage import Moment
 from optax_lowbit.quant import random_bits
 from optax_lowbit.zo.directions import Directions
+from optax_lowbit.zo.grid import Grid
 from optax_lowbit.zo.noise import Factors
 from optax_lowbit.zo.rows import Rows
 
@@ -35,6 +36,7 @@ class Leaf:
       count: int32 ``()``: steps taken before this one.
       decays: Whether weight decay applies.
       scalars: The rule's scalars, after this step.
+      grid: Of a leaf of codes: how they are read.
     """
 
     rows: Rows
@@ -44,6 +46,7 @@ class Leaf:
     count: jax.Array
     decays: bool
     scalars: Mapping[str, jax.Array]
+    grid: Grid | None = None
 
     def draw(
         self, slopes: jax.Array, each: Callable[[jax.Array], jax.Array] | None = None

@@ -41,13 +41,13 @@ TOKENS = jnp.array([0, 3, 3, 10, 7])
 
 def drawn(opt, params, state, probe=0):
     """The direction of one probe of a step, as a tree."""
-    ours = split(params, opt.trainable)
+    ours = split(params, opt.trainable, opt.part)
     run = state.key[0], state.key[1]
     keys = probe_keys(run, state.count, opt.num_probes, ours.paths)[probe : probe + 1]
     prepared = opt.noise.prepare(state.prepared, ours, run, state.count)
     origin = Probe(run, run, state.count, prepared)
     one = directions_of(opt.noise, origin, keys, ours.leaves)
-    rows = [whole(i, leaf) for i, leaf in enumerate(ours.leaves)]
+    rows = [ours.opened(whole(i, leaf)) for i, leaf in enumerate(ours.leaves)]
     return ours.tree([one.sum(jnp.ones(1), each, 0) for each in rows])
 
 
