@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import optax_lowbit
-from examples.llm.decoder import Decoder, Family, rms_norm
+from examples.llm.decoder import LLAMA, Decoder, Family, rms_norm
 from examples.llm.training import build_model
 from examples.llm.tuning import SCHEMES, tuned
 from optax_lowbit import adapters, zo
@@ -19,68 +19,60 @@ TOKENS = jnp.array([[5, 9, 2, 7, 1, 8], [3, 3, 6, 0, 4, 250]], jnp.int32)
 FRONT = jnp.array([11, 200, 45], jnp.int32)
 
 
-@pytest.fixture(scope="module", params=["rotary", "learned", "untied"])
-def decoder(request):
-    learned = Family(norm=rms_norm, feed_forward=ReluMLP, positions=LearnedPositions)
-    config = dataclasses.replace(TINY, tied_embeddings=request.param != "untied")
-    if request.param == "learned":
-        return Decoder(config, family=learned, rngs=nnx.Rngs(0))
-    return Decoder(config, rngs=nnx.Rngs(0))
-
-
 @pytest.fixture(scope="module")
 def graph_and_parameters():
     graph, state = nnx.split(Decoder(TINY, rngs=nnx.Rngs(0)))
     return graph, nnx.to_pure_dict(state)
 
 
-def in_front(tokens):
-    return jnp.concatenate([jnp.tile(FRONT, (len(tokens), 1)), tokens], axis=1)
+@pytest.fixture(scope="module", params=SCHEMES)
+def scheme_and_tuning(request, graph_and_parameters):
+    return request.param, tuned(
+        request.param, *graph_and_parameters, 0, prefix_tokens=4, prompt_tokens=6
+    )
 
 
-def test_prefix_of_tokens_is_these_tokens_in_front(decoder):
-    expected = decoder(in_front(TOKENS))[:, len(FRONT) :]
-    logits = decoder(TOKENS, prefix=decoder.keys_and_values(FRONT))
-    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
-    assert np.abs(logits - decoder(TOKENS)).max() > 1e-2  # the tokens do matter
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_virtual_tokens_made_of_tokens_are_these_tokens_in_front(positions):
+    learned = Family(norm=rms_norm, feed_forward=ReluMLP, positions=LearnedPositions)
+    untied = dataclasses.replace(TINY, tied_embeddings=False)
+    config, family = (TINY, LLAMA) if positions == "rotary" else (untied, learned)
+
+    @nnx.jit
+    def logits(decoder):
+        in_front = jnp.concatenate([jnp.tile(FRONT, (len(TOKENS), 1)), TOKENS], axis=1)
+        prefix, prompt = decoder.keys_and_values(FRONT[:2]), decoder.embedding(FRONT[2:])
+        return {
+            "expected": decoder(in_front)[:, len(FRONT) :],
+            "alone": decoder(TOKENS),
+            "prefix": decoder(TOKENS, prefix=decoder.keys_and_values(FRONT)),
+            "prompt": decoder(TOKENS, prompt=decoder.embedding(FRONT)),
+            "prefix, then prompt": decoder(TOKENS, prefix=prefix, prompt=prompt),
+        }
+
+    given = logits(Decoder(config, family=family, rngs=nnx.Rngs(0)))
+    expected = given.pop("expected")
+    assert np.abs(expected - given.pop("alone")).max() > 1e-2  # the tokens do matter
+    for name, result in given.items():
+        np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-4, err_msg=name)
 
 
-def test_prompt_of_embeddings_is_these_tokens_in_front(decoder):
-    expected = decoder(in_front(TOKENS))[:, len(FRONT) :]
-    logits = decoder(TOKENS, prompt=decoder.embedding(FRONT))
-    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_prefix_stands_before_the_prompt(decoder):
-    expected = decoder(in_front(TOKENS))[:, len(FRONT) :]
-    prefix = decoder.keys_and_values(FRONT[:2])
-    logits = decoder(TOKENS, prefix=prefix, prompt=decoder.embedding(FRONT[2:]))
-    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_training_starts_from_the_decoder(scheme, graph_and_parameters):
-    graph, parameters = graph_and_parameters
-    tuning = tuned(scheme, graph, parameters, 0)
-    logits = tuning.logits(tuning.trainable, tuning.frozen, TOKENS)
-    model = build_model(graph, parameters)
-    if scheme in ("full", "lora"):
-        expected = model(TOKENS)
-        assert np.asarray(logits).tobytes() == np.asarray(expected).tobytes()
-        return
+def test_training_starts_from_the_decoder(scheme_and_tuning, graph_and_parameters):
+    scheme, tuning = scheme_and_tuning
+    logits = jax.jit(tuning.logits)(tuning.trainable, tuning.frozen, TOKENS)
     assert logits.shape == (2, 6, TINY.vocabulary_size) and logits.dtype == jnp.float32
+    graph, parameters = graph_and_parameters
+    if scheme == "lora":
+        expected = jax.jit(lambda parameters: build_model(graph, parameters)(TOKENS))(parameters)
+        assert np.asarray(logits).tobytes() == np.asarray(expected).tobytes()
     if scheme == "prompt":
         rows = {row.tobytes() for row in np.asarray(parameters["embedding"]["embedding"])}
         assert {row.tobytes() for row in np.asarray(tuning.trainable["prompt"])} <= rows
-    else:
-        shapes = {name: leaf.shape for name, leaf in tuning.trainable.items()}
-        assert shapes == dict.fromkeys(("keys", "values"), (2, 5, 2, 16))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_trees_hold_every_parameter_once(scheme, graph_and_parameters):
-    graph, parameters = graph_and_parameters
-    tuning = tuned(scheme, graph, parameters, 0, prefix_tokens=4, prompt_tokens=6)
+def test_trees_hold_every_parameter_once(scheme_and_tuning, graph_and_parameters):
+    scheme, tuning = scheme_and_tuning
+    _, parameters = graph_and_parameters
     small = {
         "full": sum(leaf.size for leaf in jax.tree.leaves(parameters)),
         "lora": 2 * 8 * (64 + 64 + 64 + 32),
@@ -88,9 +80,12 @@ def test_trees_hold_every_parameter_once(scheme, graph_and_parameters):
         "prompt": 6 * 64,
     }
     assert sum(leaf.size for leaf in jax.tree.leaves(tuning.trainable)) == small[scheme]
-    buffers = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(parameters)}
     held = tuning.trainable if scheme == "full" else tuning.frozen
-    assert sorted(leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(held)) == sorted(buffers)
+    assert pointers(held) == pointers(parameters)
+
+
+def pointers(tree):
+    return sorted(leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree))
 
 
 def likelihood_loss(tuning):
@@ -103,11 +98,10 @@ def likelihood_loss(tuning):
 
 @pytest.mark.parametrize(
     ("scheme", "factory"),
-    [(scheme, optax.adam) for scheme in SCHEMES[1:]] + [("lora", optax_lowbit.adamw4bit)],
+    [("lora", optax_lowbit.adamw4bit), ("prefix", optax.adam), ("prompt", optax.adam)],
 )
 def test_optax_trains_the_small_tree(scheme, factory, graph_and_parameters):
-    graph, parameters = graph_and_parameters
-    tuning, tx = tuned(scheme, graph, parameters, 0), factory(0.03)
+    tuning, tx = tuned(scheme, *graph_and_parameters, 0), factory(0.03)
     loss = likelihood_loss(tuning)
 
     @jax.jit
@@ -122,20 +116,19 @@ def test_optax_trains_the_small_tree(scheme, factory, graph_and_parameters):
         for _ in range(15):
             trainable, state, value = step(trainable, state, tuning.frozen, TOKENS)
             losses.append(float(value))
-    assert losses[-1] < losses[0] - 0.5
+    assert losses[-1] < losses[0] - 0.3
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_zeroth_order_steps_train_every_scheme(scheme, graph_and_parameters):
-    graph, parameters = graph_and_parameters
-    tuning = tuned(scheme, graph, parameters, 0)
-    loss, opt = likelihood_loss(tuning), zo.zo_sgd({"full": 1e-3}.get(scheme, 1e-2))
-    trainable, state = tuning.trainable, opt.init(tuning.trainable, 0)
-    before = float(loss(trainable, tuning.frozen, TOKENS))
+@pytest.mark.parametrize("scheme", ["lora", "prefix", "prompt"])
+def test_zeroth_order_steps_train_the_small_tree(scheme, graph_and_parameters):
+    tuning = tuned(scheme, *graph_and_parameters, 0)
+    opt, loss = zo.zo_sgd(1e-2), likelihood_loss(tuning)
     step = jax.jit(opt.step, static_argnums=0)
+    trainable, state, losses = tuning.trainable, opt.init(tuning.trainable, 0), []
     for _ in range(30):
-        trainable, state, _ = step(loss, trainable, state, tuning.frozen, TOKENS)
-    assert float(loss(trainable, tuning.frozen, TOKENS)) < before
+        trainable, state, info = step(loss, trainable, state, tuning.frozen, TOKENS)
+        losses.append(float(info.loss))
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
     for old, new in zip(jax.tree.leaves(tuning.trainable), jax.tree.leaves(trainable)):
         assert not np.array_equal(old, new)
 
