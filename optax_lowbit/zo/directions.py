@@ -58,6 +58,7 @@ def split(params: Any, trainable: Choice | None = None) -> Trainable:
     pairs, treedef = jax.tree_util.tree_flatten_with_path(params)
     chosen = [
         jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        and jnp.size(leaf) > 0
         and (trainable is None or chooses(trainable, path_name(path), leaf))
         for path, leaf in pairs
     ]
@@ -74,38 +75,60 @@ def split(params: Any, trainable: Choice | None = None) -> Trainable:
 
 
 def slope_sum(
-    noise: Noise, probe: Probe, keys: jax.Array, slopes: jax.Array, rows: Rows, path: str,
-    zero: jax.Array | int = 0,
+    noise: Noise, probe: Probe, keys: jax.Array, slopes: jax.Array, rows: Rows,
+    zero: jax.typing.ArrayLike,
 ) -> jax.Array:  # fmt: skip
-    """``sum_i slopes[i] * z(keys[i])`` at some rows, float32, added in order.
+    """``sum_i slopes[i] * z_i`` at some rows, float32, added in order.
 
     Args:
       noise: The distribution.
       probe: What directions are drawn from, but for its key.
-      keys: uint32 ``(n, 2)``.
+      keys: uint32 ``(n, leaves, 2)``, from :func:`probe_keys`.
       slopes: float32 ``(n,)``.
       rows: Where.
-      path: Of the leaf.
       zero: A uint32 0 that delays the drawing; see `late_perturbation.data_zero`.
     """
-    path_hash = name_hash(path)
+    zero = jnp.uint32(zero)
 
-    def term(key, slope):
-        words = key[0] + jnp.uint32(zero), key[1]
-        return slope * noise.draw(probe._replace(key=words), rows, path_hash)
+    def term(i):
+        first, second = keys[i, rows.leaf]
+        return slopes[i] * noise.draw(probe._replace(key=(first + zero, second), zero=zero), rows)
 
     if len(slopes) == 1:
-        return term(keys[0], slopes[0])
-    return jax.lax.fori_loop(
-        0,
-        len(slopes),
-        lambda i, total: total + term(keys[i], slopes[i]),
-        jnp.zeros_like(widened(rows.values)),
+        return term(0)
+    start = jnp.zeros_like(widened(rows.values))
+    return jax.lax.fori_loop(0, len(slopes), lambda i, total: total + term(i), start)
+
+
+# A number that no probe has.
+_ROUNDING = 2**32 - 1
+
+
+def probe_keys(
+    run: random_bits.Key, step: jax.Array, num_probes: int, paths: Sequence[str]
+) -> jax.Array:
+    """The keys of a step's probes: uint32 ``(num_probes, leaves, 2)``."""
+    return _step_keys(run, step, jnp.arange(num_probes, dtype=jnp.uint32), paths)
+
+
+def rounding_keys(run: random_bits.Key, step: jax.Array, paths: Sequence[str]) -> jax.Array:
+    """The keys of a step's stochastic rounding: uint32 ``(leaves, 2)``."""
+    return _step_keys(run, step, jnp.array([_ROUNDING], jnp.uint32), paths)[0]
+
+
+def leaf_keys(key: random_bits.Key, paths: Sequence[str]) -> jax.Array:
+    """The keys of leaves by their paths: uint32 ``(leaves, 2)``."""
+    return _step_keys(key, jnp.int32(0), jnp.zeros(1, jnp.uint32), paths)[0]
+
+
+def _step_keys(key, step, numbers, paths) -> jax.Array:
+    # One call of the cipher, with a key for each leaf: each call takes a while to compile.
+    shape = len(numbers), len(paths)
+    hashes = jnp.stack([name_hash(path) for path in paths])
+    words = random_bits.threefry2x32(
+        (key[0], jnp.broadcast_to(key[1] ^ hashes, shape)),
+        jnp.broadcast_to(step.astype(jnp.uint32), shape),
+        jnp.broadcast_to(numbers[:, None], shape),
     )
-
-
-def probe_keys(run: random_bits.Key, step: jax.Array, num_probes: int) -> jax.Array:
-    """The keys of a step's probes: uint32 ``(num_probes, 2)``."""
-    key = random_bits.fold_in(run, step)
-    words = [random_bits.fold_in(key, number) for number in range(num_probes)]
-    return jnp.stack([jnp.stack(pair) for pair in words])
+    # Else the compiler takes the table apart and runs the cipher for each leaf, as scalars.
+    return jax.lax.optimization_barrier(jnp.stack(words, axis=-1))

@@ -14,14 +14,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_lowbit.kernels.reference import name_hash
 from optax_lowbit.moments.policy import Policy
 from optax_lowbit.moments.storage import init_moment
 from optax_lowbit.quant import random_bits
 from optax_lowbit.zo import checks
-from optax_lowbit.zo.directions import Choice, Trainable, chooses, probe_keys, slope_sum, split
+from optax_lowbit.zo.directions import (
+    Choice,
+    Trainable,
+    chooses,
+    probe_keys,
+    rounding_keys,
+    slope_sum,
+    split,
+)
 from optax_lowbit.zo.estimators import Central, Estimator, ForwardGradient, measure
-from optax_lowbit.zo.late_perturbation import data_zero
+from optax_lowbit.zo.late_perturbation import data_zero, first_element
 from optax_lowbit.zo.noise import Noise, Probe, Rademacher
 from optax_lowbit.zo.rows import whole
 from optax_lowbit.zo.slices import Slice
@@ -124,7 +131,7 @@ class ZeroOrderOptimizer:
         """The first half of a step: evaluates the loss and leaves the parameters alone."""
         ours = self._split(params)
         phi = self._slice(loss_fn, ours, state, args)
-        keys = probe_keys(_words(state.key), state.count, self.num_probes)
+        keys = probe_keys(_words(state.key), state.count, self.num_probes, ours.paths)
         eps = jnp.asarray(value_at(self.eps, state.count), jnp.float32)
         loss, coefficients = measure(self.estimator, phi, keys, eps, self.probe_batch)
         return self._info(state, loss, coefficients)
@@ -135,25 +142,26 @@ class ZeroOrderOptimizer:
         """The second half of a step: new parameters and state, from a record."""
         ours = self._split(params)
         probe = self._probe(ours, state)
-        keys = probe_keys(_words(state.key), state.count, self.num_probes)
-        rounding = random_bits.fold_in(probe.key, name_hash("rounding"))
-        zero, results = data_zero(record), []
+        keys = probe_keys(_words(state.key), state.count, self.num_probes, ours.paths)
+        rounding = rounding_keys(_words(state.key), state.count, ours.paths)
+        zero, results = data_zero(record[0]), []
         for number, (path, values) in enumerate(zip(ours.paths, ours.leaves, strict=True)):
             moments = {name: column[number] for name, column in state.moments.items()}
             leaf = Leaf(
                 whole(number, values, moments),
-                lambda slopes, rows, path=path, zero=zero: slope_sum(
-                    self.noise, probe, keys, slopes, rows, path, zero
-                ),
-                random_bits.fold_in(rounding, name_hash(path)),
+                functools.partial(self._draw, probe, keys, zero),
+                tuple(rounding[number]),
                 state.count,
                 self._decays(path, values),
             )
             results.append(update_leaf(self.rule, record, leaf))
-            zero = data_zero(results[-1][0])
+            zero = data_zero(first_element(results[-1][0]))
         new = ours.tree([values for values, _ in results])
         moments = {name: tuple(kept[name] for _, kept in results) for name in self.rule.moments}
         return new, ZeroOrderState(state.count + 1, state.key, probe.prepared, moments)
+
+    def _draw(self, probe, keys, zero, slopes, rows) -> jax.Array:
+        return slope_sum(self.noise, probe, keys, slopes, rows, zero)
 
     def _split(self, params: Any) -> Trainable:
         return split(params, self.trainable)
@@ -165,7 +173,7 @@ class ZeroOrderOptimizer:
     def _probe(self, ours: Trainable, state: ZeroOrderState) -> Probe:
         run = _words(state.key)
         prepared = self.noise.prepare(state.prepared, ours, run, state.count)
-        return Probe(random_bits.fold_in(run, state.count), run, state.count, prepared)
+        return Probe(run, run, state.count, prepared)
 
     def _info(self, state: ZeroOrderState, loss: jax.Array, coefficients: jax.Array) -> StepInfo:
         if self.clip is not None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
 from optax_lowbit.moments.equations import bind
@@ -83,7 +84,13 @@ def _gather(equation: JaxprEqn) -> Along | None:
         and numbers.offset_dims[-1:] == (result.ndim - 1,)
         and result.ndim > 1
     )
-    return (lambda x: {"slice_sizes": (*sizes[:-1], x.shape[-1])}) if is_kept else None
+
+    def along(x):
+        # What is read out of bounds may be NaN, which row numbers can't be.
+        fill = {} if jnp.issubdtype(x.dtype, jnp.floating) else {"fill_value": None}
+        return {"slice_sizes": (*sizes[:-1], x.shape[-1]), **fill}
+
+    return along if is_kept else None
 
 
 def _dynamic_slice(equation: JaxprEqn) -> Along | None:
