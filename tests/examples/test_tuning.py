@@ -9,7 +9,6 @@ from flax import nnx
 
 import optax_lowbit
 from examples.llm.decoder import LLAMA, Decoder, Family, rms_norm
-from examples.llm.training import build_model
 from examples.llm.tuning import SCHEMES, tuned
 from optax_lowbit import adapters, zo
 from tests.examples.conftest import TINY
@@ -25,11 +24,10 @@ def graph_and_parameters():
     return graph, nnx.to_pure_dict(state)
 
 
-@pytest.fixture(scope="module", params=SCHEMES)
-def scheme_and_tuning(request, graph_and_parameters):
-    return request.param, tuned(
-        request.param, *graph_and_parameters, 0, prefix_tokens=4, prompt_tokens=6
-    )
+@pytest.fixture(scope="module")
+def tunings(graph_and_parameters):
+    lengths = {"prefix_tokens": 4, "prompt_tokens": 6}
+    return {scheme: tuned(scheme, *graph_and_parameters, 0, **lengths) for scheme in SCHEMES}
 
 
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
@@ -57,22 +55,30 @@ def test_virtual_tokens_made_of_tokens_are_these_tokens_in_front(positions):
         np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-4, err_msg=name)
 
 
-def test_training_starts_from_the_decoder(scheme_and_tuning, graph_and_parameters):
-    scheme, tuning = scheme_and_tuning
-    logits = jax.jit(tuning.logits)(tuning.trainable, tuning.frozen, TOKENS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_logits_are_those_of_real_tokens(scheme, tunings):
+    tuning = tunings[scheme]
+    logits = jax.eval_shape(tuning.logits, tuning.trainable, tuning.frozen, TOKENS)
     assert logits.shape == (2, 6, TINY.vocabulary_size) and logits.dtype == jnp.float32
-    graph, parameters = graph_and_parameters
-    if scheme == "lora":
-        expected = jax.jit(lambda parameters: build_model(graph, parameters)(TOKENS))(parameters)
-        assert np.asarray(logits).tobytes() == np.asarray(expected).tobytes()
-    if scheme == "prompt":
-        rows = {row.tobytes() for row in np.asarray(parameters["embedding"]["embedding"])}
-        assert {row.tobytes() for row in np.asarray(tuning.trainable["prompt"])} <= rows
 
 
-def test_trees_hold_every_parameter_once(scheme_and_tuning, graph_and_parameters):
-    scheme, tuning = scheme_and_tuning
+def test_lora_starts_from_the_decoder_bit_for_bit(tunings, graph_and_parameters):
+    full, lora = (
+        jax.jit(tunings[scheme].logits)(tunings[scheme].trainable, tunings[scheme].frozen, TOKENS)
+        for scheme in ("full", "lora")
+    )
+    assert np.asarray(lora).tobytes() == np.asarray(full).tobytes()
+
+
+def test_prompt_starts_from_rows_of_the_embedding(tunings, graph_and_parameters):
     _, parameters = graph_and_parameters
+    rows = {row.tobytes() for row in np.asarray(parameters["embedding"]["embedding"])}
+    assert {row.tobytes() for row in np.asarray(tunings["prompt"].trainable["prompt"])} <= rows
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_trees_hold_every_parameter_once(scheme, tunings, graph_and_parameters):
+    tuning, (_, parameters) = tunings[scheme], graph_and_parameters
     small = {
         "full": sum(leaf.size for leaf in jax.tree.leaves(parameters)),
         "lora": 2 * 8 * (64 + 64 + 64 + 32),
@@ -100,8 +106,8 @@ def likelihood_loss(tuning):
     ("scheme", "factory"),
     [("lora", optax_lowbit.adamw4bit), ("prefix", optax.adam), ("prompt", optax.adam)],
 )
-def test_optax_trains_the_small_tree(scheme, factory, graph_and_parameters):
-    tuning, tx = tuned(scheme, *graph_and_parameters, 0), factory(0.03)
+def test_optax_trains_the_small_tree(scheme, factory, tunings):
+    tuning, tx = tunings[scheme], factory(0.03)
     loss = likelihood_loss(tuning)
 
     @jax.jit
@@ -120,8 +126,8 @@ def test_optax_trains_the_small_tree(scheme, factory, graph_and_parameters):
 
 
 @pytest.mark.parametrize("scheme", ["lora", "prefix", "prompt"])
-def test_zeroth_order_steps_train_the_small_tree(scheme, graph_and_parameters):
-    tuning = tuned(scheme, *graph_and_parameters, 0)
+def test_zeroth_order_steps_train_the_small_tree(scheme, tunings):
+    tuning = tunings[scheme]
     opt, loss = zo.zo_sgd(1e-2), likelihood_loss(tuning)
     step = jax.jit(opt.step, static_argnums=0)
     trainable, state, losses = tuning.trainable, opt.init(tuning.trainable, 0), []
