@@ -1,3 +1,4 @@
+from optax_lowbit.zo import replay as replay
 from optax_lowbit.zo.noise import Gaussian, Noise, Probe, Rademacher
 from optax_lowbit.zo.optimizer import StepInfo, ZeroOrderOptimizer, ZeroOrderState
 from optax_lowbit.zo.sgd import zo_sgd

@@ -100,7 +100,7 @@ def slope_sum(
 
 
 def probe_keys(
-    run: random_bits.Key, step: jax.Array, num_probes: int, paths: Sequence[str]
+    run: random_bits.Key, step: jax.Array, num_probes: int, paths: Sequence[str | jax.Array]
 ) -> jax.Array:
     """The keys of a step: uint32 ``(num_probes, leaves, 2)``."""
     # All by a few calls of the cipher, each of which is a tenth of a second of compiling.
@@ -109,8 +109,11 @@ def probe_keys(
     return leaf_keys(key, paths)
 
 
-def leaf_keys(key: random_bits.Key, paths: Sequence[str]) -> jax.Array:
-    """A key for each leaf, by its path: uint32 ``(..., leaves, 2)`` of key words ``(..., 1)``."""
-    hashes = jnp.stack([name_hash(path) for path in paths])
+def leaf_keys(key: random_bits.Key, paths: Sequence[str | jax.Array]) -> jax.Array:
+    """A key for each leaf, by its path: uint32 ``(..., leaves, 2)`` of key words ``(..., 1)``.
+
+    Paths may be given by their :func:`~optax_lowbit.kernels.reference.name_hash`.
+    """
+    hashes = jnp.stack([name_hash(path) if isinstance(path, str) else path for path in paths])
     hashes = jnp.broadcast_to(hashes, (*key[0].shape[:-1], len(paths)))
     return jnp.stack(random_bits.fold_in(key, hashes), axis=-1)

@@ -7,7 +7,7 @@ leaf. So a run can be replayed from its records, and the loss may be anything th
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -142,23 +142,31 @@ class ZeroOrderOptimizer:
     ) -> tuple[Any, ZeroOrderState]:
         """The second half of a step: new parameters and state, from a record."""
         ours = self._split(params)
+        decays = [self.decays(path, leaf) for path, leaf in zip(ours.paths, ours.leaves)]
+        new, state = self.apply_to_leaves(ours, decays, state, record)
+        return ours.tree(new), state
+
+    def apply_to_leaves(
+        self, ours: Trainable, decays: Sequence[bool], state: ZeroOrderState, record: jax.Array
+    ) -> tuple[list[jax.Array], ZeroOrderState]:
+        """What :meth:`apply` makes of the leaves that train, of which some decay."""
         probe = self._probe(ours, state)
         keys = probe_keys(_words(state.key), state.count, self.num_probes, ours.paths)
         words = random_bits.fold_in(probe.key, name_hash("rounding"))
         rounding = leaf_keys(tuple(word[None] for word in words), ours.paths)
         zero, results = data_zero(record), []
-        for number, (path, values) in enumerate(zip(ours.paths, ours.leaves, strict=True)):
+        for number, (values, is_decayed) in enumerate(zip(ours.leaves, decays, strict=True)):
             moments = {name: column[number] for name, column in state.moments.items()}
             leaf = Leaf(
                 whole(number, values, moments),
                 functools.partial(self._draw, probe, keys, zero),
                 tuple(rounding[number]),
                 state.count,
-                self._decays(path, values),
+                is_decayed,
             )
             results.append(update_leaf(self.rule, record, leaf))
             zero = data_zero(results[-1][0])
-        new = ours.tree([values for values, _ in results])
+        new = [values for values, _ in results]
         moments = {name: tuple(kept[name] for _, kept in results) for name in self.rule.moments}
         return new, ZeroOrderState(state.count + 1, state.key, probe.prepared, moments)
 
@@ -189,7 +197,8 @@ class ZeroOrderOptimizer:
         record = jnp.where(jnp.all(jnp.isfinite(record)), record, jnp.zeros_like(record))
         return StepInfo(loss, coefficients, record)
 
-    def _decays(self, path: str, values: jax.Array) -> bool:
+    def decays(self, path: str, values: jax.Array) -> bool:
+        """Whether weight decay applies to a leaf."""
         is_off = not callable(self.weight_decay) and checks.is_zero(self.weight_decay)
         mask = self.weight_decay_mask
         return not is_off and (mask is None or chooses(mask, path, values))
