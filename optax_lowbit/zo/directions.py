@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optax_lowbit.kernels.meshes import as_varying, varying_axes
 from optax_lowbit.kernels.reference import name_hash, widened
 from optax_lowbit.moments.policy import path_name
 from optax_lowbit.quant import random_bits
@@ -95,7 +96,8 @@ def slope_sum(
 
     if len(slopes) == 1:
         return term(0)
-    start = jnp.zeros_like(widened(rows.values))
+    axes = frozenset().union(*map(varying_axes, (zero, keys, slopes, rows.values, rows.numbers)))
+    start = as_varying(jnp.zeros_like(widened(rows.values)), axes)
     return jax.lax.fori_loop(0, len(slopes), lambda i, total: total + term(i), start)
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
+from optax_lowbit.kernels.meshes import as_varying, varying_axes
 from optax_lowbit.moments.equations import bind, read
 from optax_lowbit.zo.rows import Rows, whole
 from optax_lowbit.zo.views import Pending, takes_rows_only, viewed
@@ -29,6 +30,7 @@ def call_perturbed(
     leaves: Sequence[jax.Array],
     perturb: Perturb,
     companions: Sequence[Any] | None = None,
+    axes: frozenset[str] = frozenset(),
 ) -> Any:
     """``fun`` of leaves perturbed where they are used; each use makes the perturbation anew.
 
@@ -38,17 +40,23 @@ def call_perturbed(
       perturb: Gives the perturbed values of rows.
       companions: For each leaf a pytree of arrays with its leading axes, of which ``perturb`` is
         given the same rows.
+      axes: The mesh axes that perturbations differ along inside `jax.shard_map`.
 
     Returns:
       What ``fun`` gives. Beside what it needs: a perturbed copy of the leaf in use.
     """
-    closed, shapes = jax.make_jaxpr(fun, return_shape=True)(list(leaves))
+    trace = jax.make_jaxpr(fun, return_shape=True)
+    closed, shapes = trace(list(leaves))
+    # What delays a perturbation may differ along all axes that the data differs along.
+    axes = axes.union(*map(varying_axes, closed.consts))
+    if axes:
+        closed, shapes = trace([as_varying(leaf, axes) for leaf in leaves])
     companions = [()] * len(leaves) if companions is None else companions
-    pending = [
-        Pending(whole(number, leaf, companion))
-        for number, (leaf, companion) in enumerate(zip(leaves, companions, strict=True))
-    ]
-    evaluation = _Evaluation(perturb)
+    pending = []
+    for number, (leaf, companion) in enumerate(zip(leaves, companions, strict=True)):
+        rows = jax.tree.map(lambda x: as_varying(x, axes), whole(number, leaf, companion))
+        pending.append(Pending(rows))
+    evaluation = _Evaluation(lambda rows, zero: as_varying(perturb(rows, zero), axes))
     results = evaluation.run(closed.jaxpr, closed.consts, pending)
     return jax.tree.unflatten(jax.tree.structure(shapes), evaluation.settled(results))
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optax_lowbit.kernels.meshes import as_varying, varying_axes
 from optax_lowbit.quant import random_bits
 from optax_lowbit.zo.rows import Rows
 
@@ -105,6 +106,7 @@ def words_once(key: random_bits.Key, rows: Rows, count: int) -> jax.Array:
     turns = 1 + is_rare.astype(jnp.int32)
     # Zeros would be made for all leaves at once, before there is a key.
     start = jnp.broadcast_to(key[0], (*rows.numbers.shape[:-1], count))
+    start = as_varying(start, varying_axes(rows.numbers) | varying_axes(key[1]))
     return jax.lax.fori_loop(0, turns, lambda _, old: words(key, rows, count), start)
 
 

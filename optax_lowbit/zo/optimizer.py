@@ -31,6 +31,7 @@ from optax_lowbit.zo.directions import (
 from optax_lowbit.zo.estimators import Central, Estimator, ForwardGradient, measure
 from optax_lowbit.zo.late_perturbation import data_zero
 from optax_lowbit.zo.noise import Noise, Probe, Rademacher
+from optax_lowbit.zo.parallel import spread_probes
 from optax_lowbit.zo.rows import whole
 from optax_lowbit.zo.slices import Slice
 from optax_lowbit.zo.updates import Leaf, Rule, update_leaf
@@ -85,6 +86,7 @@ class ZeroOrderOptimizer:
     noise: Noise = dataclasses.field(default_factory=Rademacher)
     estimator: Estimator | ForwardGradient = dataclasses.field(default_factory=Central)
     probe_batch: int = 1
+    probe_axis: str | None = None
     clip: float | None = None
     weight_decay: optax.ScalarOrSchedule = 0.0
     weight_decay_mask: Choice | None = None
@@ -134,7 +136,10 @@ class ZeroOrderOptimizer:
         phi = self._slice(loss_fn, ours, state, args)
         keys = probe_keys(_words(state.key), state.count, self.num_probes, ours.paths)
         eps = jnp.asarray(value_at(self.eps, state.count), jnp.float32)
-        loss, coefficients = measure(self.estimator, phi, keys, eps, self.probe_batch)
+        measured = functools.partial(
+            measure, self.estimator, phi, eps=eps, probe_batch=self.probe_batch
+        )
+        loss, coefficients = spread_probes(measured, keys, self.probe_axis)
         return self._info(state, loss, coefficients)
 
     def apply(

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optax_lowbit.kernels.meshes import varying_axes
 from optax_lowbit.kernels.reference import widened
 from optax_lowbit.zo.directions import Trainable, slope_sum
 from optax_lowbit.zo.late_perturbation import call_perturbed
@@ -59,4 +60,5 @@ class Slice:
         return call_perturbed(
             lambda leaves: self.loss(self.params.tree(leaves)),
             self.params.leaves, perturb, self.companions,
+            varying_axes(keys) | varying_axes(slopes),
         )  # fmt: skip

@@ -20,7 +20,7 @@ from optax_lowbit.zo.optimizer import ZeroOrderOptimizer, ZeroOrderState
 from optax_lowbit.zo.replay.files import VERSION, Log
 
 # What the numbers of a record already have in them; and what the facts of each leaf say.
-_IN_RECORDS = frozenset({"clip", "eps", "estimator", "learning_rate", "probe_batch"})
+_IN_RECORDS = frozenset({"clip", "eps", "estimator", "learning_rate", "probe_axis", "probe_batch"})
 _IN_LEAVES = frozenset({"trainable", "weight_decay", "weight_decay_mask"})
 
 
