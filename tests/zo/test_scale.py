@@ -1,7 +1,4 @@
-"""Steps over several devices: what they exchange, and that they are the steps of one device.
-
-The loss is computed without any rounding, so it does not depend on the order of sums.
-"""
+"""Steps over several devices: what they exchange, and that they are the steps of one device."""
 
 import dataclasses
 import functools
@@ -16,24 +13,8 @@ from jax.sharding import PartitionSpec as P
 from optax_lowbit import checkpoint, zo
 from tests.optimizers.test_sharding import elements_of_collectives
 from tests.sharding.cases import mesh_of, place
+from tests.zo.exact import OPT, exact_case, loss
 from tests.zo.replay.runs import assert_same_bits, momentum
-
-OPT = zo.zo_sgd(2**-6, eps=1 / 8, num_probes=4, weight_decay=0.1)
-COLUMNS = 36  # over four devices: 9, no multiple of the 32 signs of a word
-
-
-def exact_case():
-    rng = np.random.default_rng(0)
-    params = {
-        "kernel": (rng.integers(-4, 5, (8, COLUMNS)) / 8).astype(np.float32),
-        "bias": (rng.integers(-4, 5, COLUMNS) / 8).astype(np.float32),
-    }
-    return params, rng.integers(-1, 2, (8, 8)).astype(np.float32)
-
-
-def loss(params, x):
-    hidden = x @ params["kernel"] + params["bias"][None]
-    return jnp.sum(hidden**2) / (x.shape[0] * 32)
 
 
 @functools.cache
