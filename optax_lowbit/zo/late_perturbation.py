@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.sharding import PartitionSpec
 
-from optax_lowbit.kernels.meshes import as_varying, varying_axes
+from optax_lowbit.kernels.meshes import as_varying, is_explicit, varying_axes
 from optax_lowbit.moments.equations import bind, read
 from optax_lowbit.zo.rows import Rows, whole
 from optax_lowbit.zo.views import Pending, takes_rows_only, viewed
@@ -65,6 +66,17 @@ def data_zero(x: jax.Array | None) -> jax.Array:
     """uint32 0, known only when ``x``, a float array, is; 1 if its first element is NaN."""
     if x is None:
         return jnp.uint32(0)
+    if is_explicit(x):
+        # Each device looks at its own part: to look at one element all must be told of it.
+        sharding = jax.typeof(x).sharding
+        return jax.shard_map(
+            _first_is_nan, mesh=sharding.mesh, in_specs=sharding.spec, out_specs=PartitionSpec(),
+            check_vma=False,
+        )(x)  # fmt: skip
+    return _first_is_nan(x)
+
+
+def _first_is_nan(x: jax.Array) -> jax.Array:
     # A product with zero would be folded; whether it is NaN can't be.
     return jnp.isnan(x[(0,) * x.ndim]).astype(jnp.uint32)
 
