@@ -109,7 +109,7 @@ def resume(
     runs.check_same(log, runs.facts(opt, params, state), is_base=position == 0)
     _check_digest(log, opt, params, position)
     records, advanced = jnp.asarray(log.records), _advancing(opt, end - position)
-    for stop in sorted({end, *(stop for stop in log.digests if position < stop < end)}):
+    for stop in sorted(stop for stop in {end, *log.digests} if position < stop <= end):
         with on_own_mesh(params):
             params, state = advanced(params, state, records, jnp.int32(stop))
         _check_digest(log, opt, params, stop)

@@ -19,8 +19,8 @@ class Writer:
     that loses its power, ``sync_every`` steps. An existing log is gone on with, and what is left of
     a record that was cut off is cut away.
 
-    The log takes 12 bytes a step and 4 for each number of its record: 20 bytes for
-    :func:`~optax_lowbit.zo.zo_sgd` with one probe, 200 KB for 10,000 steps. The header takes some
+    The log takes 8 bytes a step and 4 for each number of its record: 16 bytes for
+    :func:`~optax_lowbit.zo.zo_sgd` with one probe, 160 KB for 10,000 steps. The header takes some
     20 bytes for each leaf.
 
     Of several processes each makes a ``Writer``; the first one writes.

@@ -187,5 +187,7 @@ def test_steps_out_of_turn_and_wrong_arguments(tmp_path):
 def test_parameters_that_miss_a_digest_are_refused(tmp_path):
     path = tmp_path / "log"
     write(path, 2, digest_every=2)  # of steps that moved nothing
+    state = OPT.init(BASE, 7)._replace(count=jnp.int32(2))
+    assert zo.replay.resume(BASE, state, path, OPT)[0] is BASE
     with pytest.raises(ValueError, match="parameters after step 2 are not those of the run"):
-        zo.replay.apply(BASE, path, OPT)
+        zo.replay.resume({**BASE, "b": -BASE["b"]}, state, path, OPT)
