@@ -1,3 +1,4 @@
+from optax_lowbit.zo import replay as replay
 from optax_lowbit.zo.adam import zo_adam
 from optax_lowbit.zo.blockwise import BlockwiseOptimizer, blockwise
 from optax_lowbit.zo.conservative import zo_sgd_conservative
@@ -17,6 +18,7 @@ from optax_lowbit.zo.microbatches import microbatched
 from optax_lowbit.zo.momentum import zo_sgd_momentum
 from optax_lowbit.zo.noise import Gaussian, Noise, Probe, Rademacher
 from optax_lowbit.zo.optimizer import StepInfo, ZeroOrderOptimizer, ZeroOrderState
+from optax_lowbit.zo.parallel import probe_parallel
 from optax_lowbit.zo.scales import qzo
 from optax_lowbit.zo.sgd import zo_sgd
 from optax_lowbit.zo.sign import zo_sgd_scalar_sign, zo_sgd_sign
@@ -59,6 +61,7 @@ __all__ = (
     "inject_hyperparams",
     "lozo",
     "microbatched",
+    "probe_parallel",
     "qzo",
     "zo_adam",
     "zo_sgd",

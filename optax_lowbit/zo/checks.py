@@ -25,6 +25,11 @@ def check_optimizer(optimizer: Any) -> None:
             f"active_probes must be a schedule or None, got {optimizer.active_probes!r}; a fixed "
             f"number of probes is num_probes"
         )
+    if optimizer.active_probes is not None and optimizer.probe_axis is not None:
+        raise ValueError(
+            "active_probes must be None where probes are spread over devices, each of which "
+            "evaluates as many as the others"
+        )
     for name in ("trainable", "weight_decay_mask"):
         check_choice(name, getattr(optimizer, name))
 

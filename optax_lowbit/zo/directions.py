@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from optax_lowbit.kernels.meshes import as_varying, varying_axes
 from optax_lowbit.kernels.reference import name_hash, widened
 from optax_lowbit.moments.policy import path_name
 from optax_lowbit.quant import is_quantized, random_bits
@@ -151,7 +152,9 @@ class Directions:
         factors = None if each is not None else self.factors(slopes, rows, zero)
         if factors is not None:
             return outer(factors.left, factors.right)
-        start = jnp.zeros_like(widened(rows.values))
+        given = (zero, self.keys, slopes, rows.values, rows.numbers)
+        axes = frozenset().union(*map(varying_axes, given))
+        start = as_varying(jnp.zeros_like(widened(rows.values)), axes)
         count = len(slopes) if self.active is None else self.active
         return jax.lax.fori_loop(0, count, lambda i, total: total + term(i), start)
 
@@ -206,7 +209,7 @@ _ROUNDING = 2**32 - 1
 
 
 def probe_keys(
-    run: random_bits.Key, step: jax.Array, num_probes: int, paths: Sequence[str]
+    run: random_bits.Key, step: jax.Array, num_probes: int, paths: Sequence[str | jax.Array]
 ) -> jax.Array:
     """The keys of a step's probes: uint32 ``(num_probes, leaves, 2)``."""
     return _step_keys(run, step, jnp.arange(num_probes, dtype=jnp.uint32), paths)
@@ -217,8 +220,11 @@ def rounding_keys(run: random_bits.Key, step: jax.Array, paths: Sequence[str]) -
     return _step_keys(run, step, jnp.array([_ROUNDING], jnp.uint32), paths)[0]
 
 
-def leaf_keys(key: random_bits.Key, paths: Sequence[str]) -> jax.Array:
-    """A key for each leaf, by its path: uint32 ``(..., leaves, 2)`` of key words ``(..., 1)``."""
+def leaf_keys(key: random_bits.Key, paths: Sequence[str | jax.Array]) -> jax.Array:
+    """A key for each leaf, by its path: uint32 ``(..., leaves, 2)`` of key words ``(..., 1)``.
+
+    Paths may be given by their :func:`~optax_lowbit.kernels.reference.name_hash`.
+    """
     zeros = jnp.zeros((*key[0].shape[:-1], len(paths)), jnp.uint32)
     return _keys(key, zeros, zeros, paths)
 
@@ -231,7 +237,8 @@ def _step_keys(key, step, numbers, paths) -> jax.Array:
 
 def _keys(key, x0, x1, paths) -> jax.Array:
     # One call of the cipher, with a key for each leaf: each call takes a while to compile.
-    hashes = jnp.broadcast_to(jnp.stack([name_hash(path) for path in paths]), x0.shape)
+    hashes = jnp.stack([name_hash(path) if isinstance(path, str) else path for path in paths])
+    hashes = jnp.broadcast_to(hashes, x0.shape)
     first, second = (jnp.broadcast_to(word, x0.shape) for word in key)
     words = random_bits.threefry2x32((first, second ^ hashes), x0, x1)
     # Else the compiler takes the table apart and runs the cipher for each leaf, as scalars.

@@ -14,7 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.sharding import PartitionSpec
 
+from optax_lowbit.kernels.meshes import as_varying, is_explicit, varying_axes
 from optax_lowbit.moments.equations import bind, read
 from optax_lowbit.zo.factored_dot import factored_dot
 from optax_lowbit.zo.noise import Factors
@@ -39,6 +41,7 @@ def call_perturbed(
     after: jax.Array,
     companions: Sequence[Any] | None = None,
     factors: LowRank = lambda rows, latest: None,
+    axes: frozenset[str] = frozenset(),
 ) -> Any:
     """``fun`` of leaves perturbed where they are used; each use makes the perturbation anew.
 
@@ -52,17 +55,27 @@ def call_perturbed(
         given the same rows.
       factors: Gives the factors of what is added to rows. Then a matmul with them is
         ``x @ W + (x @ left) @ right.T``, and no perturbed copy of ``W`` is made.
+      axes: The mesh axes that perturbations differ along inside `jax.shard_map`.
 
     Returns:
       What ``fun`` gives. Beside what it needs: a perturbed copy of the leaf in use.
     """
-    closed, shapes = jax.make_jaxpr(fun, return_shape=True)(list(leaves))
+    trace = jax.make_jaxpr(fun, return_shape=True)
+    closed, shapes = trace(list(leaves))
+    # What delays a perturbation may differ along all axes that the data differs along.
+    axes = axes.union(*map(varying_axes, closed.consts))
+    if axes:
+        closed, shapes = trace([as_varying(leaf, axes) for leaf in leaves])
     companions = [()] * len(leaves) if companions is None else companions
-    pending = [
-        Pending(whole(number, leaf, companion))
-        for number, (leaf, companion) in enumerate(zip(leaves, companions, strict=True))
-    ]
-    evaluation = _Evaluation(perturb, factors, after)
+    pending = []
+    for number, (leaf, companion) in enumerate(zip(leaves, companions, strict=True)):
+        rows = jax.tree.map(lambda x: as_varying(x, axes), whole(number, leaf, companion))
+        pending.append(Pending(rows))
+
+    def perturbed(rows, latest):
+        return as_varying(perturb(rows, latest), axes)
+
+    evaluation = _Evaluation(perturbed, factors, after)
     results = evaluation.run(closed.jaxpr, closed.consts, pending)
     return jax.tree.unflatten(jax.tree.structure(shapes), evaluation.settled(results))
 
@@ -76,8 +89,15 @@ def data_zero(x: jax.Array) -> jax.Array:
 
 
 def first_element(x: jax.Array) -> jax.Array:
-    """An element, to wait for the whole by."""
-    return x[(0,) * x.ndim]
+    """An element, to wait for the whole by; on an Explicit mesh, on each device one of its own."""
+    if not is_explicit(x):
+        return x[(0,) * x.ndim]
+    sharding = jax.typeof(x).sharding
+    # To look at the same one all devices would have to be told of it.
+    return jax.shard_map(
+        lambda part: part[(0,) * part.ndim],
+        mesh=sharding.mesh, in_specs=sharding.spec, out_specs=PartitionSpec(), check_vma=False,
+    )(x)  # fmt: skip
 
 
 class _Evaluation:

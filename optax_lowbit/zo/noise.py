@@ -11,7 +11,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from optax_lowbit.kernels.meshes import as_varying, varying_axes
 from optax_lowbit.quant import random_bits
 from optax_lowbit.zo.rows import Rows
 
@@ -155,6 +157,7 @@ def once(key: random_bits.Key, make: Callable[[], jax.Array]) -> jax.Array:
     like = jax.eval_shape(make)
     # Zeros would be made for all leaves at once, before there is a key.
     start = jnp.broadcast_to(key[0].astype(like.dtype), like.shape)
+    start = as_varying(start, varying_axes(like))
     return jax.lax.fori_loop(0, turns, lambda _, old: make(), start)
 
 
@@ -163,7 +166,20 @@ def unpack_signs(words: jax.Array, n: int) -> jax.Array:
     places = jax.lax.broadcasted_iota(jnp.uint32, (*words.shape, 32), words.ndim)
     bits = (words[..., None] << places) & jnp.uint32(_SIGN) | jnp.uint32(_ONE)
     signs = jax.lax.bitcast_convert_type(bits, jnp.float32)
-    return signs.reshape(*words.shape[:-1], -1)[..., :n]
+    return whole_rows(signs.reshape(*words.shape[:-1], -1)[..., :n])
+
+
+def whole_rows(x: jax.Array) -> jax.Array:
+    """``x``, each row of it whole on some device, unless it is surely spread word by word.
+
+    Where the shards of a leaf cut words apart, compilers would exchange signs. They are told on
+    Explicit meshes by types, and on Auto meshes as far as `jax.set_mesh` says that there is one.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not mesh.auto_axes or x.shape[-1] % (32 * mesh.size) == 0:
+        return x
+    anywhere = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*anywhere, None))
 
 
 def standard_normal(words: jax.Array) -> jax.Array:

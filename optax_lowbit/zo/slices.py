@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optax_lowbit.kernels.meshes import varying_axes
 from optax_lowbit.kernels.parameters import rounded
 from optax_lowbit.kernels.reference import widened
 from optax_lowbit.zo.directions import Directions, Trainable, directions_of
@@ -116,4 +117,5 @@ class Slice:
         return call_perturbed(
             lambda leaves: self.loss(self.params.tree(leaves)),
             self.params.leaves, perturb, after, self.companions, factors,
+            varying_axes(after) | varying_axes(self.probe.key[0]),
         )  # fmt: skip
