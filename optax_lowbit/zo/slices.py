@@ -73,7 +73,7 @@ class Slice:
 
         Parameters stay as they are, and their tangent is the direction.
         """
-        directions, one = self._directions(key[None]), jnp.ones(1, jnp.float32)
+        directions = self._directions(key[None])
 
         # All arrays are arguments: a derivative rule may not close over any that are traced.
         @jax.custom_jvp
@@ -86,6 +86,7 @@ class Slice:
             s, rows, latest, (probe, keys, scale) = primals
             # What waits for the tangent alone can't be drawn while the loss itself is computed.
             zero = data_zero(latest) + data_zero(tangents[2])
+            one = jnp.ones(1, jnp.float32)
             direction = Directions(self.noise, probe, keys, scale).sum(one, rows, zero)
             tangent = (tangents[0] * direction).astype(rows.values.dtype)
             return along(s, rows, latest, (probe, keys, scale)), tangent
