@@ -78,10 +78,7 @@ def zo_sgd_conservative(
 class ConservativeOptimizer(ZeroOrderOptimizer):
     """One whose record is that of the best of three steps; see :func:`zo_sgd_conservative`."""
 
-    def estimate(self, loss_fn, params, state, *args):
-        """The first half of a step, with the loss at the parameters."""
-        info = super().estimate(loss_fn, params, state, *args)
-        phi, keys = self._probed(loss_fn, params, state, args)
+    def _chosen(self, phi, keys, info):
         is_known = isinstance(self.estimator, ForwardGradient) or self.estimator.uses_base
         here = info.loss if is_known else phi.here()
         rounding = self._rounding(phi.probe, phi.params)

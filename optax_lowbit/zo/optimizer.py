@@ -138,7 +138,7 @@ class ZeroOrderOptimizer:
         loss, coefficients = measure(
             self.estimator, phi, keys, self._eps(state), self.probe_batch, self._active(state)
         )
-        return self._info(state, loss, coefficients)
+        return self._chosen(phi, keys, self._info(state, loss, coefficients))
 
     def apply(
         self, params: Any, state: ZeroOrderState, record: jax.Array
@@ -168,6 +168,11 @@ class ZeroOrderOptimizer:
         new = ours.tree([values for values, _ in results])
         moments = {name: tuple(kept[name] for _, kept in results) for name in self.rule.moments}
         return new, ZeroOrderState(state.count + 1, state.key, probe.prepared, moments, scalars)
+
+    def _chosen(self, phi: Slice, keys: jax.Array, info: StepInfo) -> StepInfo:
+        """What becomes of a step that could be taken; ``keys`` has all directions."""
+        del phi, keys
+        return info
 
     def _draw(self, probe, keys, zero, active, slopes, rows, each=lambda z: z) -> jax.Array:
         return slope_sum(self.noise, probe, keys, slopes, rows, zero, each, active)
