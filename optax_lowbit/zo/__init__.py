@@ -3,7 +3,7 @@ from optax_lowbit.zo.conservative import zo_sgd_conservative
 from optax_lowbit.zo.estimators import Central, Estimator, ForwardGradient, OneSided
 from optax_lowbit.zo.forward_gradient import forward_grad
 from optax_lowbit.zo.fzoo import fzoo
-from optax_lowbit.zo.hizoo import HESSIAN_8BIT, hizoo
+from optax_lowbit.zo.hizoo import hizoo
 from optax_lowbit.zo.momentum import zo_sgd_momentum
 from optax_lowbit.zo.noise import Gaussian, Noise, Probe, Rademacher
 from optax_lowbit.zo.optimizer import StepInfo, ZeroOrderOptimizer, ZeroOrderState
@@ -11,7 +11,6 @@ from optax_lowbit.zo.sgd import zo_sgd
 from optax_lowbit.zo.sign import zo_sgd_scalar_sign, zo_sgd_sign
 
 __all__ = (
-    "HESSIAN_8BIT",
     "Central",
     "Estimator",
     "ForwardGradient",

@@ -11,10 +11,12 @@ import optax_lowbit
 from optax_lowbit import Policy, QuantSpec, zo
 from optax_lowbit.zo.estimators import over_probes
 from optax_lowbit.zo.fzoo import Normalized
-from optax_lowbit.zo.hizoo import HESSIAN_8BIT
 from tests.zo.cases import drawn
 
 RATE = 2.0**-5
+HESSIAN_8BIT = QuantSpec(
+    codebook="linear", bits=8, signed=False, scaling="block", block_size=256, rounding="stochastic"
+)
 
 
 def bits(tree):
