@@ -90,10 +90,7 @@ class ConservativeOptimizer(ZeroOrderOptimizer):
             "be asked for candidates: give step a loss_fn that JAX can trace"
         )
 
-    def estimate(self, loss_fn, params, state, *args):
-        """The first half of a step, with the loss at the parameters."""
-        info = super().estimate(loss_fn, params, state, *args)
-        phi, keys = self._probed(loss_fn, params, state, args)
+    def _chosen(self, phi, keys, info):
         is_known = isinstance(self.estimator, ForwardGradient) or self.estimator.uses_base
         here = info.loss if is_known else phi.here()
         rounding = self._rounding(phi.probe, phi.params)

@@ -21,11 +21,6 @@ from optax_lowbit.zo.updates import Descend, is_taken, moved
 
 Curvature = Literal["exact", "difference"]
 
-# Without zero, which no step may be divided by; a step changes less than rounding to nearest sees.
-HESSIAN_8BIT = QuantSpec(
-    codebook="linear", bits=8, signed=False, scaling="block", block_size=256, rounding="stochastic"
-)
-
 
 def hizoo(
     learning_rate: optax.ScalarOrSchedule,
@@ -58,7 +53,7 @@ def hizoo(
     in the paper. The latter loses what float32 does not resolve: with losses near 1 and an ``eps``
     of 1e-3, :math:`h` is known to about 0.1.
 
-    **Memory.** 4 bytes an element, or ``1 + 4/256`` with ``hessian_spec=zo.HESSIAN_8BIT``.
+    **Memory.** 4 bytes an element, or ``1 + 4/256`` in 8 bits with blocks of 256.
     **Passes.** Three a step with ``"difference"`` and one probe; ``"exact"``: one with two levels
     of tangents a probe, in the time of about four.
 
@@ -66,7 +61,8 @@ def hizoo(
       learning_rate, eps, num_probes: As in :func:`zo_sgd`.
       smoothing: :math:`\alpha`, between 0 and 1, or a schedule.
       curvature: ``"exact"`` or ``"difference"``.
-      hessian_spec: How :math:`H` is stored; None: in float32. One with a code for 0 won't do.
+      hessian_spec: How :math:`H` is stored; None: in float32. Its table must be without 0, as
+        ``"linear"`` without a sign is, and as a step changes little, rounding be stochastic.
       policy: Which leaves are quantized at all, and exceptions; None: those of more than 4096
         elements.
       noise: The distribution of :math:`z`. Not :class:`Rademacher`: with squares that are all 1 it

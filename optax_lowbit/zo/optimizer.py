@@ -157,7 +157,7 @@ class ZeroOrderOptimizer:
             active=self._active(state),
         )  # fmt: skip
         loss, coefficients = spread_probes(measured, keys, self.probe_axis)
-        return self._info(state, loss, coefficients)
+        return self._chosen(phi, keys, self._info(state, loss, coefficients))
 
     def apply(
         self, params: Any, state: ZeroOrderState, record: jax.Array
@@ -302,6 +302,11 @@ class ZeroOrderOptimizer:
         others = losses[estimator.uses_base :].reshape(self.num_probes, -1)
         eps = jnp.asarray(value_at(self.eps, state.count), jnp.float32)
         return self._info(state, *reading(estimator, base, others, eps))
+
+    def _chosen(self, phi: Slice, keys: jax.Array, info: StepInfo) -> StepInfo:
+        """What becomes of a step that could be taken; ``keys`` has all directions."""
+        del phi, keys
+        return info
 
     def _split(self, params: Any) -> Trainable:
         return split(params, self.trainable, self.part)
