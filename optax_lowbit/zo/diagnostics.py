@@ -60,7 +60,7 @@ def diagnose(
       loss_fn: ``loss_fn(params, *args)`` gives a float of shape ``()``, and JAX can derive it.
       params: The parameters.
       state: The state. Neither is changed.
-      *args: What the loss needs beside the parameters.
+      args: What the loss needs beside the parameters.
       num_probes: How many directions the ratio of signal to noise comes from.
 
     Returns:
