@@ -60,7 +60,7 @@ def diagnose(
       loss_fn: ``loss_fn(params, *args)`` gives a float of shape ``()``, and JAX can derive it.
       params: The parameters.
       state: The state. Neither is changed.
-      *args: What the loss needs beside the parameters.
+      args: What the loss needs beside the parameters.
       num_probes: How many directions the ratio of signal to noise comes from.
 
     Returns:
@@ -75,10 +75,10 @@ def diagnose(
       >>> def loss(w):
       ...     return jnp.mean(w.astype(jnp.float32) ** 2)
       >>> w = 0.02 * jax.random.normal(jax.random.key(0), (64, 128)).astype(jnp.bfloat16)
-      >>> opt = zo.zo_sgd(1e-6, eps=1e-3)
+      >>> opt = zo.zo_sgd(1e-6, eps=1e-4)  # about one unit in the last place
       >>> found = jax.jit(functools.partial(zo.diagnose, opt, loss))(w, opt.init(w, 0))
-      >>> f"{found.cosine['']:.4f}"
-      '0.9995'
+      >>> f"{found.cosine['']:.2f}"
+      '0.93'
     """
     if not isinstance(opt, ZeroOrderOptimizer):
         raise TypeError(f"opt must be a ZeroOrderOptimizer, got {type(opt).__name__}")

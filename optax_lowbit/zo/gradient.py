@@ -43,7 +43,7 @@ def gradient(
       loss_fn: ``loss_fn(params, *args)`` gives a float of shape ``()``.
       params: Pytree of arrays.
       key: A `jax.random.key` of Threefry, its data or a seed; another one for each estimate.
-      *args: What the loss needs beside the parameters.
+      args: What the loss needs beside the parameters.
       eps: How far from the parameters the loss is evaluated.
       num_probes: The number ``q`` of directions.
       noise: Their distribution.

@@ -153,6 +153,6 @@ class InjectedOptimizer:
         """The optimizer of one step, and the values it is made with."""
         values = {}
         for name, first in self.hyperparams.items():
-            now = first if callable(first) else state.hyperparams[name]
+            now: Any = first if callable(first) else state.hyperparams[name]
             values[name] = jnp.asarray(value_at(now, state.count), jnp.float32)
         return self.make(**values), values
