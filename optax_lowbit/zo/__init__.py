@@ -8,7 +8,7 @@ from optax_lowbit.zo.forward_gradient import forward_grad
 from optax_lowbit.zo.fzoo import fzoo
 from optax_lowbit.zo.gradient import EstimateGradientState, estimate_gradient, gradient
 from optax_lowbit.zo.grid_sgd import zo_sgd_grid
-from optax_lowbit.zo.hizoo import HESSIAN_8BIT, hizoo
+from optax_lowbit.zo.hizoo import hizoo
 from optax_lowbit.zo.hybrid import HybridOptimizer, HybridState, hybrid
 from optax_lowbit.zo.hyperparameters import InjectedOptimizer, InjectedState, inject_hyperparams
 from optax_lowbit.zo.low_rank import LowRank
@@ -26,7 +26,6 @@ from optax_lowbit.zo.sphere import Sphere
 from optax_lowbit.zo.subspace import Subspace
 
 __all__ = (
-    "HESSIAN_8BIT",
     "BlockwiseOptimizer",
     "Central",
     "Diagnosis",
