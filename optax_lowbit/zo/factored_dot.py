@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
+from optax_lowbit.kernels.reference import float_dtype
 from optax_lowbit.moments.equations import bind
 from optax_lowbit.zo.noise import Factors
 from optax_lowbit.zo.rows import Rows
@@ -67,7 +68,7 @@ def factored_dot(
     inner = [name for name in dict.fromkeys([*others, *first_names]) if name in kept]
     result_type: Any = equation.outvars[0].aval
     dtype = result_type.dtype
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = float_dtype(dtype)
     values = pending.after(pending.rows.values)
     whole = [values if x is pending else x for x in operands]
     (product,) = bind(equation, whole, preferred_element_type=wide)

@@ -169,7 +169,7 @@ def _rematerialized(
         values = list(operands)
         for place, array in zip(places, arrays):
             values[place] = array
-        inner = evaluation.nested(next(filter(_can_delay, arrays)))
+        inner = evaluation.nested(next(filter(_can_delay, arrays), None))
         return inner.settled(inner.run(equation.params["jaxpr"], (), values))
 
     checkpointed = jax.checkpoint(
@@ -196,7 +196,7 @@ def _scan(evaluation: _Evaluation, equation: JaxprEqn, operands: list[Any]) -> S
         values = [
             like(x) if like is not None else x for like, x in zip(static, slices, strict=True)
         ]
-        inner = evaluation.nested(next(filter(_can_delay, carry)))
+        inner = evaluation.nested(next(filter(_can_delay, carry), None))
         results = inner.run(body.jaxpr, body.consts, [*consts, *carry, *values])
         results = inner.settled(results)
         return results[: len(carry)], results[len(carry) :]
@@ -263,7 +263,7 @@ def _while(evaluation: _Evaluation, equation: JaxprEqn, operands: list[Any]) -> 
         return inner.run(condition.jaxpr, condition.consts, arrays)[0]
 
     def turn(carry):
-        inner = evaluation.nested(next(filter(_can_delay, carry)))
+        inner = evaluation.nested(next(filter(_can_delay, carry), None))
         return inner.settled(inner.run(body.jaxpr, body.consts, [*consts, *carry]))
 
     return jax.lax.while_loop(is_going_on, turn, carry)

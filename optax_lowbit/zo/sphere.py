@@ -2,13 +2,16 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
-from optax_lowbit.zo.directions import Directions
-from optax_lowbit.zo.noise import Gaussian
-from optax_lowbit.zo.rows import whole
+from optax_lowbit.zo.noise import Gaussian, Probe
+from optax_lowbit.zo.rows import Rows
+
+# How many elements of a direction are held at a time to find its length.
+CHUNK_ELEMENTS = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +22,9 @@ class Sphere(Gaussian):
       z = \sqrt{d}\, \frac{g}{\lVert g \rVert}, \quad g \sim \mathcal{N}(0, I_d), \qquad
       E[z z^T] = I
 
-    The length of ``g`` costs one more sweep of random numbers for each probe, which is reduced leaf
-    by leaf: no direction is kept. Where a mesh or a compiler adds up in another order, lengths
-    differ in the last bit.
+    **Cost.** The length of ``g`` needs its random numbers once more for each probe, and once more
+    for the update. They are summed up a few rows at a time and never kept. On a mesh every device
+    does so for all leaves, in one order, so the length is the same on every mesh.
 
     Examples:
       >>> from optax_lowbit import zo
@@ -35,11 +38,26 @@ class Sphere(Gaussian):
     def scale(self, probe, keys, leaves):
         """``sqrt(d) / |g|`` of each probe."""
         size = sum(leaf.size for leaf in leaves)
-        one = jnp.ones(1, jnp.float32)
 
-        def squares(key):
-            drawn = Directions(self, probe, key[None], one)
-            parts = [drawn.sum(one, whole(i, leaf), probe.zero) for i, leaf in enumerate(leaves)]
-            return functools.reduce(jnp.add, [jnp.sum(part * part) for part in parts])
+        def squares(keys):
+            parts = [
+                self._squares(probe._replace(key=(key[0], key[1])), leaf.shape)
+                for key, leaf in zip(keys, leaves, strict=True)
+            ]
+            return functools.reduce(jnp.add, parts)
 
         return jnp.sqrt(jnp.float32(size) / jax.lax.map(squares, keys))
+
+    def _squares(self, probe: Probe, shape: tuple[int, ...]) -> jax.Array:
+        """The sum of squares of ``g`` in one leaf."""
+        *leading, n = shape or (1,)
+        count = math.prod(leading)
+        height = max(1, min(count, CHUNK_ELEMENTS // max(n, 1)))
+        first = jnp.arange(height, dtype=jnp.uint32)[:, None]
+
+        def add(i, total):
+            numbers = first + i.astype(jnp.uint32) * jnp.uint32(height)
+            g = self.draw(probe, Rows(jnp.zeros((height, n), jnp.float32), numbers))
+            return total + jnp.sum(jnp.where(numbers < count, g * g, 0))
+
+        return jax.lax.fori_loop(0, -(-count // height), add, jnp.float32(0))
