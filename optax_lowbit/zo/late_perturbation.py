@@ -63,7 +63,10 @@ def call_perturbed(
 
 
 def data_zero(x: jax.Array | None) -> jax.Array:
-    """uint32 0, known only when ``x``, a float array, is; 1 if its first element is NaN."""
+    """uint32 0, known only when ``x``, a float array, is; 1 if its first element is NaN.
+
+    On an Explicit mesh: the first of each device's part.
+    """
     if x is None:
         return jnp.uint32(0)
     if is_explicit(x):
@@ -71,7 +74,7 @@ def data_zero(x: jax.Array | None) -> jax.Array:
         sharding = jax.typeof(x).sharding
         return jax.shard_map(
             _first_is_nan, mesh=sharding.mesh, in_specs=sharding.spec, out_specs=PartitionSpec(),
-            check_vma=False,
+            axis_names=set(sharding.mesh.explicit_axes), check_vma=False,
         )(x)  # fmt: skip
     return _first_is_nan(x)
 
