@@ -96,7 +96,8 @@ def first_element(x: jax.Array) -> jax.Array:
     # To look at the same one all devices would have to be told of it.
     return jax.shard_map(
         lambda part: part[(0,) * part.ndim],
-        mesh=sharding.mesh, in_specs=sharding.spec, out_specs=PartitionSpec(), check_vma=False,
+        mesh=sharding.mesh, in_specs=sharding.spec, out_specs=PartitionSpec(),
+        axis_names=set(sharding.mesh.explicit_axes), check_vma=False,
     )(x)  # fmt: skip
 
 

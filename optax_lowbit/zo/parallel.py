@@ -31,7 +31,7 @@ def probe_parallel(opt: Optimizer, axis_name: str) -> Optimizer:
       Probes over one axis, examples over another:
 
       >>> import functools, jax, jax.numpy as jnp
-      >>> from jax.sharding import PartitionSpec as P
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
       >>> from optax_lowbit import zo
       >>> mesh = jax.make_mesh((1, 1), ("probe", "data"))
       >>> opt = zo.probe_parallel(zo.zo_sgd(1e-2, num_probes=4), "probe")
@@ -41,7 +41,8 @@ def probe_parallel(opt: Optimizer, axis_name: str) -> Optimizer:
       ...     functools.partial(opt.step, loss_fn), mesh=mesh,
       ...     in_specs=(P(), P(), P("data")), out_specs=P()))
       >>> params = {"w": jnp.ones((3, 2))}
-      >>> params, state, info = step(params, opt.init(params, key=0), jnp.ones((8, 3)))
+      >>> batch = jnp.ones((8, 3), device=NamedSharding(mesh, P("data")))
+      >>> params, state, info = step(params, opt.init(params, key=0), batch)
       >>> info.coefficients.shape
       (4,)
     """

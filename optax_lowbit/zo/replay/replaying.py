@@ -93,10 +93,22 @@ def resume(
       ValueError: As :func:`apply` does; or if ``state`` is beyond ``steps``.
 
     Examples:
-      See :class:`Writer`.
+      Back to the first of two steps; :class:`Writer` has an example of a run that goes on.
 
+      >>> import pathlib, tempfile
+      >>> import jax, jax.numpy as jnp
       >>> from optax_lowbit import zo
-      >>> resume = zo.replay.resume
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "run.zolog"
+      >>> opt, base = zo.zo_sgd(1e-2), {"w": jnp.ones(3)}
+      >>> step = jax.jit(opt.step, static_argnums=0)
+      >>> params, state = base, opt.init(base, key=0)
+      >>> with zo.replay.Writer(path, opt, params, state) as log:
+      ...     for _ in range(2):
+      ...         params, state, info = step(lambda p: jnp.sum(p["w"] ** 2), params, state)
+      ...         log.append(params, state, info)
+      >>> params, state = zo.replay.resume(base, opt.init(base, key=0), path, opt, steps=1)
+      >>> int(state.count)
+      1
     """
     runs.check_optimizer(opt)
     log = _log(log)

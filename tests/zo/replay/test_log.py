@@ -141,7 +141,8 @@ def test_what_records_have_in_them_may_change(tmp_path):
     path = tmp_path / "log"
     write(path, 2)
     write(path, 3, first=2, opt=zo.zo_sgd(5.0, eps=1.0, clip=1.0, probe_batch=2))
-    assert zo.replay.read(path).steps == 3
+    write(path, 4, first=3, opt=zo.probe_parallel(OPT, "probe"))
+    assert zo.replay.read(path).steps == 4
 
 
 def test_functions_are_told_apart_by_what_they_close_over():
