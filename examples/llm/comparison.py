@@ -1,4 +1,4 @@
-"""Runs the optimizers one after the other, each in its own process, and shows how far they are."""
+"""Runs the methods one after the other, each in its own process, and shows how far they are."""
 
 import multiprocessing
 import signal
@@ -17,7 +17,7 @@ from examples.llm.worker import run_job
 
 
 def compare(settings: Settings, model: Path, console: Console) -> list[RunResult]:
-    """Fine-tune `model` with every optimizer of `settings`.
+    """Fine-tune `model` with every method of `settings`.
 
     Args:
       settings: checked settings.
@@ -25,7 +25,7 @@ def compare(settings: Settings, model: Path, console: Console) -> list[RunResult
       console: where the progress is shown.
 
     Returns:
-      One result per optimizer, in their order; each is also written to the optimizer's folder.
+      One result per method, in their order; each is also written to the method's folder.
     """
     columns = (
         TextColumn("[bold]{task.description}"),
@@ -37,13 +37,11 @@ def compare(settings: Settings, model: Path, console: Console) -> list[RunResult
     results = []
     with Progress(*columns, console=console) as progress:
         rows = {
-            optimizer: progress.add_task(
-                optimizer, total=settings.steps, status="waiting", start=False
-            )
-            for optimizer in settings.optimizer
+            method: progress.add_task(method, total=settings.steps, status="waiting", start=False)
+            for method in settings.method
         }
-        for optimizer, row in rows.items():
-            job = Job(optimizer, settings, model)
+        for method, row in rows.items():
+            job = Job(method, settings, model)
             progress.start_task(row)
             result = run_in_process(job, _show_on(progress, row))
             progress.update(
@@ -64,7 +62,7 @@ def run_in_process(job: Job, report: Report) -> RunResult:
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=run_job, args=(job, sender), name=job.optimizer)
+    process = context.Process(target=run_job, args=(job, sender), name=job.method)
     with _ctrl_c_ignored():  # the parent hears it and ends the process
         process.start()
     sender.close()
@@ -78,7 +76,7 @@ def run_in_process(job: Job, report: Report) -> RunResult:
             report(event)
     except EOFError:
         process.join()
-        raise ChildProcessError(f"the {job.optimizer} run {_ending(process.exitcode)}") from None
+        raise ChildProcessError(f"the {job.method} run {_ending(process.exitcode)}") from None
     finally:
         process.terminate()
         process.join()

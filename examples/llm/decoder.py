@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,18 @@ class DecoderLayer(nnx.Module):
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
+class LanguageModel(Protocol):
+    """What losses see of a decoder: its head apart, so that it need not look at every token."""
+
+    def features(self, tokens: jax.Array) -> jax.Array:
+        """Map int32 `(batch, length)` to `(batch, length, hidden_size)`."""
+        ...
+
+    def logits(self, features: jax.Array) -> jax.Array:
+        """Map `(..., hidden_size)` to those of the next token, `(..., vocabulary_size)`."""
+        ...
+
+
 class Decoder(nnx.Module):
     """Token embedding, stacked layers, final norm and output head.
 
@@ -122,6 +135,10 @@ class Decoder(nnx.Module):
         Returns:
           float32 `(batch, length, vocabulary_size)`.
         """
+        return self.logits(self.features(tokens))
+
+    def features(self, tokens: jax.Array) -> jax.Array:
+        """Map int32 `(batch, length)` to what the head sees, `(batch, length, hidden_size)`."""
 
         @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
         @nnx.remat
@@ -129,6 +146,9 @@ class Decoder(nnx.Module):
             return layer(x, self.positions)
 
         x = run_layer(self.positions.embed(self.embedding(tokens)), self.layers)
-        x = self.final_norm(x)
-        logits = self.embedding.attend(x) if self.head is None else self.head(x)
-        return logits.astype(jnp.float32)
+        return self.final_norm(x)
+
+    def logits(self, features: jax.Array) -> jax.Array:
+        """Map `(..., hidden_size)` to float32 `(..., vocabulary_size)`."""
+        head = self.embedding.attend if self.head is None else self.head
+        return head(features).astype(jnp.float32)

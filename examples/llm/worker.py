@@ -1,4 +1,4 @@
-"""The process of one optimizer: load, fine-tune, measure."""
+"""The process of one method: load, fine-tune, measure."""
 
 import time
 from multiprocessing.connection import Connection
@@ -12,14 +12,13 @@ from examples.llm.events import Job, Report, RunResult, Stage, StepDone
 from examples.llm.generate import continue_greedily
 from examples.llm.gguf_files import GGUFModel
 from examples.llm.memory import buffer_bytes, peak_memory_bytes, reset_peak_memory
-from examples.llm.optimizers import build_optimizer
-from examples.llm.text import train_and_held_out_windows
+from examples.llm.methods import METHODS
+from examples.llm.problems import Evaluation, build_problem
 from examples.llm.tokenizer import read_tokenizer
 from examples.llm.training import (
     TrainState,
     abstract_decoder,
     build_model,
-    held_out_loss,
     make_train_step,
 )
 
@@ -37,7 +36,7 @@ def run_job(job: Job, connection: Connection) -> None:
 
 
 def fine_tune(job: Job, report: Report) -> RunResult:
-    """Fine-tune the model with one optimizer, from its newest checkpoint if asked to resume."""
+    """Fine-tune the model with one method, from its newest checkpoint if asked to resume."""
     settings = job.settings
     with Checkpoints(job.folder / "checkpoints", run_identity(job)) as checkpoints:
         resume = settings.resume and checkpoints.newest_step is not None
@@ -66,37 +65,30 @@ class _Run:
                 f"tokens, got {settings.sequence_length}"
             )
         self.tokenizer = read_tokenizer(self.model)
-        self.train_windows, held_out = train_and_held_out_windows(
-            self.tokenizer, settings.sequence_length, settings.seed
-        )
-        self.held_out = [
-            held_out.batch(index, settings.batch_size) for index in range(settings.eval_batches)
-        ]
+        self.problem = build_problem(settings, self.tokenizer)
         self.graph, self.abstract_parameters = abstract_decoder(self.model.config)
-        self.optimizer = build_optimizer(
-            job.optimizer, settings.learning_rate_of(job.optimizer), settings.steps
-        )
+        self.optimizer = METHODS[job.method].build(settings.hyperparameters_of(job.method))
 
     def start(self) -> tuple[TrainState, Progress]:
         parameters = self.model.parameters()
-        progress = Progress(loss_before=self._held_out_loss(parameters))
-        return TrainState(parameters, jax.jit(self.optimizer.init)(parameters)), progress
+        before = self._evaluate(parameters)
+        state = jax.jit(self.optimizer.init, static_argnums=1)(parameters, self.settings.seed)
+        return TrainState(parameters, state), Progress(before.loss, before.scores)
 
     def restore(self, checkpoints: Checkpoints) -> tuple[TrainState, Progress]:
         self.report(Stage("restoring the checkpoint"))
-        abstract_state = jax.eval_shape(self.optimizer.init, self.abstract_parameters)
-        return checkpoints.restore(TrainState(self.abstract_parameters, abstract_state))
+        like = self.abstract_parameters
+        state = jax.eval_shape(lambda like: self.optimizer.init(like, self.settings.seed), like)
+        return checkpoints.restore(TrainState(like, state))
 
     def train(self, state: TrainState, progress: Progress, checkpoints: Checkpoints) -> TrainState:
         self.report(Stage("compiling the step"))
         del self.model  # its memory map must not count
         settings = self.settings
-        windows = jax.ShapeDtypeStruct(
-            (settings.batch_size, settings.sequence_length + 1), jnp.int32
-        )
-        train_step = make_train_step(self.graph, self.optimizer).lower(state, windows).compile()
+        batch = self.problem.batch(0)
+        train_step = make_train_step(self._loss, self.optimizer).lower(state, batch).compile()
         for step in range(len(progress.losses), settings.steps):
-            batch = jnp.asarray(self.train_windows.batch(step, settings.batch_size))
+            batch = jax.tree.map(jnp.asarray, self.problem.batch(step))
             reset_peak_memory()
             started = time.perf_counter()
             state, loss = train_step(state, batch)
@@ -119,10 +111,13 @@ class _Run:
                 self.settings.prompt,
                 _CONTINUATION_TOKENS,
             )
+        after = self._evaluate(state.parameters)
         return RunResult(
-            optimizer=self.job.optimizer,
+            method=self.job.method,
             loss_before=progress.loss_before,
-            loss_after=self._held_out_loss(state.parameters),
+            loss_after=after.loss,
+            scores_before=progress.scores_before,
+            scores_after=after.scores,
             losses=progress.losses,
             step_seconds=progress.step_seconds,
             state_bytes=buffer_bytes(state.optimizer_state),
@@ -130,6 +125,16 @@ class _Run:
             continuation=continuation,
         )
 
-    def _held_out_loss(self, parameters) -> float:
-        self.report(Stage("measuring the held-out loss"))
-        return held_out_loss(self.graph, parameters, self.held_out)
+    def _loss(self, parameters, batch) -> jax.Array:
+        return self.problem.loss(build_model(self.graph, parameters), batch)
+
+    def _evaluate(self, parameters) -> Evaluation:
+        self.report(Stage("judging by held-out data"))
+
+        @jax.jit
+        def measure(parameters, batch):
+            return self.problem.measure(build_model(self.graph, parameters), batch)
+
+        return self.problem.evaluation(
+            [measure(parameters, batch) for batch in self.problem.held_out()]
+        )

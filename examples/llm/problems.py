@@ -1,0 +1,178 @@
+"""What a run learns: batches, a loss of a model, and how well a model does on held-out data."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import Tokenizer
+
+from examples.llm.decoder import LanguageModel
+from examples.llm.settings import Settings
+from examples.llm.tasks.batches import Batches, OptionBatch, encode
+from examples.llm.tasks.loading import Task, load_task, task_path
+from examples.llm.tasks.scoring import (
+    OBJECTIVES,
+    accuracy,
+    classification_loss,
+    f1,
+    option_scores,
+    token_log_likelihoods,
+)
+from examples.llm.text import TokenWindows, train_and_held_out_windows
+from examples.llm.training import next_token_loss
+
+
+class Evaluation(NamedTuple):
+    """How well a model does.
+
+    Attributes:
+      loss: mean cross-entropy, of tokens or of options.
+      scores: by name: `accuracy` and `f1` of a task with options.
+    """
+
+    loss: float
+    scores: dict[str, float]
+
+
+class Problem(Protocol):
+    """A kind of data."""
+
+    def batch(self, step: int) -> Any:
+        """The batch of a training step, which depends on its number alone."""
+        ...
+
+    def loss(self, model: LanguageModel, batch: Any) -> jax.Array:
+        """What training makes small: float32 `()`."""
+        ...
+
+    def held_out(self) -> Iterable[Any]:
+        """The batches that a model is judged by."""
+        ...
+
+    def measure(self, model: LanguageModel, batch: Any) -> Any:
+        """What a held-out batch tells of a model, as arrays."""
+        ...
+
+    def evaluation(self, measured: Sequence[Any]) -> Evaluation:
+        """Sum up what all batches tell."""
+        ...
+
+
+@dataclass(frozen=True)
+class TextProblem:
+    """The next token of texts.
+
+    Attributes:
+      train: windows to learn from.
+      held_out_windows: windows to judge by.
+      batch_size: windows in a batch.
+      eval_batches: batches to judge by.
+    """
+
+    train: TokenWindows
+    held_out_windows: TokenWindows
+    batch_size: int
+    eval_batches: int
+
+    def batch(self, step: int) -> np.ndarray:
+        """int32 `(batch_size, length + 1)`."""
+        return self.train.batch(step, self.batch_size)
+
+    def loss(self, model: LanguageModel, batch: jax.Array) -> jax.Array:
+        """See `next_token_loss`."""
+        return next_token_loss(model, batch)
+
+    def held_out(self) -> Iterable[np.ndarray]:
+        """The same for every run."""
+        for index in range(self.eval_batches):
+            yield self.held_out_windows.batch(index, self.batch_size)
+
+    def measure(self, model: LanguageModel, batch: jax.Array) -> jax.Array:
+        """The loss of a batch."""
+        return next_token_loss(model, batch)
+
+    def evaluation(self, measured: Sequence[jax.Array]) -> Evaluation:
+        """The mean loss."""
+        return Evaluation(float(np.mean(measured)), {})
+
+
+@dataclass(frozen=True)
+class OptionProblem:
+    """The right one of several options.
+
+    Attributes:
+      train: examples to learn from.
+      judged: examples to judge by.
+      objective: what is trained on; a name in `OBJECTIVES`.
+      seed: chooses the training batches.
+    """
+
+    train: Batches
+    judged: Batches
+    objective: str
+    seed: int
+
+    def batch(self, step: int) -> OptionBatch:
+        """A batch of random examples."""
+        return self.train.random(step, self.seed)
+
+    def loss(self, model: LanguageModel, batch: OptionBatch) -> jax.Array:
+        """The objective."""
+        return OBJECTIVES[self.objective].loss(token_log_likelihoods(model, batch), batch)
+
+    def held_out(self) -> Iterable[OptionBatch]:
+        """All examples to judge by."""
+        return self.judged.all()
+
+    def measure(self, model: LanguageModel, batch: OptionBatch) -> dict[str, jax.Array]:
+        """Summed loss, and the prediction, label and weight of each example."""
+        likelihoods = token_log_likelihoods(model, batch)
+        predictions = jnp.argmax(option_scores(likelihoods, batch.mask), axis=-1)
+        return {
+            "loss": classification_loss(likelihoods, batch) * jnp.sum(batch.weights),
+            "predictions": predictions.astype(jnp.int32),
+            "labels": batch.labels,
+            "weights": batch.weights,
+        }
+
+    def evaluation(self, measured: Sequence[dict[str, jax.Array]]) -> Evaluation:
+        """Cross-entropy, accuracy and F1 over all examples."""
+        predictions, labels, weights = (
+            jnp.concatenate([batch[name] for batch in measured])
+            for name in ("predictions", "labels", "weights")
+        )
+        loss = sum(float(batch["loss"]) for batch in measured) / float(jnp.sum(weights))
+        scores = {"accuracy": accuracy, "f1": f1}
+        return Evaluation(
+            loss,
+            {name: float(score(predictions, labels, weights)) for name, score in scores.items()},
+        )
+
+
+def build_problem(settings: Settings, tokenizer: Tokenizer) -> Problem:
+    """Build what `settings` call the task; it is judged by its test examples."""
+    if settings.task == "sotu":
+        train, held_out = train_and_held_out_windows(
+            tokenizer, settings.sequence_length, settings.seed
+        )
+        return TextProblem(train, held_out, settings.batch_size, settings.eval_batches)
+    sizes = (settings.train_examples, settings.eval_examples, settings.eval_examples)
+    path = task_path(settings.task, settings.data)
+    task = load_task(path, sizes, aligned=settings.template)
+    train, _, test = encoded_parts(task, tokenizer, settings.sequence_length, settings.batch_size)
+    return OptionProblem(train, test, settings.objective or task.format.objective, settings.seed)
+
+
+def encoded_parts(
+    task: Task, tokenizer: Tokenizer, max_length: int, batch_size: int
+) -> tuple[Batches, Batches, Batches]:
+    """Batches of the train, development and test examples of a task."""
+
+    def batches(examples):
+        encoded = [encode(example, tokenizer, max_length) for example in examples]
+        return Batches(encoded, batch_size)
+
+    return batches(task.train), batches(task.dev), batches(task.test)
