@@ -10,6 +10,11 @@ from flax import nnx
 
 from examples.llm.config import DecoderConfig
 from examples.llm.positions import Positions, rotary_positions
+from optax_lowbit import adapters
+
+# "keys" and "values" of one layer, `(..., tokens, num_key_value_heads, head_size)`, or of all,
+# stacked.
+KeysAndValues = dict[str, jax.Array]
 
 
 @dataclass(frozen=True)
@@ -64,16 +69,33 @@ class Attention(nnx.Module):
         self.value = _linear(config.hidden_size, key_value_size, rngs)
         self.output = _linear(query_size, config.hidden_size, rngs)
 
-    def __call__(self, x: jax.Array, positions: Positions) -> jax.Array:
-        """Map `(batch, length, hidden)` to the same shape."""
+    def keys_and_values(self, x: jax.Array, positions: Positions, first: int) -> KeysAndValues:
+        """Return what `(batch, length, hidden)` at positions `first`, ... offers to queries."""
+        keys = positions.turn(self._heads(self.key(x)), first)
+        return {"keys": keys, "values": self._heads(self.value(x))}
 
-        def heads(flat: jax.Array) -> jax.Array:
-            return flat.reshape(*flat.shape[:2], -1, self.head_size)
-
-        query = positions.turn(heads(self.query(x)))
-        key = positions.turn(heads(self.key(x)))
-        mixed = jax.nn.dot_product_attention(query, key, heads(self.value(x)), is_causal=True)
+    def __call__(
+        self, x: jax.Array, positions: Positions, prefix: KeysAndValues | None = None
+    ) -> jax.Array:
+        """Map `(batch, length, hidden)`, which comes after the prefix, to the same shape."""
+        first = prefix_length(prefix)
+        query = positions.turn(self._heads(self.query(x)), first)
+        seen, mask = self.keys_and_values(x, positions, first), None
+        if prefix is not None:
+            seen = jax.tree.map(adapters.prepend, prefix, seen)
+            mask = adapters.prefix_mask(first, x.shape[1])[None, None]
+        mixed = jax.nn.dot_product_attention(
+            query, seen["keys"], seen["values"], mask=mask, is_causal=prefix is None
+        )
         return self.output(mixed.reshape(*x.shape[:2], -1))
+
+    def _heads(self, flat: jax.Array) -> jax.Array:
+        return flat.reshape(*flat.shape[:2], -1, self.head_size)
+
+
+def prefix_length(prefix: KeysAndValues | None) -> int:
+    """Return how many tokens a prefix stands for."""
+    return 0 if prefix is None else prefix["keys"].shape[-3]
 
 
 class DecoderLayer(nnx.Module):
@@ -85,20 +107,22 @@ class DecoderLayer(nnx.Module):
         self.feed_forward_norm = family.norm(config, rngs)
         self.feed_forward = family.feed_forward(config, rngs)
 
-    def __call__(self, x: jax.Array, positions: Positions) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, positions: Positions, prefix: KeysAndValues | None = None
+    ) -> jax.Array:
         """Map `(batch, length, hidden)` to the same shape."""
-        x = x + self.attention(self.attention_norm(x), positions)
+        x = x + self.attention(self.attention_norm(x), positions, prefix)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
 class LanguageModel(Protocol):
     """What losses see of a decoder: its head apart, so that it need not look at every token."""
 
-    def features(self, tokens: jax.Array) -> jax.Array:
+    def features(self, tokens: jax.Array, /) -> jax.Array:
         """Map int32 `(batch, length)` to `(batch, length, hidden_size)`."""
         ...
 
-    def logits(self, features: jax.Array) -> jax.Array:
+    def logits(self, features: jax.Array, /) -> jax.Array:
         """Map `(..., hidden_size)` to those of the next token, `(..., vocabulary_size)`."""
         ...
 
@@ -126,29 +150,59 @@ class Decoder(nnx.Module):
         else:
             self.head = _linear(config.hidden_size, config.vocabulary_size, rngs)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        prompt: jax.Array | None = None,
+        prefix: KeysAndValues | None = None,
+    ) -> jax.Array:
         """Return next-token logits.
 
         Args:
           tokens: int32 `(batch, length)`.
+          prompt: embeddings `(n, hidden)` of virtual tokens in front of `tokens`.
+          prefix: keys and values `(num_layers, n, num_key_value_heads, head_size)` of virtual
+            tokens in front of all others.
 
         Returns:
-          float32 `(batch, length, vocabulary_size)`.
+          float32 `(batch, length, vocabulary_size)`: of `tokens` alone.
         """
-        return self.logits(self.features(tokens))
+        return self.logits(self.features(tokens, prompt=prompt, prefix=prefix))
 
-    def features(self, tokens: jax.Array) -> jax.Array:
-        """Map int32 `(batch, length)` to what the head sees, `(batch, length, hidden_size)`."""
+    def features(
+        self,
+        tokens: jax.Array,
+        /,
+        *,
+        prompt: jax.Array | None = None,
+        prefix: KeysAndValues | None = None,
+    ) -> jax.Array:
+        """Return what the head sees, `(batch, length, hidden_size)`; arguments as of a call."""
 
-        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        @nnx.scan(in_axes=(nnx.Carry, 0, 0), out_axes=nnx.Carry)
         @nnx.remat
-        def run_layer(x: jax.Array, layer: DecoderLayer) -> jax.Array:
-            return layer(x, self.positions)
+        def run_layer(x: jax.Array, layer: DecoderLayer, prefix: KeysAndValues | None) -> jax.Array:
+            return layer(x, self.positions, prefix)
 
-        x = run_layer(self.positions.embed(self.embedding(tokens)), self.layers)
-        return self.final_norm(x)
+        x = self.embedding(tokens)
+        if prompt is not None:
+            x = adapters.prepend(prompt, x)
+        x = run_layer(self.positions.embed(x, prefix_length(prefix)), self.layers, prefix)
+        return self.final_norm(x[:, -tokens.shape[1] :])
 
-    def logits(self, features: jax.Array) -> jax.Array:
+    def logits(self, features: jax.Array, /) -> jax.Array:
         """Map `(..., hidden_size)` to float32 `(..., vocabulary_size)`."""
         head = self.embedding.attend if self.head is None else self.head
         return head(features).astype(jnp.float32)
+
+    def keys_and_values(self, tokens: jax.Array) -> KeysAndValues:
+        """Return every layer's keys and values of int32 tokens `(length,)`, a prefix."""
+
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
+        def run_layer(x: jax.Array, layer: DecoderLayer) -> tuple[jax.Array, KeysAndValues]:
+            seen = layer.attention.keys_and_values(layer.attention_norm(x), self.positions, 0)
+            return layer(x, self.positions), jax.tree.map(lambda heads: heads[0], seen)
+
+        x = self.positions.embed(self.embedding(tokens[None]), 0)
+        return run_layer(x, self.layers)[1]

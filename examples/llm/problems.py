@@ -1,6 +1,6 @@
 """What a run learns: batches, a loss of a model, and how well a model does on held-out data."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -150,6 +150,21 @@ class OptionProblem:
             loss,
             {name: float(score(predictions, labels, weights)) for name, score in scores.items()},
         )
+
+
+def make_judge(
+    model: Callable[[Any, Any], LanguageModel], problem: Problem
+) -> Callable[[Any, Any, Iterable[Any]], Evaluation]:
+    """Return `judge(trainable, frozen, batches)`, which compiles once for each shape of batch."""
+
+    @jax.jit
+    def measure(trainable, frozen, batch):
+        return problem.measure(model(trainable, frozen), batch)
+
+    def judge(trainable: Any, frozen: Any, batches: Iterable[Any]) -> Evaluation:
+        return problem.evaluation([measure(trainable, frozen, batch) for batch in batches])
+
+    return judge
 
 
 def build_problem(settings: Settings, tokenizer: Tokenizer) -> Problem:

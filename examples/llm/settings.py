@@ -26,8 +26,8 @@ class Settings:
     task: str = "sotu"
     """sotu, the State of the Union addresses; or a task with options: polarity, sms, or a file
     in the format of SST-2 (tsv), COPA, WinoGrande or MultiRC (jsonl)."""
-    tuning: Literal["full"] = "full"
-    """What is trained."""
+    tuning: Literal["full", "lora", "prefix", "prompt"] = "full"
+    """What is trained: all weights, or a small tree beside them."""
     objective: Literal["classification", "language-model", "accuracy", "f1"] | None = None
     """What training on a task with options improves: the cross-entropy of the options, of the
     right option's tokens, or, without backpropagation, accuracy or F1 themselves. Left out, every

@@ -1,5 +1,6 @@
 """One jitted training step for a Flax NNX decoder and any optimizer."""
 
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ from flax import nnx
 
 from examples.llm.config import DecoderConfig
 from examples.llm.decoder import Decoder, LanguageModel
+from examples.llm.memory import peak_memory_bytes, reset_peak_memory
 from examples.llm.methods import Loss, Optimizer
 
 
@@ -56,3 +58,29 @@ def make_train_step(loss_fn: Loss, optimizer: Optimizer) -> Any:
         return TrainState(parameters, optimizer_state), info.loss
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+class StepMeasurement(NamedTuple):
+    """What a step cost.
+
+    Attributes:
+      loss: what the step itself found.
+      seconds: wall time.
+      peak_bytes: highest resident memory of the process meanwhile.
+    """
+
+    loss: float
+    seconds: float
+    peak_bytes: int
+
+
+def measured_step(
+    train_step: Any, state: TrainState, *args: Any
+) -> tuple[TrainState, StepMeasurement]:
+    """Take a step with what `make_train_step` gave, and wait for it."""
+    reset_peak_memory()
+    started = time.perf_counter()
+    state, loss = train_step(state, *args)
+    loss = float(loss)
+    seconds = time.perf_counter() - started
+    return state, StepMeasurement(loss, seconds, peak_memory_bytes())

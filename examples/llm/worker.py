@@ -1,7 +1,8 @@
 """The process of one method: load, fine-tune, measure."""
 
-import time
+from functools import partial
 from multiprocessing.connection import Connection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +12,17 @@ from examples.llm.errors import UsageError
 from examples.llm.events import Job, Report, RunResult, Stage, StepDone
 from examples.llm.generate import continue_greedily
 from examples.llm.gguf_files import GGUFModel
-from examples.llm.memory import buffer_bytes, peak_memory_bytes, reset_peak_memory
+from examples.llm.memory import buffer_bytes
 from examples.llm.methods import METHODS
-from examples.llm.problems import Evaluation, build_problem
+from examples.llm.problems import Evaluation, build_problem, make_judge
 from examples.llm.tokenizer import read_tokenizer
 from examples.llm.training import (
     TrainState,
     abstract_decoder,
-    build_model,
     make_train_step,
+    measured_step,
 )
+from examples.llm.tuning import tuned
 
 _CONTINUATION_TOKENS = 24
 
@@ -66,35 +68,45 @@ class _Run:
             )
         self.tokenizer = read_tokenizer(self.model)
         self.problem = build_problem(settings, self.tokenizer)
-        self.graph, self.abstract_parameters = abstract_decoder(self.model.config)
+        graph, _ = abstract_decoder(self.model.config)
+        self.tuning = tuned(settings.tuning, graph, self.model.parameters(), settings.seed)
+        self.judge = make_judge(self.tuning.model, self.problem)
         self.optimizer = METHODS[job.method].build(settings.hyperparameters_of(job.method))
 
     def start(self) -> tuple[TrainState, Progress]:
-        parameters = self.model.parameters()
-        before = self._evaluate(parameters)
-        state = jax.jit(self.optimizer.init, static_argnums=1)(parameters, self.settings.seed)
-        return TrainState(parameters, state), Progress(before.loss, before.scores)
+        trainable = self._take_trainable()
+        before = self._evaluate(trainable)
+        state = jax.jit(self.optimizer.init, static_argnums=1)(trainable, self.settings.seed)
+        return TrainState(trainable, state), Progress(before.loss, before.scores)
 
     def restore(self, checkpoints: Checkpoints) -> tuple[TrainState, Progress]:
         self.report(Stage("restoring the checkpoint"))
-        like = self.abstract_parameters
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._take_trainable()
+        )
         state = jax.eval_shape(lambda like: self.optimizer.init(like, self.settings.seed), like)
         return checkpoints.restore(TrainState(like, state))
+
+    def _take_trainable(self) -> Any:
+        """What training starts from; it is not held here any longer, since steps consume it."""
+        trainable = self.tuning.trainable
+        self.tuning = self.tuning._replace(trainable=None)
+        return trainable
 
     def train(self, state: TrainState, progress: Progress, checkpoints: Checkpoints) -> TrainState:
         self.report(Stage("compiling the step"))
         del self.model  # its memory map must not count
         settings = self.settings
-        batch = self.problem.batch(0)
-        train_step = make_train_step(self._loss, self.optimizer).lower(state, batch).compile()
+        train_step = make_train_step(self._loss, self.optimizer)
+        arguments = (state, self.tuning.frozen, self.problem.batch(0))
+        train_step = train_step.lower(*arguments).compile()
+        del arguments  # the state is to be consumed
         for step in range(len(progress.losses), settings.steps):
             batch = jax.tree.map(jnp.asarray, self.problem.batch(step))
-            reset_peak_memory()
-            started = time.perf_counter()
-            state, loss = train_step(state, batch)
-            progress.losses.append(float(loss))
-            progress.step_seconds.append(time.perf_counter() - started)
-            progress.peak_bytes = max(progress.peak_bytes, peak_memory_bytes())
+            state, measured = measured_step(train_step, state, self.tuning.frozen, batch)
+            progress.losses.append(measured.loss)
+            progress.step_seconds.append(measured.seconds)
+            progress.peak_bytes = max(progress.peak_bytes, measured.peak_bytes)
             self.report(StepDone(step + 1, progress.losses[-1]))
             if settings.checkpoint_due(step + 1):
                 self.report(Stage("saving a checkpoint"))
@@ -102,15 +114,6 @@ class _Run:
         return state
 
     def result(self, state: TrainState, progress: Progress) -> RunResult:
-        continuation = ""
-        if self.settings.prompt:
-            self.report(Stage("continuing the prompt"))
-            continuation = continue_greedily(
-                build_model(self.graph, state.parameters),
-                self.tokenizer,
-                self.settings.prompt,
-                _CONTINUATION_TOKENS,
-            )
         after = self._evaluate(state.parameters)
         return RunResult(
             method=self.job.method,
@@ -122,19 +125,20 @@ class _Run:
             step_seconds=progress.step_seconds,
             state_bytes=buffer_bytes(state.optimizer_state),
             peak_bytes=progress.peak_bytes,
-            continuation=continuation,
+            continuation=self._continuation(state.parameters),
         )
 
-    def _loss(self, parameters, batch) -> jax.Array:
-        return self.problem.loss(build_model(self.graph, parameters), batch)
+    def _loss(self, trainable: Any, frozen: Any, batch: Any) -> jax.Array:
+        return self.problem.loss(self.tuning.model(trainable, frozen), batch)
 
-    def _evaluate(self, parameters) -> Evaluation:
+    def _evaluate(self, trainable: Any) -> Evaluation:
         self.report(Stage("judging by held-out data"))
+        return self.judge(trainable, self.tuning.frozen, self.problem.held_out())
 
-        @jax.jit
-        def measure(parameters, batch):
-            return self.problem.measure(build_model(self.graph, parameters), batch)
-
-        return self.problem.evaluation(
-            [measure(parameters, batch) for batch in self.problem.held_out()]
-        )
+    def _continuation(self, trainable: Any) -> str:
+        prompt = self.settings.prompt
+        if not prompt:
+            return ""
+        self.report(Stage("continuing the prompt"))
+        logits = partial(jax.jit(self.tuning.logits), trainable, self.tuning.frozen)
+        return continue_greedily(logits, self.tokenizer, prompt, _CONTINUATION_TOKENS)

@@ -104,10 +104,11 @@ class LearnedPositions(nnx.Module):
     def __init__(self, config, rngs):
         self.table = nnx.Embed(config.context_length, config.hidden_size, rngs=rngs)
 
-    def embed(self, embedded):
-        return embedded + self.table(jnp.arange(embedded.shape[1], dtype=jnp.int32))[None]
+    def embed(self, embedded, first):
+        numbers = jnp.arange(first, first + embedded.shape[1], dtype=jnp.int32)
+        return embedded + self.table(numbers)[None]
 
-    def turn(self, heads):
+    def turn(self, heads, first):
         return heads
 
 

@@ -1,0 +1,83 @@
+"""Prefix tuning: keys and values in front of those of every layer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_lowbit.adapters.virtual_tokens import random_tokens
+from optax_lowbit.kernels.reference import widened
+
+
+def init_prefix(
+    keys_and_values: Callable[[jax.Array], Any],
+    vocabulary_size: int,
+    key: jax.Array | int,
+    *,
+    num_tokens: int = 5,
+) -> Any:
+    """A prefix that starts as what the model itself computes of random tokens.
+
+    It trains, and everything else is frozen. In each layer :func:`prepend` puts its keys and values
+    in front of the layer's own, and :func:`prefix_mask` lets every query attend to them. Real
+    tokens then stand at positions ``num_tokens``, ``num_tokens + 1``, ...
+
+    **Memory.** ``2 * layers * num_tokens * key_value_size`` float32 numbers.
+
+    Args:
+      keys_and_values: Gives, of int32 tokens ``(num_tokens,)``, each layer's keys and values as
+        they enter the attention, positions in them: any pytree of arrays, such as a dict of two
+        ``(layers, num_tokens, heads, head_size)``.
+      vocabulary_size: Number of tokens to draw from.
+      key: A `jax.random.key` of Threefry, its data, or a seed.
+      num_tokens: Length of the prefix.
+
+    Returns:
+      What ``keys_and_values`` gives, in float32.
+
+    Raises:
+      TypeError: If ``key`` is no key.
+      ValueError: If ``num_tokens`` or ``vocabulary_size`` is not an int of at least 1, or ``key``
+        is not one of Threefry.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_lowbit import adapters
+      >>> embedding, kernel = jnp.ones((1000, 64)), jnp.ones((64, 32))
+      >>> def keys_and_values(tokens):  # of one layer with one head
+      ...     heads = embedding[tokens] @ kernel
+      ...     return {"keys": heads, "values": 2 * heads}
+      >>> prefix = adapters.init_prefix(keys_and_values, vocabulary_size=1000, key=0)
+      >>> prefix["keys"].shape
+      (5, 32)
+
+    References:
+      Li and Liang, `Prefix-Tuning <https://arxiv.org/abs/2101.00190>`_, 2021. They make the prefix
+      by an MLP that is thrown away after training; here it is trained itself, from real
+      activations, as in Malladi et al, `Fine-Tuning Language Models with Just Forward Passes
+      <https://arxiv.org/abs/2305.17333>`_, 2023, Appendix E.5, who find that zeroth-order methods
+      fail from a random prefix.
+    """
+    tokens = random_tokens(num_tokens, vocabulary_size, key)
+    return jax.tree.map(widened, keys_and_values(tokens))
+
+
+def prefix_mask(num_tokens: int, length: int) -> jax.Array:
+    """Which keys a query attends to: all of the prefix, and real ones that are not after it.
+
+    Args:
+      num_tokens: Length of the prefix.
+      length: Number of real tokens.
+
+    Returns:
+      bool ``(length, num_tokens + length)``.
+
+    Examples:
+      >>> from optax_lowbit import adapters
+      >>> adapters.prefix_mask(2, 3).astype(int)
+      Array([[1, 1, 1, 0, 0],
+             [1, 1, 1, 1, 0],
+             [1, 1, 1, 1, 1]], dtype=int32)
+    """
+    return jnp.tri(length, num_tokens + length, num_tokens, dtype=bool)
