@@ -69,20 +69,20 @@ class Settings:
         """Raise a `UsageError` that names the first setting that cannot work."""
         check_method_names(self.method)
         self._check_task()
-        _check_at_least("--steps", self.steps, 1)
-        _check_at_least("--batch-size", self.batch_size, 1)
-        _check_at_least("--sequence-length", self.sequence_length, 2)
-        _check_at_least("--seed", self.seed, 0)
-        _check_at_least("--eval-batches", self.eval_batches, 1)
-        _check_at_least("--checkpoint-every", self.checkpoint_every, 0)
-        _check_above_zero("--learning-rate", self.learning_rate)
-        _check_above_zero("--eps", self.eps)
+        check_at_least("--steps", self.steps, 1)
+        check_at_least("--batch-size", self.batch_size, 1)
+        check_at_least("--sequence-length", self.sequence_length, 2)
+        check_at_least("--seed", self.seed, 0)
+        check_at_least("--eval-batches", self.eval_batches, 1)
+        check_at_least("--checkpoint-every", self.checkpoint_every, 0)
+        check_above_zero("--learning-rate", self.learning_rate)
+        check_above_zero("--eps", self.eps)
         if self.model is not None and not self.model.is_file():
             raise UsageError(f"--model: there is no file {self.model}")
 
     def _check_task(self) -> None:
-        _check_at_least("--train-examples", self.train_examples, 1)
-        _check_at_least("--eval-examples", self.eval_examples, 1)
+        check_at_least("--train-examples", self.train_examples, 1)
+        check_at_least("--eval-examples", self.eval_examples, 1)
         if self.task == "sotu":
             if self.objective is not None or not self.template:
                 flag = "--no-template" if self.objective is None else "--objective"
@@ -116,12 +116,14 @@ def prepare_output(folder: Path) -> None:
         raise UsageError(f"--output: cannot write to {folder}: {error.strerror}") from error
 
 
-def _check_at_least(flag: str, value: int, least: int) -> None:
+def check_at_least(flag: str, value: int, least: int) -> None:
+    """Raise a `UsageError` if `value` is too small."""
     if value < least:
         raise UsageError(f"{flag}: must be at least {least}, got {value}")
 
 
-def _check_above_zero(flag: str, value: float | None) -> None:
+def check_above_zero(flag: str, value: float | None) -> None:
+    """Raise a `UsageError` unless `value` is None or a finite number above zero."""
     if value is not None and not (math.isfinite(value) and value > 0):
         raise UsageError(f"{flag}: must be a number above 0, got {value}")
 

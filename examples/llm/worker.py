@@ -1,7 +1,6 @@
 """The process of one method: load, fine-tune, measure."""
 
 from functools import partial
-from multiprocessing.connection import Connection
 from typing import Any
 
 import jax
@@ -25,16 +24,6 @@ from examples.llm.training import (
 from examples.llm.tuning import tuned
 
 _CONTINUATION_TOKENS = 24
-
-
-def run_job(job: Job, connection: Connection) -> None:
-    """Run `job` and send its `Stage`s, `StepDone`s and at last its `RunResult` or `UsageError`."""
-    try:
-        connection.send(fine_tune(job, connection.send))
-    except UsageError as error:
-        connection.send(error)
-    except BrokenPipeError:
-        raise SystemExit(1) from None  # nobody listens any more: the comparison was killed
 
 
 def fine_tune(job: Job, report: Report) -> RunResult:

@@ -15,9 +15,9 @@ import pytest
 from examples.llm.checkpoints import Checkpoints
 from examples.llm.command import main
 from examples.llm.methods import METHODS, Hyperparameters
+from examples.llm.tiny import TINY
 from examples.llm.training import TrainState, abstract_decoder
 from optax_lowbit import is_quantized
-from tests.examples.conftest import TINY
 
 PROGRAM = Path(__file__).parents[2] / "examples" / "finetune.py"
 PATIENCE = 300  # seconds

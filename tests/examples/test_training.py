@@ -11,6 +11,7 @@ from examples.llm.events import Job, StepDone
 from examples.llm.memory import buffer_bytes, peak_memory_bytes, reset_peak_memory
 from examples.llm.methods import METHODS, FirstOrder, Hyperparameters, learning_rate_schedule
 from examples.llm.settings import Settings
+from examples.llm.tiny import TINY
 from examples.llm.training import (
     TrainState,
     abstract_decoder,
@@ -19,7 +20,6 @@ from examples.llm.training import (
     next_token_loss,
 )
 from examples.llm.worker import fine_tune
-from tests.examples.conftest import TINY
 
 
 @pytest.fixture(autouse=True)
