@@ -74,38 +74,43 @@ def split(params: Any, trainable: Choice | None = None) -> Trainable:
 
 
 def slope_sum(
-    noise: Noise, probe: Probe, keys: jax.Array, slopes: jax.Array, rows: Rows, path: str,
-    zero: jax.Array | int = 0,
+    noise: Noise, probe: Probe, keys: jax.Array, slopes: jax.Array, rows: Rows,
+    zero: jax.typing.ArrayLike,
 ) -> jax.Array:  # fmt: skip
-    """``sum_i slopes[i] * z(keys[i])`` at some rows, float32, added in order.
+    """``sum_i slopes[i] * z_i`` at some rows, float32, added in order.
 
     Args:
       noise: The distribution.
       probe: What directions are drawn from, but for its key.
-      keys: uint32 ``(n, 2)``.
+      keys: uint32 ``(n, leaves, 2)``, from :func:`probe_keys`.
       slopes: float32 ``(n,)``.
       rows: Where.
-      path: Of the leaf.
       zero: A uint32 0 that delays the drawing; see `late_perturbation.data_zero`.
     """
-    path_hash = name_hash(path)
+    zero = jnp.uint32(zero)
 
-    def term(key, slope):
-        words = key[0] + jnp.uint32(zero), key[1]
-        return slope * noise.draw(probe._replace(key=words), rows, path_hash)
+    def term(i):
+        first, second = keys[i, rows.leaf]
+        return slopes[i] * noise.draw(probe._replace(key=(first + zero, second), zero=zero), rows)
 
     if len(slopes) == 1:
-        return term(keys[0], slopes[0])
-    return jax.lax.fori_loop(
-        0,
-        len(slopes),
-        lambda i, total: total + term(keys[i], slopes[i]),
-        jnp.zeros_like(widened(rows.values)),
-    )
+        return term(0)
+    start = jnp.zeros_like(widened(rows.values))
+    return jax.lax.fori_loop(0, len(slopes), lambda i, total: total + term(i), start)
 
 
-def probe_keys(run: random_bits.Key, step: jax.Array, num_probes: int) -> jax.Array:
-    """The keys of a step's probes: uint32 ``(num_probes, 2)``."""
-    key = random_bits.fold_in(run, step)
-    words = [random_bits.fold_in(key, number) for number in range(num_probes)]
-    return jnp.stack([jnp.stack(pair) for pair in words])
+def probe_keys(
+    run: random_bits.Key, step: jax.Array, num_probes: int, paths: Sequence[str]
+) -> jax.Array:
+    """The keys of a step: uint32 ``(num_probes, leaves, 2)``."""
+    # All by a few calls of the cipher, each of which is a tenth of a second of compiling.
+    numbers = jnp.arange(num_probes, dtype=jnp.uint32)[:, None]
+    key = random_bits.fold_in(random_bits.fold_in(run, step), numbers)
+    return leaf_keys(key, paths)
+
+
+def leaf_keys(key: random_bits.Key, paths: Sequence[str]) -> jax.Array:
+    """A key for each leaf, by its path: uint32 ``(..., leaves, 2)`` of key words ``(..., 1)``."""
+    hashes = jnp.stack([name_hash(path) for path in paths])
+    hashes = jnp.broadcast_to(hashes, (*key[0].shape[:-1], len(paths)))
+    return jnp.stack(random_bits.fold_in(key, hashes), axis=-1)

@@ -83,7 +83,7 @@ def measure(
     Args:
       estimator: Which estimate.
       phi: The loss near the parameters.
-      keys: uint32 ``(probes, 2)``.
+      keys: uint32 ``(probes, leaves, 2)``.
       eps: float32 ``()``.
       probe_batch: Probes evaluated together.
 

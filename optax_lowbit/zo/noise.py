@@ -19,19 +19,21 @@ _SIGN = 0x80000000
 
 
 class Probe(NamedTuple):
-    """What a direction is drawn from.
+    """What the direction of a leaf is drawn from.
 
     Attributes:
-      key: Of this probe of this step; two uint32 words.
+      key: Of this leaf, in this probe of this step: two uint32 words.
       run: Of the whole run, for what is drawn anew only every so many steps.
       step: int32 ``()``: steps taken before this one.
       prepared: What :meth:`Noise.prepare` gave.
+      zero: uint32 ``()``: 0, which delays a drawing that it is added to the key of; ``key`` has it.
     """
 
     key: random_bits.Key
     run: random_bits.Key
     step: jax.Array
     prepared: Any = ()
+    zero: jax.typing.ArrayLike = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +41,10 @@ class Noise:
     """A distribution of directions ``z`` with ``E[z z^T] = I`` on what it spans."""
 
     def prepare(self, prepared: Any, params: Any, run: random_bits.Key, step: jax.Array) -> Any:
-        """What :attr:`Probe.prepared` is in a step: small arrays; ``()`` before the first.
+        """What :attr:`Probe.prepared` is in a step: small arrays.
 
         Args:
-          prepared: What it was in the step before.
+          prepared: What it was in the step before; ``()`` before the first.
           params: The :class:`~optax_lowbit.zo.directions.Trainable`.
           run: The run's key.
           step: Steps taken.
@@ -50,7 +52,7 @@ class Noise:
         del params, run, step
         return prepared
 
-    def draw(self, probe: Probe, rows: Rows, path_hash: jax.Array) -> jax.Array:
+    def draw(self, probe: Probe, rows: Rows) -> jax.Array:
         """The direction's rows: float32 of the shape of ``rows.values``."""
         raise NotImplementedError
 
@@ -64,33 +66,46 @@ class Rademacher(Noise):
       >>> opt = zo.zo_sgd(1e-6, noise=zo.Rademacher())
     """
 
-    def draw(self, probe, rows, path_hash):
-        """One block of the cipher is 64 signs of a row."""
-        key = random_bits.fold_in(probe.key, path_hash)
-        n = rows.values.shape[-1] if rows.values.ndim else 1
-        words = _words(key, rows.numbers, -(-n // 64))
-        return unpack_signs(words, n).reshape(rows.values.shape)
+    def draw(self, probe, rows):
+        """One word of the cipher is 32 signs of a row."""
+        n = columns(rows)
+        return unpack_signs(words_once(probe.key, rows, -(-n // 32)), n).reshape(rows.values.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class Gaussian(Noise):
     """Standard normal values, as in MeZO; 20 times the cost of :class:`Rademacher` on a CPU."""
 
-    def draw(self, probe, rows, path_hash):
-        """One block of the cipher is two values of a row."""
-        key = random_bits.fold_in(probe.key, path_hash)
-        n = rows.values.shape[-1] if rows.values.ndim else 1
-        words = _words(key, rows.numbers, -(-n // 2))[..., :n]
-        return standard_normal(words).reshape(rows.values.shape)
+    def draw(self, probe, rows):
+        """One word of the cipher is one value."""
+        return standard_normal(words(probe.key, rows, columns(rows))).reshape(rows.values.shape)
 
 
-def _words(key: random_bits.Key, rows: jax.Array, blocks: int) -> jax.Array:
-    """uint32 ``(..., 2 * blocks)``: so many blocks of the cipher for each of ``rows`` (..., 1)."""
-    rows = rows.reshape(*rows.shape[:-1], 1)
-    shape = (*rows.shape[:-1], blocks)
-    columns = jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
-    pair = random_bits.threefry2x32(key, jnp.broadcast_to(rows, shape), columns)
-    return jnp.stack(pair, axis=-1).reshape(*shape[:-1], 2 * blocks)
+def columns(rows: Rows) -> int:
+    """Elements of a row; 1 of a leaf without axes."""
+    return rows.values.shape[-1] if rows.values.ndim else 1
+
+
+def words(key: random_bits.Key, rows: Rows, count: int) -> jax.Array:
+    """uint32 ``(..., count)``: so many words of random bits for each row."""
+    numbers = rows.numbers.reshape(*rows.numbers.shape[:-1], 1)
+    shape = (*numbers.shape[:-1], count)
+    places = jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
+    # The second word would double what there is to compile, and fusion computes it apart.
+    return random_bits.threefry2x32(key, jnp.broadcast_to(numbers, shape), places)[0]
+
+
+def words_once(key: random_bits.Key, rows: Rows, count: int) -> jax.Array:
+    """:func:`words` that many elements are made of, each word computed once.
+
+    Fused into what unpacks them, XLA would run the cipher for every element. A loop can't be fused,
+    and one of a single turn is none: so the number of turns is not known to the compiler.
+    """
+    is_rare = key[0] == jnp.uint32(0xDEADBEEF)  # and then the second turn gives the same
+    turns = 1 + is_rare.astype(jnp.int32)
+    # Zeros would be made for all leaves at once, before there is a key.
+    start = jnp.broadcast_to(key[0], (*rows.numbers.shape[:-1], count))
+    return jax.lax.fori_loop(0, turns, lambda _, old: words(key, rows, count), start)
 
 
 def unpack_signs(words: jax.Array, n: int) -> jax.Array:

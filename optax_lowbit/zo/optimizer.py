@@ -19,7 +19,15 @@ from optax_lowbit.moments.policy import Policy
 from optax_lowbit.moments.storage import init_moment
 from optax_lowbit.quant import random_bits
 from optax_lowbit.zo import checks
-from optax_lowbit.zo.directions import Choice, Trainable, chooses, probe_keys, slope_sum, split
+from optax_lowbit.zo.directions import (
+    Choice,
+    Trainable,
+    chooses,
+    leaf_keys,
+    probe_keys,
+    slope_sum,
+    split,
+)
 from optax_lowbit.zo.estimators import Central, Estimator, ForwardGradient, measure
 from optax_lowbit.zo.late_perturbation import data_zero
 from optax_lowbit.zo.noise import Noise, Probe, Rademacher
@@ -124,7 +132,7 @@ class ZeroOrderOptimizer:
         """The first half of a step: evaluates the loss and leaves the parameters alone."""
         ours = self._split(params)
         phi = self._slice(loss_fn, ours, state, args)
-        keys = probe_keys(_words(state.key), state.count, self.num_probes)
+        keys = probe_keys(_words(state.key), state.count, self.num_probes, ours.paths)
         eps = jnp.asarray(value_at(self.eps, state.count), jnp.float32)
         loss, coefficients = measure(self.estimator, phi, keys, eps, self.probe_batch)
         return self._info(state, loss, coefficients)
@@ -135,17 +143,16 @@ class ZeroOrderOptimizer:
         """The second half of a step: new parameters and state, from a record."""
         ours = self._split(params)
         probe = self._probe(ours, state)
-        keys = probe_keys(_words(state.key), state.count, self.num_probes)
-        rounding = random_bits.fold_in(probe.key, name_hash("rounding"))
+        keys = probe_keys(_words(state.key), state.count, self.num_probes, ours.paths)
+        words = random_bits.fold_in(probe.key, name_hash("rounding"))
+        rounding = leaf_keys(tuple(word[None] for word in words), ours.paths)
         zero, results = data_zero(record), []
         for number, (path, values) in enumerate(zip(ours.paths, ours.leaves, strict=True)):
             moments = {name: column[number] for name, column in state.moments.items()}
             leaf = Leaf(
                 whole(number, values, moments),
-                lambda slopes, rows, path=path, zero=zero: slope_sum(
-                    self.noise, probe, keys, slopes, rows, path, zero
-                ),
-                random_bits.fold_in(rounding, name_hash(path)),
+                functools.partial(self._draw, probe, keys, zero),
+                tuple(rounding[number]),
                 state.count,
                 self._decays(path, values),
             )
@@ -154,6 +161,9 @@ class ZeroOrderOptimizer:
         new = ours.tree([values for values, _ in results])
         moments = {name: tuple(kept[name] for _, kept in results) for name in self.rule.moments}
         return new, ZeroOrderState(state.count + 1, state.key, probe.prepared, moments)
+
+    def _draw(self, probe, keys, zero, slopes, rows) -> jax.Array:
+        return slope_sum(self.noise, probe, keys, slopes, rows, zero)
 
     def _split(self, params: Any) -> Trainable:
         return split(params, self.trainable)

@@ -43,18 +43,17 @@ class Slice:
         return self.loss(self.params.tree(self.params.leaves))
 
     def at(self, key: jax.Array, s: jax.typing.ArrayLike) -> jax.Array:
-        """The loss at ``theta + s z(key)``; ``s`` is an array or a number."""
+        """The loss at ``theta + s z``; ``key`` has the keys of all leaves, ``(leaves, 2)``."""
         return self.along(key[None], jnp.asarray(s, jnp.float32)[None])
 
     def along(self, keys: jax.Array, slopes: jax.Array) -> jax.Array:
-        """The loss at ``theta + sum_i slopes[i] z(keys[i])``: float32.
+        """The loss at ``theta + sum_i slopes[i] z_i``: float32.
 
         Each sum is made in float32 and cast to the dtype of its leaf once.
         """
 
         def perturb(rows, zero):
-            path = self.params.paths[rows.leaf]
-            moved = slope_sum(self.noise, self.probe, keys, slopes, rows, path, zero)
+            moved = slope_sum(self.noise, self.probe, keys, slopes, rows, zero)
             return (widened(rows.values) + moved).astype(rows.values.dtype)
 
         return call_perturbed(

@@ -1,0 +1,63 @@
+"""Trees, losses and materialized directions that the tests of zeroth-order steps share."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from optax_lowbit.zo.directions import probe_keys, slope_sum, split
+from optax_lowbit.zo.noise import Probe
+from optax_lowbit.zo.rows import whole
+
+
+def odd_tree(dtype=jnp.float32):
+    """Leaves of many shapes: a stack, odd columns, a vector, a scalar, no float, None."""
+    keys = jax.random.split(jax.random.key(7), 5)
+    return {
+        "stack": (jax.random.normal(keys[0], (3, 20, 20)) * 0.2).astype(dtype),
+        "embedding": jax.random.normal(keys[1], (11, 20)).astype(dtype),
+        "kernel": (jax.random.normal(keys[2], (20, 33)) * 0.2).astype(dtype),
+        "bias": jax.random.normal(keys[3], (33,)).astype(dtype),
+        "scale": jnp.asarray(1.5, dtype),
+        "steps": jnp.arange(3, dtype=jnp.int32),
+        "none": None,
+    }
+
+
+def loss(params, tokens):
+    """A loss that looks rows up, scans over a stack and rematerializes."""
+    x = params["embedding"][tokens].astype(jnp.float32)
+
+    @jax.checkpoint
+    def layer(x, weight):
+        return jnp.tanh(x @ weight.astype(jnp.float32)) + x, None
+
+    x, _ = jax.lax.scan(layer, x, params["stack"])
+    kernel, bias = (params[name].astype(jnp.float32) for name in ("kernel", "bias"))
+    return jnp.mean((x @ kernel + bias[None]) ** 2) * params["scale"].astype(jnp.float32)
+
+
+TOKENS = jnp.array([0, 3, 3, 10, 7])
+
+
+def drawn(opt, params, state, probe=0):
+    """The direction of one probe of a step, as a tree."""
+    ours = split(params, opt.trainable)
+    run = state.key[0], state.key[1]
+    keys = probe_keys(run, state.count, opt.num_probes, ours.paths)[probe : probe + 1]
+    prepared = opt.noise.prepare(state.prepared, ours, run, state.count)
+    draw = functools.partial(
+        slope_sum, opt.noise, Probe(run, run, state.count, prepared), keys, jnp.ones(1)
+    )
+    return ours.tree([draw(whole(i, leaf), 0) for i, leaf in enumerate(ours.leaves)])
+
+
+def moved(params, direction, s):
+    """``params + s * direction`` where there is one, in the parameters' dtypes."""
+
+    def add(param, z):
+        if not jnp.issubdtype(param.dtype, jnp.floating):
+            return param
+        return (param.astype(jnp.float32) + jnp.float32(s) * z).astype(param.dtype)
+
+    return jax.tree.map(add, params, direction)
