@@ -59,12 +59,12 @@ class Hyperparameters:
     """What a method is built with.
 
     Attributes:
-      learning_rate: the peak where there is a schedule.
+      learning_rate: the peak where there is a schedule; a number, or traced by JAX.
       eps: how far a zeroth-order method probes.
       steps: of the run.
     """
 
-    learning_rate: float
+    learning_rate: Any
     eps: float
     steps: int
 
@@ -90,15 +90,19 @@ class Method:
 EPS = {"full": 1e-3, "lora": 1e-2, "prefix": 1e-1, "prompt": 1e-1}
 
 
-def learning_rate_schedule(peak: float, steps: int) -> optax.Schedule:
-    """Return a linear warmup over a tenth of `steps` to `peak`, then a cosine down to a tenth."""
-    return optax.warmup_cosine_decay_schedule(
-        init_value=peak / 10,
-        peak_value=peak,
+def learning_rate_schedule(peak: Any, steps: int) -> optax.Schedule:
+    """Return a linear warmup over a tenth of `steps` to `peak`, then a cosine down to a tenth.
+
+    `peak` may be traced, so that a step compiles once for all learning rates.
+    """
+    share = optax.warmup_cosine_decay_schedule(
+        init_value=0.1,
+        peak_value=1.0,
         warmup_steps=steps // 10,
         decay_steps=steps,
-        end_value=peak / 10,
+        end_value=0.1,
     )
+    return lambda count: peak * share(count)
 
 
 def _first_order(factory: Callable[..., Any], rate: float, **options: Any) -> Method:

@@ -1,6 +1,7 @@
 """One jitted training step for a Flax NNX decoder and any optimizer."""
 
 import time
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -47,17 +48,20 @@ def next_token_loss(model: LanguageModel, windows: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
 
 
+def take_step(
+    loss_fn: Loss, optimizer: Optimizer, state: TrainState, *args: Any
+) -> tuple[TrainState, jax.Array]:
+    """Return the state after a step on `loss_fn(parameters, *args)`, and the loss."""
+    parameters, optimizer_state, info = optimizer.step(loss_fn, *state, *args)
+    return TrainState(parameters, optimizer_state), info.loss
+
+
 def make_train_step(loss_fn: Loss, optimizer: Optimizer) -> Any:
-    """Return the jitted step `(state, *args) -> (state, loss)`; `args` are `loss_fn`'s.
+    """Return the jitted step `(state, *args) -> (state, loss)`.
 
     The old state is donated: the new parameters and optimizer state take over its memory.
     """
-
-    def train_step(state: TrainState, *args: Any) -> tuple[TrainState, jax.Array]:
-        parameters, optimizer_state, info = optimizer.step(loss_fn, *state, *args)
-        return TrainState(parameters, optimizer_state), info.loss
-
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(partial(take_step, loss_fn, optimizer), donate_argnums=0)
 
 
 class StepMeasurement(NamedTuple):

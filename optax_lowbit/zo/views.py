@@ -83,7 +83,13 @@ def _gather(equation: JaxprEqn) -> Along | None:
         and numbers.offset_dims[-1:] == (result.ndim - 1,)
         and result.ndim > 1
     )
-    return (lambda x: {"slice_sizes": (*sizes[:-1], x.shape[-1])}) if is_kept else None
+
+    def along(x):
+        # What fills rows out of range is a value of the operand's dtype: NaN is none of integers.
+        fill = equation.params["fill_value"] if x.dtype == operand.dtype else 0
+        return {"slice_sizes": (*sizes[:-1], x.shape[-1]), "fill_value": fill}
+
+    return along if is_kept else None
 
 
 def _dynamic_slice(equation: JaxprEqn) -> Along | None:

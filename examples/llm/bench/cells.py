@@ -1,25 +1,31 @@
 """One method under one scheme of tuning on one task, in a process of its own."""
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from examples.llm.bench.search import FinalRun, Trial, search
+from examples.llm.bench.search import SEARCH_SEED, FinalRun, Trial, search
 from examples.llm.bench.settings import BenchSettings
 from examples.llm.errors import UsageError
 from examples.llm.events import Stage
 from examples.llm.gguf_files import GGUFModel
 from examples.llm.memory import buffer_bytes
-from examples.llm.methods import EPS, METHODS, Hyperparameters
+from examples.llm.methods import EPS, METHODS, Hyperparameters, Optimizer
 from examples.llm.problems import Evaluation, OptionProblem, encoded_parts, make_judge
 from examples.llm.processes import Tell
 from examples.llm.tasks.loading import load_task, task_path
 from examples.llm.tokenizer import read_tokenizer
-from examples.llm.training import TrainState, abstract_decoder, make_train_step, measured_step
+from examples.llm.training import (
+    StepMeasurement,
+    TrainState,
+    abstract_decoder,
+    measured_step,
+    take_step,
+)
 from examples.llm.tuning import Tuning, tuned
 
 ZERO_SHOT = "zero-shot"
@@ -31,7 +37,7 @@ class Cell:
 
     Attributes:
       task: name or file.
-      tuning: scheme; none for `ZERO_SHOT`.
+      tuning: scheme.
       method: name in `METHODS`, or `ZERO_SHOT`: the model as it is.
       settings: the benchmark's.
       model: the GGUF file.
@@ -93,20 +99,21 @@ class CellResult:
 
 def run_cell(cell: Cell, tell: Tell) -> CellResult:
     """Search and repeat, as :mod:`examples.llm.bench.search` says."""
-    bench = _Bench(cell)
 
     def say(text: str) -> None:
         tell(Stage(f"{cell.name}: {text}"))
 
     if cell.method == ZERO_SHOT:
-        model = bench.tuned("full", 0)
+        bench = _Bench(cell)
+        model = bench.tuned(0)
         run = FinalRun(0, bench.judge(model, "dev"), bench.judge(model, "test"))
         say(f"accuracy {100 * run.test.scores['accuracy']:.1f}% on test")
         return CellResult([], [run])
+    trainer = _Trainer(cell)
     own = METHODS[cell.method].learning_rates[cell.tuning]
     rates = [own * factor for factor in cell.settings.rate_factors]
-    trials, runs = search(bench.train, bench.judge, rates, cell.settings.seeds, say)
-    return CellResult(trials, runs, bench.final_rate, EPS[cell.tuning], bench.cost())
+    trials, rate, runs = search(trainer.train, trainer.judge, rates, cell.settings.seeds, say)
+    return CellResult(trials, runs, rate, EPS[cell.tuning], trainer.cost())
 
 
 class _Bench:
@@ -119,75 +126,77 @@ class _Bench:
                 f"--sequence-length: the model takes at most {model.config.context_length} "
                 f"tokens, got {settings.sequence_length}"
             )
+        self.graph, _ = abstract_decoder(model.config)
         sizes = (settings.train_examples, settings.dev_examples, settings.test_examples)
         path = task_path(cell.task, settings.data)
         task = load_task(path, sizes, aligned=settings.template)
         train, dev, test = encoded_parts(
             task, read_tokenizer(model), settings.sequence_length, settings.batch_size
         )
-        self.train_batches = train
-        self.parts = {"dev": dev, "test": test}
-        self.objective = settings.objective or task.format.objective
-        self.graph, _ = abstract_decoder(model.config)
-        self.judge_model: Any = None
-        self.seconds: list[float] = []
-        self.peak_bytes = self.state_bytes = self.trainable = 0
-        self.final_rate: float | None = None
+        self.train_batches, self.parts = train, {"dev": dev, "test": test}
+        objective = settings.objective or task.format.objective
+        self.problem = OptionProblem(train, dev, objective, SEARCH_SEED)
+        # Functions without arrays, the same for every run: so each compiles once.
+        self.model = self.tuned(0).model
+        self.judge_model = make_judge(self.model, self.problem)
+        self.costs: list[StepMeasurement] = []
 
-    def tuned(self, scheme: str, seed: int) -> Tuning:
+    def tuned(self, seed: int) -> Tuning:
         # Read again for every run: a copy to start from would count as memory of the method.
-        return tuned(scheme, self.graph, GGUFModel(self.cell.model).parameters(), seed)
+        parameters = GGUFModel(self.cell.model).parameters()
+        return tuned(self.cell.tuning, self.graph, parameters, seed)
 
     def judge(self, tuning: Tuning, part: str) -> Evaluation:
-        batches = self.parts[part]
-        if self.judge_model is None:  # once, so that it compiles once
-            problem = OptionProblem(self.train_batches, batches, self.objective, 0)
-            self.judge_model = make_judge(tuning.model, problem)
-        return self.judge_model(tuning.trainable, tuning.frozen, batches.all())
+        return self.judge_model(tuning.trainable, tuning.frozen, self.parts[part].all())
 
-    @property
-    def steps_of_final_runs(self) -> int:
-        settings = self.settings
-        is_backward = METHODS[self.cell.method].derivative == "backward"
-        return settings.first_order_steps if is_backward else settings.steps
+
+class _Trainer(_Bench):
+    def __init__(self, cell: Cell):
+        super().__init__(cell)
+        self.method, settings = METHODS[cell.method], cell.settings
+        is_backward = self.method.derivative == "backward"
+        self.steps = settings.first_order_steps if is_backward else settings.steps
+        # Trials are the beginnings of runs.
+        self.trial_steps = -(-self.steps * settings.search_steps // settings.steps)
+        self.train_step = None
+        self.trainable = self.state_bytes = 0
+
+    def optimizer(self, rate: Any) -> Optimizer:
+        return self.method.build(Hyperparameters(rate, EPS[self.cell.tuning], self.steps))
 
     def train(self, rate: float, seed: int, is_final: bool) -> Tuning:
-        settings, method = self.settings, METHODS[self.cell.method]
-        steps = self.steps_of_final_runs
-        if not is_final:
-            steps = max(1, steps * settings.search_steps // settings.steps)
-        optimizer = method.build(Hyperparameters(rate, EPS[self.cell.tuning], steps))
-        tuning = self.tuned(self.cell.tuning, seed)
-        problem = OptionProblem(self.train_batches, self.train_batches, self.objective, seed)
-
-        def loss(trainable, frozen, batch):
-            return problem.loss(tuning.model(trainable, frozen), batch)
-
-        opt_state = jax.jit(optimizer.init, static_argnums=1)(tuning.trainable, seed)
-        state = TrainState(tuning.trainable, opt_state)
+        tuning = self.tuned(seed)
+        frozen, learning_rate = tuning.frozen, jnp.float32(rate)
+        state = TrainState(tuning.trainable, self.optimizer(rate).init(tuning.trainable, seed))
         tuning = tuning._replace(trainable=None)  # the first step consumes it
-        train_step = make_train_step(loss, optimizer)
-        train_step = train_step.lower(state, tuning.frozen, problem.batch(0)).compile()
-        for step in range(steps):
+        problem = replace(self.problem, seed=seed)
+        if self.train_step is None:
+            self.train_step = self.compiled(state, learning_rate, frozen, problem.batch(0))
+        for step in range(self.steps if is_final else self.trial_steps):
             batch = jax.tree.map(jnp.asarray, problem.batch(step))
-            state, measured = measured_step(train_step, state, tuning.frozen, batch)
+            state, cost = measured_step(self.train_step, state, learning_rate, frozen, batch)
             if is_final:
-                self.seconds.append(measured.seconds)
-                self.peak_bytes = max(self.peak_bytes, measured.peak_bytes)
-        if is_final:
-            self.final_rate = rate
-            self.state_bytes = buffer_bytes(state.optimizer_state)
-            self.trainable = sum(leaf.size for leaf in jax.tree.leaves(state.parameters))
+                self.costs.append(cost)
+        self.state_bytes = buffer_bytes(state.optimizer_state)
+        self.trainable = sum(leaf.size for leaf in jax.tree.leaves(state.parameters))
         return tuning._replace(trainable=state.parameters)
 
+    def compiled(self, state: TrainState, *args: Any) -> Any:
+        def loss(trainable, frozen, batch):
+            return self.problem.loss(self.model(trainable, frozen), batch)
+
+        def step(state, rate, frozen, batch):
+            return take_step(loss, self.optimizer(rate), state, frozen, batch)
+
+        return jax.jit(step, donate_argnums=0).lower(state, *args).compile()
+
     def cost(self) -> Cost:
-        method, steps = METHODS[self.cell.method], self.steps_of_final_runs
         return Cost(
-            steps=steps,
+            steps=self.steps,
             trainable=self.trainable,
-            forward_passes=steps * method.forward_passes,
-            derivative=method.derivative,
-            step_seconds=statistics.median(self.seconds),
+            forward_passes=self.steps * self.method.forward_passes,
+            derivative=self.method.derivative,
+            step_seconds=statistics.median(cost.seconds for cost in self.costs),
             state_bytes=self.state_bytes,
-            peak_bytes=self.peak_bytes,
+            peak_bytes=max(cost.peak_bytes for cost in self.costs),
         )

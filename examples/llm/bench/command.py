@@ -63,7 +63,7 @@ def cells_of(settings: BenchSettings, model: Path) -> list[Cell]:
     """All cells: of each task the untrained model, then every tuning with every method."""
     cells = []
     for task in settings.task:
-        cells.append(Cell(task, "", ZERO_SHOT, settings, model))
+        cells.append(Cell(task, "full", ZERO_SHOT, settings, model))
         cells += [
             Cell(task, tuning, method, settings, model)
             for tuning in settings.tuning

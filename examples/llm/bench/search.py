@@ -57,8 +57,8 @@ def search(
     rates: Sequence[float],
     seeds: Sequence[int],
     tell: Callable[[str], None],
-) -> tuple[list[Trial], list[FinalRun]]:
-    """Try learning rates, and repeat the best.
+) -> tuple[list[Trial], float, list[FinalRun]]:
+    """Try learning rates, and repeat the best; return the trials, the rate and the runs.
 
     Args:
       train: `(learning rate, seed, is final) -> trained`.
@@ -77,7 +77,7 @@ def search(
         trained = train(rate, seed, True)
         runs.append(FinalRun(seed, judge(trained, "dev"), judge(trained, "test")))
         tell(f"learning rate {rate:.3g}, seed {seed}: {_words(runs[-1].test)} on test")
-    return trials, runs
+    return trials, rate, runs
 
 
 def _words(evaluation: Evaluation) -> str:

@@ -52,7 +52,7 @@ def format_of(path: Path) -> Format:
     columns = line.text.split("\t")
     if "sentence" in columns:
         return SST2
-    if len(columns) == 2 and columns[0] in _SMS_LABELS:
+    if len(columns) > 1 and columns[0] in _SMS_LABELS:
         return SMS
     raise line.error("neither the columns of SST-2 (sentence, label), nor an SMS, nor JSON")
 
