@@ -168,6 +168,13 @@ def test_a_mistake_found_by_a_run_is_one_line(tiny_gguf, tmp_path):
         (["--checkpoint-every", "-5"], "--checkpoint-every: must be at least 0, got -5"),
         (["--seed", "-1"], "--seed: must be at least 0, got -1"),
         (["--learning-rate", "0"], "--learning-rate: must be a number above 0, got 0"),
+        (["--eps", "-1"], "--eps: must be a number above 0, got -1"),
+        (["--task", "rte"], "--task: rte is neither a file nor one of sotu, polarity, sms"),
+        (["--task", "sms"], "--data: sms needs SMSSpamCollection.tsv, which is not in data"),
+        (["--objective", "f1"], "--objective: sotu has no options"),
+        (["--no-template"], "--no-template: sotu has no options"),
+        (["--train-examples", "0"], "--train-examples: must be at least 1, got 0"),
+        (["--eval-examples", "0"], "--eval-examples: must be at least 1, got 0"),
         (["--learning-rate", "nan"], "--learning-rate: must be a number above 0, got nan"),
         (["--model", "nowhere.gguf"], "--model: there is no file nowhere.gguf"),
     ],
@@ -177,6 +184,14 @@ def test_bad_settings_are_one_line_and_exit_code_two(arguments, message, capsys)
     errors = capsys.readouterr().err
     assert message in errors
     assert errors.startswith("error: ") and errors.count("\n") == 1
+
+
+def test_an_objective_without_a_gradient_needs_a_method_without(tmp_path, capsys):
+    (tmp_path / "a.tsv").write_text("ham\tx\n")
+    arguments = ["--task", str(tmp_path / "a.tsv"), "--objective", "accuracy", "--method", "adam"]
+    assert main(arguments) == 2
+    errors = capsys.readouterr().err
+    assert errors == "error: --objective: adam needs a gradient, and accuracy has none\n"
 
 
 def test_an_output_that_cannot_be_written_is_named(tiny_gguf, tmp_path, capsys):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from examples.llm.errors import UsageError
@@ -143,3 +144,50 @@ def test_peak_memory_sees_an_allocation():
     block = np.ones(2**26, np.uint8)
     assert peak_memory_bytes() - before > 2**25
     del block
+
+
+@pytest.fixture
+def mezo_job(tiny_gguf, tmp_path):
+    lines = [f"{('ham', 'spam')[n % 2]}\tnumber {n}\n" for n in range(40)]
+    path = tmp_path / "messages.tsv"
+    path.write_text("".join(lines))
+    settings = Settings(
+        task=str(path), tuning="lora", steps=4, checkpoint_every=2, train_examples=16,
+        eval_examples=8, sequence_length=48, learning_rate=1e-2, output=tmp_path / "run",
+    )  # fmt: skip
+    return Job("mezo", settings, tiny_gguf)
+
+
+class StoppedError(Exception):
+    pass
+
+
+def test_a_stopped_zeroth_order_run_goes_on_bit_for_bit(mezo_job, tmp_path):
+    def stop(event):
+        if isinstance(event, StepDone) and event.step == 3:
+            raise StoppedError
+
+    whole = fine_tune(changed(mezo_job, output=tmp_path / "whole"), lambda _: None)
+    with pytest.raises(StoppedError):
+        fine_tune(mezo_job, stop)
+    resumed = fine_tune(changed(mezo_job, resume=True), lambda _: None)
+    assert len(set(whole.losses)) == 4
+    assert resumed.losses == whole.losses
+    assert resumed.loss_before != resumed.loss_after == whole.loss_after
+    assert resumed.scores_after == whole.scores_after
+    states = [
+        saved_parameters(folder / "mezo" / "checkpoints")
+        for folder in (tmp_path / "whole", tmp_path / "run")
+    ]
+    assert states[0].keys() == states[1].keys() and states[0]
+    for path, leaf in states[0].items():
+        np.testing.assert_array_equal(leaf, states[1][path])
+
+
+def saved_state(folder):
+    with ocp.CheckpointManager(folder, item_names=("state",)) as manager:
+        restored = manager.restore(4, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(restored["state"])
+    }
