@@ -62,11 +62,13 @@ class Hyperparameters:
       learning_rate: the peak where there is a schedule; a number, or traced by JAX.
       eps: how far a zeroth-order method probes.
       steps: of the run.
+      tuning: scheme of tuning.
     """
 
     learning_rate: Any
     eps: float
     steps: int
+    tuning: str = "full"
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,15 @@ class Method:
 
     Attributes:
       build: makes the optimizer.
-      learning_rates: by scheme of tuning, unless the user gives another.
-      forward_passes: evaluations of the loss in a step.
+      learning_rates: by each scheme of tuning that it can be used with, unless the user gives
+        another.
+      forward_passes: evaluations of the loss in a step, by scheme.
       derivative: how a step differentiates the loss: `backward`, `jvp`, or not at all.
     """
 
     build: Callable[[Hyperparameters], Optimizer]
     learning_rates: Mapping[str, float]
-    forward_passes: int
+    forward_passes: Mapping[str, int]
     derivative: str = ""
 
 
@@ -114,7 +117,7 @@ def _first_order(factory: Callable[..., Any], rate: float, **options: Any) -> Me
 
     # A small tree of new parameters takes, and needs, larger steps.
     rates = {"full": rate, "lora": 20 * rate, "prefix": 20 * rate, "prompt": 20 * rate}
-    return Method(build, rates, forward_passes=1, derivative="backward")
+    return Method(build, rates, dict.fromkeys(rates, 1), derivative="backward")
 
 
 def _zeroth_order(
@@ -125,7 +128,7 @@ def _zeroth_order(
     def build(chosen: Hyperparameters) -> Optimizer:
         return factory(chosen.learning_rate, chosen.eps)
 
-    return Method(build, rates, forward_passes)
+    return Method(build, rates, dict.fromkeys(rates, forward_passes))
 
 
 _ADAM_RATE, _SGD_RATE = 5e-5, 5e-3
@@ -145,6 +148,13 @@ METHODS: dict[str, Method] = {
     "sgd4bit": _first_order(optax_lowbit.sgd4bit, _SGD_RATE, **_MOMENTUM),
     "mezo": _zeroth_order(zo.zo_sgd, _MEZO_RATES),
 }
+
+
+def check_tuning(method: str, tuning: str) -> None:
+    """Raise a `UsageError` if `method` can't be used with a scheme of tuning."""
+    schemes = METHODS[method].learning_rates
+    if tuning not in schemes:
+        raise UsageError(f"--tuning: {method} is for {', '.join(schemes)}, not for {tuning}")
 
 
 def check_method_names(names: tuple[str, ...]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from examples.llm.errors import UsageError
-from examples.llm.methods import EPS, METHODS, Hyperparameters, check_method_names
+from examples.llm.methods import EPS, METHODS, Hyperparameters, check_method_names, check_tuning
 from examples.llm.tasks.loading import task_path
 from examples.llm.tasks.scoring import OBJECTIVES
 
@@ -68,6 +68,8 @@ class Settings:
     def check(self) -> None:
         """Raise a `UsageError` that names the first setting that cannot work."""
         check_method_names(self.method)
+        for method in self.method:
+            check_tuning(method, self.tuning)
         self._check_task()
         check_at_least("--steps", self.steps, 1)
         check_at_least("--batch-size", self.batch_size, 1)
@@ -99,6 +101,7 @@ class Settings:
             METHODS[method].learning_rates[self.tuning] if rate is None else rate,
             EPS[self.tuning] if eps is None else eps,
             self.steps,
+            self.tuning,
         )
 
     def checkpoint_due(self, step: int) -> bool:

@@ -175,10 +175,7 @@ def test_a_stopped_zeroth_order_run_goes_on_bit_for_bit(mezo_job, tmp_path):
     assert resumed.losses == whole.losses
     assert resumed.loss_before != resumed.loss_after == whole.loss_after
     assert resumed.scores_after == whole.scores_after
-    states = [
-        saved_parameters(folder / "mezo" / "checkpoints")
-        for folder in (tmp_path / "whole", tmp_path / "run")
-    ]
+    states = [saved_state(tmp_path / name / "mezo" / "checkpoints") for name in ("whole", "run")]
     assert states[0].keys() == states[1].keys() and states[0]
     for path, leaf in states[0].items():
         np.testing.assert_array_equal(leaf, states[1][path])

@@ -162,7 +162,8 @@ class _Trainer(_Bench):
         self.trainable = self.state_bytes = 0
 
     def optimizer(self, rate: Any) -> Optimizer:
-        return self.method.build(Hyperparameters(rate, EPS[self.cell.tuning], self.steps))
+        tuning = self.cell.tuning
+        return self.method.build(Hyperparameters(rate, EPS[tuning], self.steps, tuning))
 
     def train(self, rate: float, seed: int, is_final: bool) -> Tuning:
         tuning = self.tuned(seed)
@@ -194,7 +195,7 @@ class _Trainer(_Bench):
         return Cost(
             steps=self.steps,
             trainable=self.trainable,
-            forward_passes=self.steps * self.method.forward_passes,
+            forward_passes=self.steps * self.method.forward_passes[self.cell.tuning],
             derivative=self.method.derivative,
             step_seconds=statistics.median(cost.seconds for cost in self.costs),
             state_bytes=self.state_bytes,

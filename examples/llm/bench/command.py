@@ -14,6 +14,7 @@ from examples.llm.bench.settings import BenchSettings
 from examples.llm.command import run_and_report
 from examples.llm.events import Stage
 from examples.llm.gguf_files import bundled_model_path
+from examples.llm.methods import METHODS
 from examples.llm.processes import run_in_process
 from examples.llm.settings import prepare_output
 from examples.llm.tiny import write_tiny_gguf
@@ -60,7 +61,7 @@ def _run(settings: BenchSettings) -> None:
 
 
 def cells_of(settings: BenchSettings, model: Path) -> list[Cell]:
-    """All cells: of each task the untrained model, then every tuning with every method."""
+    """All cells: of each task the untrained model, then every tuning with its methods."""
     cells = []
     for task in settings.task:
         cells.append(Cell(task, "full", ZERO_SHOT, settings, model))
@@ -68,6 +69,7 @@ def cells_of(settings: BenchSettings, model: Path) -> list[Cell]:
             Cell(task, tuning, method, settings, model)
             for tuning in settings.tuning
             for method in settings.method
+            if tuning in METHODS[method].learning_rates
         ]
     return cells
 
