@@ -58,6 +58,7 @@ def split(params: Any, trainable: Choice | None = None) -> Trainable:
     pairs, treedef = jax.tree_util.tree_flatten_with_path(params)
     chosen = [
         jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        and jnp.size(leaf) > 0
         and (trainable is None or chooses(trainable, path_name(path), leaf))
         for path, leaf in pairs
     ]
@@ -99,18 +100,35 @@ def slope_sum(
     return jax.lax.fori_loop(0, len(slopes), lambda i, total: total + term(i), start)
 
 
+# A number that no probe has.
+_ROUNDING = 2**32 - 1
+
+
 def probe_keys(
     run: random_bits.Key, step: jax.Array, num_probes: int, paths: Sequence[str]
 ) -> jax.Array:
-    """The keys of a step: uint32 ``(num_probes, leaves, 2)``."""
-    # All by a few calls of the cipher, each of which is a tenth of a second of compiling.
-    numbers = jnp.arange(num_probes, dtype=jnp.uint32)[:, None]
-    key = random_bits.fold_in(random_bits.fold_in(run, step), numbers)
-    return leaf_keys(key, paths)
+    """The keys of a step's probes: uint32 ``(num_probes, leaves, 2)``."""
+    return _step_keys(run, step, jnp.arange(num_probes, dtype=jnp.uint32), paths)
+
+
+def rounding_keys(run: random_bits.Key, step: jax.Array, paths: Sequence[str]) -> jax.Array:
+    """The keys of a step's stochastic rounding: uint32 ``(leaves, 2)``."""
+    return _step_keys(run, step, jnp.array([_ROUNDING], jnp.uint32), paths)[0]
 
 
 def leaf_keys(key: random_bits.Key, paths: Sequence[str]) -> jax.Array:
-    """A key for each leaf, by its path: uint32 ``(..., leaves, 2)`` of key words ``(..., 1)``."""
+    """The keys of leaves by their paths: uint32 ``(leaves, 2)``."""
+    return _step_keys(key, jnp.int32(0), jnp.zeros(1, jnp.uint32), paths)[0]
+
+
+def _step_keys(key, step, numbers, paths) -> jax.Array:
+    # One call of the cipher, with a key for each leaf: each call takes a while to compile.
+    shape = len(numbers), len(paths)
     hashes = jnp.stack([name_hash(path) for path in paths])
-    hashes = jnp.broadcast_to(hashes, (*key[0].shape[:-1], len(paths)))
-    return jnp.stack(random_bits.fold_in(key, hashes), axis=-1)
+    words = random_bits.threefry2x32(
+        (key[0], jnp.broadcast_to(key[1] ^ hashes, shape)),
+        jnp.broadcast_to(step.astype(jnp.uint32), shape),
+        jnp.broadcast_to(numbers[:, None], shape),
+    )
+    # Else the compiler takes the table apart and runs the cipher for each leaf, as scalars.
+    return jax.lax.optimization_barrier(jnp.stack(words, axis=-1))

@@ -108,7 +108,7 @@ def measure(
 def derivative(phi: Slice, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The loss, and ``phi'(0)``."""
     zero, one = jnp.float32(0), jnp.float32(1)
-    return jax.jvp(lambda s: phi.at(key, s), (zero,), (one,))
+    return jax.jvp(lambda s: phi.tangent(key, s), (zero,), (one,))
 
 
 def curvature(phi: Slice, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -116,7 +116,7 @@ def curvature(phi: Slice, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Arr
     zero, one = jnp.float32(0), jnp.float32(1)
 
     def first(s):
-        return jax.jvp(lambda s: phi.at(key, s), (s,), (one,))
+        return jax.jvp(lambda s: phi.tangent(key, s), (s,), (one,))
 
     (loss, slope), (_, second) = jax.jvp(first, (zero,), (one,))
     return loss, slope, second

@@ -19,8 +19,8 @@ from optax_lowbit.moments.equations import bind, read
 from optax_lowbit.zo.rows import Rows, whole
 from optax_lowbit.zo.views import Pending, takes_rows_only, viewed
 
-# Gives the perturbed values of rows. The second argument is a uint32 zero that the compiler can't
-# know to be one before something else is computed.
+# Gives the perturbed values of rows. The second argument is an element of what the program computed
+# last, a float, for :func:`data_zero`.
 Perturb = Callable[[Rows, jax.Array], jax.Array]
 
 
@@ -28,6 +28,7 @@ def call_perturbed(
     fun: Callable[[list[jax.Array]], Any],
     leaves: Sequence[jax.Array],
     perturb: Perturb,
+    after: jax.Array,
     companions: Sequence[Any] | None = None,
 ) -> Any:
     """``fun`` of leaves perturbed where they are used; each use makes the perturbation anew.
@@ -36,6 +37,8 @@ def call_perturbed(
       fun: A traceable function of a list of arrays, to any pytree of arrays.
       leaves: Float arrays.
       perturb: Gives the perturbed values of rows.
+      after: A float array; nothing is perturbed before it is known. In a loop over evaluations, one
+        that differs from turn to turn: else what the first leaf needs is moved out of the loop.
       companions: For each leaf a pytree of arrays with its leading axes, of which ``perturb`` is
         given the same rows.
 
@@ -48,23 +51,26 @@ def call_perturbed(
         Pending(whole(number, leaf, companion))
         for number, (leaf, companion) in enumerate(zip(leaves, companions, strict=True))
     ]
-    evaluation = _Evaluation(perturb)
+    evaluation = _Evaluation(perturb, after)
     results = evaluation.run(closed.jaxpr, closed.consts, pending)
     return jax.tree.unflatten(jax.tree.structure(shapes), evaluation.settled(results))
 
 
-def data_zero(x: jax.Array | None) -> jax.Array:
-    """uint32 0, known only when ``x``, a float array, is; 1 if its first element is NaN."""
-    if x is None:
-        return jnp.uint32(0)
+def data_zero(x: jax.Array) -> jax.Array:
+    """uint32 0, known only when the float ``x``, of shape ``()``, is; 1 if that is NaN."""
     # A product with zero would be folded; whether it is NaN can't be.
-    return jnp.isnan(x[(0,) * x.ndim]).astype(jnp.uint32)
+    return jnp.isnan(x).astype(jnp.uint32)
+
+
+def first_element(x: jax.Array) -> jax.Array:
+    """An element, to wait for the whole by."""
+    return x[(0,) * x.ndim]
 
 
 class _Evaluation:
     """Runs a program some of whose values are :class:`Pending`."""
 
-    def __init__(self, perturb: Perturb, latest: jax.Array | None = None):
+    def __init__(self, perturb: Perturb, latest: jax.Array):
         self.perturb = perturb
         # The last float array computed at this level of the program.
         self.latest = latest
@@ -76,7 +82,9 @@ class _Evaluation:
     def settled(self, values: Sequence[Any]) -> list[Any]:
         """The values, those that were pending now perturbed."""
         return [
-            x.after(self.perturb(x.rows, data_zero(self.latest))) if isinstance(x, Pending) else x
+            x.after(self.perturb(x.rows, first_element(self.latest)))
+            if isinstance(x, Pending)
+            else x
             for x in values
         ]
 

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_lowbit.kernels.reference import name_hash
 from optax_lowbit.moments.policy import Policy
 from optax_lowbit.moments.storage import init_moment
 from optax_lowbit.quant import random_bits
@@ -23,13 +22,13 @@ from optax_lowbit.zo.directions import (
     Choice,
     Trainable,
     chooses,
-    leaf_keys,
     probe_keys,
+    rounding_keys,
     slope_sum,
     split,
 )
 from optax_lowbit.zo.estimators import Central, Estimator, ForwardGradient, measure
-from optax_lowbit.zo.late_perturbation import data_zero
+from optax_lowbit.zo.late_perturbation import data_zero, first_element
 from optax_lowbit.zo.noise import Noise, Probe, Rademacher
 from optax_lowbit.zo.rows import whole
 from optax_lowbit.zo.slices import Slice
@@ -144,9 +143,8 @@ class ZeroOrderOptimizer:
         ours = self._split(params)
         probe = self._probe(ours, state)
         keys = probe_keys(_words(state.key), state.count, self.num_probes, ours.paths)
-        words = random_bits.fold_in(probe.key, name_hash("rounding"))
-        rounding = leaf_keys(tuple(word[None] for word in words), ours.paths)
-        zero, results = data_zero(record), []
+        rounding = rounding_keys(_words(state.key), state.count, ours.paths)
+        zero, results = data_zero(record[0]), []
         for number, (path, values) in enumerate(zip(ours.paths, ours.leaves, strict=True)):
             moments = {name: column[number] for name, column in state.moments.items()}
             leaf = Leaf(
@@ -157,7 +155,7 @@ class ZeroOrderOptimizer:
                 self._decays(path, values),
             )
             results.append(update_leaf(self.rule, record, leaf))
-            zero = data_zero(results[-1][0])
+            zero = data_zero(first_element(results[-1][0]))
         new = ours.tree([values for values, _ in results])
         moments = {name: tuple(kept[name] for _, kept in results) for name in self.rule.moments}
         return new, ZeroOrderState(state.count + 1, state.key, probe.prepared, moments)
@@ -175,7 +173,7 @@ class ZeroOrderOptimizer:
     def _probe(self, ours: Trainable, state: ZeroOrderState) -> Probe:
         run = _words(state.key)
         prepared = self.noise.prepare(state.prepared, ours, run, state.count)
-        return Probe(random_bits.fold_in(run, state.count), run, state.count, prepared)
+        return Probe(run, run, state.count, prepared)
 
     def _info(self, state: ZeroOrderState, loss: jax.Array, coefficients: jax.Array) -> StepInfo:
         if self.clip is not None:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from optax_lowbit.kernels.reference import widened
 from optax_lowbit.zo.directions import Trainable, slope_sum
-from optax_lowbit.zo.late_perturbation import call_perturbed
+from optax_lowbit.zo.late_perturbation import Perturb, call_perturbed, data_zero
 from optax_lowbit.zo.noise import Noise, Probe
 
 
@@ -52,11 +52,39 @@ class Slice:
         Each sum is made in float32 and cast to the dtype of its leaf once.
         """
 
-        def perturb(rows, zero):
+        def perturb(rows, latest):
+            zero = data_zero(latest)
             moved = slope_sum(self.noise, self.probe, keys, slopes, rows, zero)
             return (widened(rows.values) + moved).astype(rows.values.dtype)
 
+        return self._called(perturb, slopes)
+
+    def tangent(self, key: jax.Array, s: jax.Array) -> jax.Array:
+        """:meth:`at` for ``s = 0``, to be differentiated by ``s`` in forward mode.
+
+        Parameters stay as they are, and their tangent is the direction.
+        """
+
+        # All arrays are arguments: a derivative rule may not close over any that are traced.
+        @jax.custom_jvp
+        def along(s, rows, latest, drawn_from):
+            del s, latest, drawn_from
+            return rows.values
+
+        @along.defjvp
+        def along_jvp(primals, tangents):
+            s, rows, latest, (key, probe) = primals
+            # What waits for the tangent alone can't be drawn while the loss itself is computed.
+            zero = data_zero(latest) + data_zero(tangents[2])
+            direction = slope_sum(self.noise, probe, key[None], jnp.ones(1), rows, zero)
+            tangent = (tangents[0] * direction).astype(rows.values.dtype)
+            return along(s, rows, latest, (key, probe)), tangent
+
+        drawn_from = key, self.probe
+        return self._called(lambda rows, latest: along(s, rows, latest, drawn_from), s)
+
+    def _called(self, perturb: Perturb, after: jax.Array) -> jax.Array:
         return call_perturbed(
             lambda leaves: self.loss(self.params.tree(leaves)),
-            self.params.leaves, perturb, self.companions,
+            self.params.leaves, perturb, after, self.companions,
         )  # fmt: skip

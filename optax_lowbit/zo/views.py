@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
 from optax_lowbit.moments.equations import bind
@@ -85,9 +86,11 @@ def _gather(equation: JaxprEqn) -> Along | None:
     )
 
     def along(x):
-        # What fills rows out of range is a value of the operand's dtype: NaN is none of integers.
-        fill = equation.params["fill_value"] if x.dtype == operand.dtype else 0
-        return {"slice_sizes": (*sizes[:-1], x.shape[-1]), "fill_value": fill}
+        # What is read out of bounds may be NaN, which row numbers can't be.
+        has_fill = equation.params["fill_value"] is not None
+        is_float = jnp.issubdtype(x.dtype, jnp.floating)
+        fill = {"fill_value": 0} if has_fill and not is_float else {}
+        return {"slice_sizes": (*sizes[:-1], x.shape[-1]), **fill}
 
     return along if is_kept else None
 

@@ -152,7 +152,7 @@ def mezo_job(tiny_gguf, tmp_path):
     path = tmp_path / "messages.tsv"
     path.write_text("".join(lines))
     settings = Settings(
-        task=str(path), tuning="lora", steps=4, checkpoint_every=2, train_examples=16,
+        task=str(path), tuning="prompt", steps=4, checkpoint_every=2, train_examples=16,
         eval_examples=8, sequence_length=48, learning_rate=1e-2, output=tmp_path / "run",
     )  # fmt: skip
     return Job("mezo", settings, tiny_gguf)

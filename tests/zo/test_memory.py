@@ -1,0 +1,49 @@
+"""What a zeroth-order step needs beside the loss, as the compiler counts it."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from tests.zo.compile_for_memory import report
+
+# What must be set before JAX starts, hence another process: that nobody looks for TPUs in a cloud.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+@pytest.mark.slow
+def test_no_direction_and_no_perturbed_tree_is_held():
+    shares = report(["central", "forward gradient"])
+    # A layer is 1/24 = 0.042 of the parameters.
+    assert shares["unrolled, central"] <= 0.15
+    assert shares["scanned, central"] <= 0.15
+    assert shares["unrolled, forward gradient"] <= 0.35
+    assert shares["scanned, forward gradient"] <= 0.35
+    # The measure sees it where they are.
+    assert shares["unrolled, perturbed tree"] > 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_compiled_for_a_tpu():
+    script = pathlib.Path(__file__).with_name("compile_for_memory.py")
+    process = subprocess.run(
+        [sys.executable, script, "v5e:2x2"],
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    shares = json.loads(process.stdout.splitlines()[-1])
+    assert max(share for name, share in shares.items() if "central" in name) <= 0.15
+    assert max(share for name, share in shares.items() if "forward" in name) <= 0.35
