@@ -22,6 +22,8 @@ LEVELS = (
 RUNTIME = {"jax", "numpy", "optax"}
 # Only inside functions, or where `sys.modules` has shown that the user has imported it.
 LAZY = {"flax", "orbax", "safetensors"}
+# Modules that need one of these from their first line; imported only inside functions, too.
+NEEDS = {"optax_lowbit.adapters.nnx_layers": {"flax"}}
 NEVER = {"examples", "benchmarks", "tests"}
 
 
@@ -73,6 +75,8 @@ def violations(source, module, is_package=False):
     part = part_of(module)
     for name, lazy, line in imports(source, module, is_package):
         top = name.split(".")[0]
+        if not lazy and any(f"{name}.".startswith(f"{needy}.") for needy in NEEDS):
+            wrong.append(f"{module}:{line}: {name} must be imported inside a function")
         if top == PACKAGE:
             # The package's __init__ only names what the parts offer.
             if part is None or part_of(name) == part:
@@ -84,7 +88,7 @@ def violations(source, module, is_package=False):
                 wrong.append(f"{module}:{line}: {part} must not import {other}")
         elif top in NEVER or not (top in RUNTIME | LAZY or top in sys.stdlib_module_names):
             wrong.append(f"{module}:{line}: {top} is no run-time dependency")
-        elif top in LAZY and not lazy:
+        elif top in LAZY - NEEDS.get(module, set()) and not lazy:
             wrong.append(f"{module}:{line}: {top} must be imported inside a function")
         if "_src" in name.split("."):
             wrong.append(f"{module}:{line}: {name} is private")
@@ -122,6 +126,13 @@ def test_module_imports_only_what_it_may(module, is_package, path):
         ("quant.array", "import torch", "torch is no run-time dependency"),
         ("memory", "import examples.llm", "examples is no run-time dependency"),
         ("memory", "import flax", "flax must be imported inside a function"),
+        ("adapters.nnx_layers", "import orbax", "orbax must be imported inside a function"),
+        ("adapters.lora", "from . import nnx_layers", "nnx_layers must be imported inside a fun"),
+        (
+            "qlora.nf4",
+            "from optax_lowbit.adapters.nnx_layers import LoRALinear",
+            "LoRALinear must be imported inside a function",
+        ),
         ("quant.array", "from jax._src import core", "jax._src.core is private"),
         ("quant.array", "import optax\noptax._src.base", "optax._src is private"),
     ],
@@ -138,6 +149,8 @@ def test_checker_can_fail(module, source, complaint):
         ("quant.array", "from . import packing"),
         ("qlora.linear", "from optax_lowbit.adapters import lora\nfrom optax_lowbit import quant"),
         ("memory", "def f():\n  from flax import nnx"),
+        ("adapters.nnx_layers", "from flax import nnx"),
+        ("adapters.lora", "def f():\n  from optax_lowbit.adapters import nnx_layers"),
         ("memory", "import sys\nif 'flax' in sys.modules:\n  import flax"),
     ],
 )

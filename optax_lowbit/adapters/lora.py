@@ -1,4 +1,4 @@
-"""Low-rank adapters: ``W + (alpha / r) A B``, where ``W`` is frozen, and ``A`` and ``B`` train."""
+"""Low-rank adapters: ``W + (alpha / r) A^T B``; ``W`` is frozen, ``A`` and ``B`` train."""
 
 import dataclasses
 import math
@@ -22,11 +22,13 @@ class LoRA:
     r"""Which matrices have low-rank adapters, and which. Hashable.
 
     .. math::
-      y = x W + \frac{\alpha}{r}\, (x A) B, \qquad
+      y = x W + \frac{\alpha}{r}\, (x A^T) B, \qquad
       A_{ij} \sim U(-1/\sqrt{n}, 1/\sqrt{n}), \quad B = 0
 
-    ``W`` is ``(n, m)``, ``A`` is ``(n, r)`` and ``B`` is ``(r, m)``; leading axes, of layers that
-    are stacked, are those of ``W``. At first ``B`` is zero, so nothing is changed.
+    ``W`` is ``(n, m)``, ``A`` is ``(r, n)`` and ``B`` is ``(r, m)``; leading axes, of layers that
+    are stacked, are those of ``W``. At first ``B`` is zero, so nothing is changed. ``A`` lies on
+    its side, as in PEFT's files: with ``r`` numbers in a row the scales of a 4-bit moment would
+    cost more than its codes, and the rows would be padded on a TPU.
 
     There are two ways. For a function of a parameter tree, :meth:`init` makes the adapters, a tree
     of their own, and :meth:`attach` or :meth:`merge` puts them in. For a Flax NNX model,
@@ -45,7 +47,7 @@ class LoRA:
       >>> lora = adapters.LoRA(rank=4, alpha=8, targets="query")
       >>> trainable = lora.init(params, key=0)
       >>> {path: (pair["a"].shape, pair["b"].shape) for path, pair in trainable.items()}
-      {'query': ((64, 4), (4, 64))}
+      {'query': ((4, 64), (4, 64))}
       >>> def model(params, x):
       ...     return x @ params["query"] @ params["output"]
       >>> def loss(trainable, frozen, x):
@@ -118,7 +120,7 @@ class LoRA:
         return self._map_adapted(lambda matrix: matrix, params, adapters)
 
     def merge(self, params: Any, adapters: Adapters) -> Any:
-        """The tree with ``W + (alpha / r) A B`` for each adapted leaf, in the leaf's dtype.
+        """The tree with ``W + (alpha / r) A^T B`` for each adapted leaf, in the leaf's dtype.
 
         For any function, and for a model that is done. Trained through, it holds the merged
         leaves and their gradients.
@@ -173,15 +175,15 @@ class LoRA:
 
     def init_pair(self, path: str, matrix: Any, key: jax.Array | int) -> dict[str, jax.Array]:
         """The adapters of one matrix, or of a stack."""
-        *stack, n, m = matrix.shape
+        shapes = self._shapes(matrix)
         words = random_bits.fold_in(random_bits.key_words(key), name_hash(path))
-        shape = (*stack, n, self.rank)
-        uniform = random_bits.uniform(words, *random_bits.element_indices(shape))
-        bound = jnp.float32(1 / math.sqrt(n))
-        return {
-            "a": (2 * uniform - 1) * bound,
-            "b": jnp.zeros((*stack, self.rank, m), jnp.float32),
-        }
+        uniform = random_bits.uniform(words, *random_bits.element_indices(shapes["a"]))
+        bound = jnp.float32(1 / math.sqrt(matrix.shape[-2]))
+        return {"a": (2 * uniform - 1) * bound, "b": jnp.zeros(shapes["b"], jnp.float32)}
+
+    def _shapes(self, matrix: Any) -> dict[str, tuple[int, ...]]:
+        *stack, n, m = matrix.shape
+        return {"a": (*stack, self.rank, n), "b": (*stack, self.rank, m)}
 
     def _map_adapted(
         self, fun: Callable[["LoRAMatrix"], Any], params: Any, adapters: Adapters
@@ -192,7 +194,7 @@ class LoRA:
             pair = left.pop(path_name(path), None)
             if pair is None:
                 return leaf
-            check_pair(path_name(path), leaf, pair)
+            self._check_pair(path_name(path), leaf, pair)
             return fun(LoRAMatrix(leaf, pair["a"], pair["b"], self.scale))
 
         tree = jax.tree_util.tree_map_with_path(visit, params)
@@ -200,18 +202,27 @@ class LoRA:
             raise ValueError(f"adapters must be of leaves of params, which has no {sorted(left)}")
         return tree
 
+    def _check_pair(self, path: str, matrix: Any, pair: Mapping[str, jax.Array]) -> None:
+        expected = self._shapes(matrix) if is_matrix(matrix) else {}
+        shapes = {name: jnp.shape(x) for name, x in pair.items()}
+        if shapes != expected:
+            raise ValueError(
+                f"adapters[{path!r}] must have shapes {expected}, as params has {path!r} of shape "
+                f"{jnp.shape(matrix)} and the rank is {self.rank}; got {shapes}"
+            )
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoRAMatrix:
-    """A matrix ``W + scale A B`` that is not formed: ``x @ w`` is ``x W + scale (x A) B``.
+    """A matrix ``W + scale A^T B`` that is not formed: ``x @ w`` is ``x W + scale (x A^T) B``.
 
     A pytree, so `jax.lax.scan` slices a stack of them. It can't be used as an array otherwise; that
     raises a TypeError, and :meth:`merged` is the array.
 
     Attributes:
       base: ``(..., n, m)``.
-      a: float32 ``(..., n, r)``.
+      a: float32 ``(..., r, n)``.
       b: float32 ``(..., r, m)``.
       scale: A number.
     """
@@ -245,29 +256,17 @@ class LoRAMatrix:
     def merged(self) -> jax.Array:
         """The matrix, in the dtype of ``base``, rounded once."""
         dtype = float_dtype(self.base.dtype)
-        moved = self.scale * (self.a.astype(dtype) @ self.b.astype(dtype))
+        moved = self.scale * (self.a.mT.astype(dtype) @ self.b.astype(dtype))
         return (self.base.astype(dtype) + moved).astype(self.base.dtype)
 
 
 def add_low_rank(y: jax.Array, x: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    """``y + scale (x a) b`` in the dtype of ``y``, computed in float32 or wider, rounded once."""
+    """``y + scale (x a^T) b`` in the dtype of ``y``, computed in float32 or wider, rounded once."""
     dtype = float_dtype(y.dtype)
-    moved = scale * (x.astype(dtype) @ a.astype(dtype) @ b.astype(dtype))
+    moved = scale * (x.astype(dtype) @ a.mT.astype(dtype) @ b.astype(dtype))
     return (y.astype(dtype) + moved).astype(y.dtype)
 
 
 def is_matrix(leaf: Any) -> bool:
     """Whether it can have adapters: floats with two axes or more."""
     return getattr(leaf, "ndim", 0) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
-
-
-def check_pair(path: str, matrix: Any, pair: Mapping[str, Any]) -> None:
-    """Raises a ValueError unless adapters fit the matrix."""
-    *stack, n, m = jnp.shape(matrix)
-    a, b = jnp.shape(pair["a"]), jnp.shape(pair["b"])
-    rank = a[-1]
-    if a != (*stack, n, rank) or b != (*stack, rank, m):
-        raise ValueError(
-            f"adapters[{path!r}] must have a (..., {n}, r) and b (..., r, {m}) for a leaf of shape "
-            f"{jnp.shape(matrix)}, got {a} and {b}"
-        )

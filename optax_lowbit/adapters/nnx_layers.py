@@ -9,11 +9,11 @@ from optax_lowbit.adapters.lora import LoRA, LoRAMatrix, add_low_rank
 
 
 class LoRALinear(nnx.Module):
-    """A linear layer and its adapters: ``base(x) + scale (x a) b``.
+    """A linear layer and its adapters: ``base(x) + scale (x a^T) b``.
 
     Attributes:
       base: The layer, frozen.
-      lora_a: `nnx.LoRAParam`, float32 ``(..., n, r)``.
+      lora_a: `nnx.LoRAParam`, float32 ``(..., r, n)``.
       lora_b: `nnx.LoRAParam`, float32 ``(..., r, m)``.
       scale: A number.
     """
@@ -29,7 +29,7 @@ class LoRALinear(nnx.Module):
         return add_low_rank(self.base(x), x, self.lora_a[...], self.lora_b[...], self.scale)
 
     def merged(self) -> nnx.Linear:
-        """The base layer with another kernel: ``W + scale a b``, in the dtype of ``W``."""
+        """The base layer with another kernel: ``W + scale a^T b``, in the dtype of ``W``."""
         layer = nnx.clone(self.base)
         kernel = layer.kernel.get_value()
         matrix = LoRAMatrix(kernel, self.lora_a[...], self.lora_b[...], self.scale)
