@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 from tokenizers import Tokenizer
 
 from examples.llm.decoder import LanguageModel
@@ -16,7 +17,6 @@ from examples.llm.tasks.loading import Task, load_task, task_path
 from examples.llm.tasks.scoring import (
     OBJECTIVES,
     accuracy,
-    classification_loss,
     f1,
     option_scores,
     token_log_likelihoods,
@@ -108,12 +108,15 @@ class OptionProblem:
       judged: examples to judge by.
       objective: what is trained on; a name in `OBJECTIVES`.
       seed: chooses the training batches.
+      offsets: one for each option, taken away from its score where a model is judged; none if
+        empty.
     """
 
     train: Batches
     judged: Batches
     objective: str
     seed: int
+    offsets: tuple[float, ...] = ()
 
     def batch(self, step: int) -> OptionBatch:
         """A batch of random examples."""
@@ -129,11 +132,12 @@ class OptionProblem:
 
     def measure(self, model: LanguageModel, batch: OptionBatch) -> dict[str, jax.Array]:
         """Summed loss, and the prediction, label and weight of each example."""
-        likelihoods = token_log_likelihoods(model, batch)
-        predictions = jnp.argmax(option_scores(likelihoods, batch.mask), axis=-1)
+        scores = option_scores(token_log_likelihoods(model, batch), batch.mask)
+        if self.offsets:
+            scores -= jnp.array(self.offsets, jnp.float32)[None, :]
         return {
-            "loss": classification_loss(likelihoods, batch) * jnp.sum(batch.weights),
-            "predictions": predictions.astype(jnp.int32),
+            "loss": jnp.sum(batch.weights * cross_entropy(scores, batch.labels)),
+            "predictions": jnp.argmax(scores, axis=-1).astype(jnp.int32),
             "labels": batch.labels,
             "weights": batch.weights,
         }

@@ -3,15 +3,17 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
-from examples.llm.bench.cells import ZERO_SHOT, Cell, CellResult, Cost, run_cell
+from examples.llm.bench.cells import CALIBRATED, ZERO_SHOT, Bench, Cell, CellResult, Cost, run_cell
 from examples.llm.bench.command import cells_of, main
 from examples.llm.bench.report import Results, draw, markdown_table
 from examples.llm.bench.search import SEARCH_SEED, FinalRun, Trial, best_trial, search
 from examples.llm.bench.settings import BenchSettings
 from examples.llm.methods import METHODS
 from examples.llm.problems import Evaluation
+from examples.llm.tasks.scoring import option_scores, token_log_likelihoods
 
 
 def evaluation(accuracy, loss=1.0):
@@ -109,8 +111,9 @@ def test_results_are_kept_for_the_same_settings_only(results):
 def test_all_cells_are_there(tmp_path):
     settings = BenchSettings(task=("polarity", "sms"), tuning=("full", "lora"), method=("mezo",))
     assert [cell.name for cell in cells_of(settings, tmp_path)] == [
-        "polarity full zero-shot", "polarity full mezo", "polarity lora mezo",
-        "sms full zero-shot", "sms full mezo", "sms lora mezo",
+        "polarity full zero-shot", "polarity full zero-shot calibrated",
+        "polarity full mezo", "polarity lora mezo",
+        "sms full zero-shot", "sms full zero-shot calibrated", "sms full mezo", "sms lora mezo",
     ]  # fmt: skip
 
 
@@ -158,3 +161,15 @@ def test_a_cell_from_start_to_end(tiny_gguf, messages):
     assert (result.cost.steps, result.cost.forward_passes) == (3, 6)
     assert result.cost.peak_bytes > 0 and len(told) == 3
     assert json.dumps(dataclasses.asdict(result))
+
+
+def test_mean_scores_are_those_of_all_examples(tiny_gguf, messages):
+    settings = BenchSettings(
+        train_examples=20, dev_examples=7, test_examples=8, batch_size=4, sequence_length=64
+    )
+    bench = Bench(Cell(str(messages), "full", CALIBRATED, settings, tiny_gguf))
+    model = bench.tuned(0)
+    decoder = bench.model(model.trainable, model.frozen)
+    (batch,) = dataclasses.replace(bench.parts["dev"], size=7).all()
+    scores = option_scores(token_log_likelihoods(decoder, batch), batch.mask)
+    np.testing.assert_allclose(bench.mean_scores(model, "dev"), scores.mean(axis=0), rtol=1e-5)

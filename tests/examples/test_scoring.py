@@ -1,5 +1,7 @@
 """Batches of examples with options: scores by hand, padding, losses, F1."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -172,6 +174,19 @@ def test_a_whole_set_is_judged_as_if_it_were_one_batch(table):
     assert found.scores["accuracy"] == pytest.approx(rate)
     assert 0 < rate < 1
     assert found.scores["f1"] == pytest.approx(float(f1(predictions, whole.labels, whole.weights)))
+
+
+def test_offsets_are_taken_away_from_scores(table):
+    batch = one_batch(LONG, SHORT)
+    model = Bigrams(table)
+    problem = OptionProblem(Batches([LONG], 1), Batches([LONG], 1), "classification", 0)
+    found = scores(model, batch)
+    for favoured, offsets in enumerate(((0.0, 100.0), (100.0, 0.0))):
+        measured = dataclasses.replace(problem, offsets=offsets).measure(model, batch)
+        np.testing.assert_array_equal(measured["predictions"], [favoured, favoured])
+    np.testing.assert_array_equal(
+        problem.measure(model, batch)["predictions"], jnp.argmax(found, axis=-1)
+    )
 
 
 def test_random_batches_have_one_shape_and_go_through_all_examples():

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from examples.llm.bench.search import SEARCH_SEED, FinalRun, Trial, search
 from examples.llm.bench.settings import BenchSettings
@@ -18,6 +19,7 @@ from examples.llm.methods import EPS, METHODS, Hyperparameters, Optimizer
 from examples.llm.problems import Evaluation, OptionProblem, encoded_parts, make_judge
 from examples.llm.processes import Tell
 from examples.llm.tasks.loading import load_task, task_path
+from examples.llm.tasks.scoring import option_scores, token_log_likelihoods
 from examples.llm.tokenizer import read_tokenizer
 from examples.llm.training import (
     StepMeasurement,
@@ -28,7 +30,9 @@ from examples.llm.training import (
 )
 from examples.llm.tuning import Tuning, tuned
 
-ZERO_SHOT = "zero-shot"
+# The model as it is; and with each option's mean score on the development examples, whose labels
+# are not looked at, taken away from its score: a bias that training would first of all remove.
+ZERO_SHOT, CALIBRATED = UNTRAINED = ("zero-shot", "zero-shot calibrated")
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,8 @@ class Cell:
 
     Attributes:
       task: name or file.
-      tuning: scheme.
-      method: name in `METHODS`, or `ZERO_SHOT`: the model as it is.
+      tuning: scheme of tuning.
+      method: name in `METHODS` or `UNTRAINED`.
       settings: the benchmark's.
       model: the GGUF file.
     """
@@ -84,7 +88,7 @@ class CellResult:
 
     Attributes:
       trials: learning rates that were tried.
-      runs: final runs; of `ZERO_SHOT` one.
+      runs: final runs; of `UNTRAINED` one.
       learning_rate: the one chosen.
       eps: how far the method probed.
       cost: what the runs took.
@@ -103,10 +107,8 @@ def run_cell(cell: Cell, tell: Tell) -> CellResult:
     def say(text: str) -> None:
         tell(Stage(f"{cell.name}: {text}"))
 
-    if cell.method == ZERO_SHOT:
-        bench = _Bench(cell)
-        model = bench.tuned(0)
-        run = FinalRun(0, bench.judge(model, "dev"), bench.judge(model, "test"))
+    if cell.method in UNTRAINED:
+        run = _untrained(cell)
         say(f"accuracy {100 * run.test.scores['accuracy']:.1f}% on test")
         return CellResult([], [run])
     trainer = _Trainer(cell)
@@ -116,7 +118,18 @@ def run_cell(cell: Cell, tell: Tell) -> CellResult:
     return CellResult(trials, runs, rate, EPS[cell.tuning], trainer.cost())
 
 
-class _Bench:
+def _untrained(cell: Cell) -> FinalRun:
+    bench = Bench(cell)
+    model = bench.tuned(0)
+    if cell.method == CALIBRATED:
+        problem = replace(bench.problem, offsets=bench.mean_scores(model, "dev"))
+        bench.judge_model = make_judge(bench.model, problem)
+    return FinalRun(0, bench.judge(model, "dev"), bench.judge(model, "test"))
+
+
+class Bench:
+    """A model and a task, ready to be judged."""
+
     def __init__(self, cell: Cell):
         settings = self.settings = cell.settings
         self.cell = cell
@@ -142,15 +155,30 @@ class _Bench:
         self.costs: list[StepMeasurement] = []
 
     def tuned(self, seed: int) -> Tuning:
+        """The model as it is, for a run with this seed."""
         # Read again for every run: a copy to start from would count as memory of the method.
         parameters = GGUFModel(self.cell.model).parameters()
         return tuned(self.cell.tuning, self.graph, parameters, seed)
 
     def judge(self, tuning: Tuning, part: str) -> Evaluation:
+        """How well a model does on a part of the task."""
         return self.judge_model(tuning.trainable, tuning.frozen, self.parts[part].all())
 
+    def mean_scores(self, tuning: Tuning, part: str) -> tuple[float, ...]:
+        """The mean score of each option over a part."""
 
-class _Trainer(_Bench):
+        @jax.jit
+        def totals(trainable, frozen, batch):
+            likelihoods = token_log_likelihoods(self.model(trainable, frozen), batch)
+            scores = option_scores(likelihoods, batch.mask)
+            return jnp.sum(batch.weights[:, None] * scores, axis=0)
+
+        batches = self.parts[part]
+        sums = [totals(tuning.trainable, tuning.frozen, batch) for batch in batches.all()]
+        return tuple((np.sum(sums, axis=0) / len(batches.examples)).tolist())
+
+
+class _Trainer(Bench):
     def __init__(self, cell: Cell):
         super().__init__(cell)
         self.method, settings = METHODS[cell.method], cell.settings

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 import tyro
 
-from examples.llm.bench.cells import ZERO_SHOT, Cell, run_cell
+from examples.llm.bench.cells import UNTRAINED, Cell, run_cell
 from examples.llm.bench.report import Results, draw, markdown_table
 from examples.llm.bench.settings import BenchSettings
 from examples.llm.command import run_and_report
@@ -64,7 +64,7 @@ def cells_of(settings: BenchSettings, model: Path) -> list[Cell]:
     """All cells: of each task the untrained model, then every tuning with its methods."""
     cells = []
     for task in settings.task:
-        cells.append(Cell(task, "full", ZERO_SHOT, settings, model))
+        cells += [Cell(task, "full", name, settings, model) for name in UNTRAINED]
         cells += [
             Cell(task, tuning, method, settings, model)
             for tuning in settings.tuning

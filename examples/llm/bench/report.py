@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib.figure
 
-from examples.llm.bench.cells import ZERO_SHOT, Cell, CellResult
+from examples.llm.bench.cells import UNTRAINED, Cell, CellResult
 from examples.llm.bench.settings import BenchSettings
 
 # What a result is made with; a file made with something else is not added to.
@@ -108,7 +108,7 @@ def draw(cells: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     axes = figure.subplots(len(tasks), 2, squeeze=False)
     for (left, right), task in zip(axes, tasks, strict=True):
         ours = [cell for cell in cells.values() if cell["task"] == task]
-        trained = [cell for cell in ours if cell["method"] != ZERO_SHOT]
+        trained = [cell for cell in ours if cell["method"] not in UNTRAINED]
         methods = list(dict.fromkeys(cell["method"] for cell in trained))
         schemes = list(dict.fromkeys(cell["tuning"] for cell in trained))
         for number, scheme in enumerate(schemes):
@@ -121,8 +121,9 @@ def draw(cells: Mapping[str, Mapping[str, Any]], path: Path) -> None:
             peaks = [cell["cost"]["peak_bytes"] / _MEBIBYTE for cell in chosen]
             right.barh(places, peaks, height, label=scheme)
         for cell in ours:
-            if cell["method"] == ZERO_SHOT:
-                left.axvline(spread(cell, "accuracy")[0], color="black", ls="--", label=ZERO_SHOT)
+            if cell["method"] in UNTRAINED:
+                style = {"ls": ("--", ":")[UNTRAINED.index(cell["method"])], "color": "black"}
+                left.axvline(spread(cell, "accuracy")[0], label=cell["method"], **style)
         for part, label in ((left, "test accuracy, %"), (right, "peak memory, MiB")):
             centers = [row + 0.4 - 0.4 / max(len(schemes), 1) for row in range(len(methods))]
             part.set_yticks(centers, methods)
