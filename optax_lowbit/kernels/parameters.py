@@ -44,11 +44,19 @@ def descended(update: jax.Array, descent: Descent | None) -> jax.Array:
     return rounded(new, descent.params.dtype, descent.key)
 
 
-def rounded(x: jax.Array, dtype: jax.typing.DTypeLike, key: random_bits.Key | None) -> jax.Array:
-    """``x`` as ``dtype``: to nearest, or stochastically if that is bfloat16 and there is a key."""
+def rounded(
+    x: jax.Array,
+    dtype: jax.typing.DTypeLike,
+    key: random_bits.Key | None,
+    indices: tuple[jax.Array, jax.Array] | None = None,
+) -> jax.Array:
+    """``x`` as ``dtype``: to nearest, or stochastically if that is bfloat16 and there is a key.
+
+    ``indices`` are rows and columns in the leaf of which ``x`` is a part; None: it is all of it.
+    """
     if key is None or dtype != jnp.bfloat16:
         return x.astype(dtype)
-    noise = random_bits.halves(key, *element_indices(x.shape))
+    noise = random_bits.halves(key, *(element_indices(x.shape) if indices is None else indices))
     return stochastic_bfloat16(x.astype(jnp.float32), noise)
 
 

@@ -19,8 +19,14 @@ def check_optimizer(optimizer: Any) -> None:
         check_number(name, getattr(optimizer, name))
     if is_concrete(optimizer.eps) and not optimizer.eps > 0:
         raise ValueError(f"eps must be above 0, got {optimizer.eps!r}")
-    if optimizer.clip is not None and not (is_concrete(optimizer.clip) and optimizer.clip > 0):
-        raise ValueError(f"clip must be a number above 0 or None, got {optimizer.clip!r}")
+    clip = optimizer.clip
+    if callable(clip) or (clip is not None and is_concrete(clip) and not clip > 0):
+        raise ValueError(f"clip must be a number above 0 or None, got {clip!r}")
+    if optimizer.active_probes is not None and not callable(optimizer.active_probes):
+        raise TypeError(
+            f"active_probes must be a schedule or None, got {optimizer.active_probes!r}; a fixed "
+            f"number of probes is num_probes"
+        )
     for name in ("trainable", "weight_decay_mask"):
         check_choice(name, getattr(optimizer, name))
 
@@ -30,6 +36,15 @@ def check_number(name: str, value: Any) -> None:
     is_scalar = isinstance(value, int | float | np.number | np.ndarray | jax.Array)
     if not callable(value) and (not is_scalar or jnp.ndim(value) or isinstance(value, bool)):
         raise TypeError(f"{name} must be a number or a schedule, got {value!r}")
+
+
+def check_decay_rate(name: str, value: Any) -> None:
+    """Raises unless ``value`` is a number from 0 to below 1."""
+    if callable(value):
+        raise TypeError(f"{name} must be a number, got the schedule {value!r}")
+    check_number(name, value)
+    if is_concrete(value) and not 0 <= value < 1:
+        raise ValueError(f"{name} must be from 0 to below 1, got {value!r}")
 
 
 def check_choice(name: str, choice: Any) -> None:

@@ -77,8 +77,10 @@ def split(params: Any, trainable: Choice | None = None) -> Trainable:
 def slope_sum(
     noise: Noise, probe: Probe, keys: jax.Array, slopes: jax.Array, rows: Rows,
     zero: jax.typing.ArrayLike,
+    each: Callable[[jax.Array], jax.Array] = lambda z: z,
+    active: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
-    """``sum_i slopes[i] * z_i`` at some rows, float32, added in order.
+    """``sum_i slopes[i] * each(z_i)`` at some rows, float32, added in order.
 
     Args:
       noise: The distribution.
@@ -87,17 +89,21 @@ def slope_sum(
       slopes: float32 ``(n,)``.
       rows: Where.
       zero: A uint32 0 that delays the drawing; see `late_perturbation.data_zero`.
+      each: Done to each direction.
+      active: int32 ``()``: after so many the slopes are 0, and nothing is drawn; None: all count.
     """
     zero = jnp.uint32(zero)
 
     def term(i):
         first, second = keys[i, rows.leaf]
-        return slopes[i] * noise.draw(probe._replace(key=(first + zero, second), zero=zero), rows)
+        z = noise.draw(probe._replace(key=(first + zero, second), zero=zero), rows)
+        return slopes[i] * each(z)
 
     if len(slopes) == 1:
         return term(0)
     start = jnp.zeros_like(widened(rows.values))
-    return jax.lax.fori_loop(0, len(slopes), lambda i, total: total + term(i), start)
+    count = len(slopes) if active is None else active
+    return jax.lax.fori_loop(0, count, lambda i, total: total + term(i), start)
 
 
 # A number that no probe has.

@@ -5,7 +5,7 @@ the gradient.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,16 @@ class Estimator:
     def evaluations(self, num_probes: int) -> int:
         """How often the loss is evaluated."""
         return len(self.signs) * num_probes + self.uses_base
+
+    def point(self, number: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
+        """The probe of an evaluation, and where along it: int32 and float32, ``()``.
+
+        The evaluation at the parameters, if there is one, comes first; then probe by probe.
+        """
+        place = jnp.asarray(number, jnp.int32) - int(self.uses_base)
+        probe, sign = jnp.divmod(jnp.maximum(place, 0), len(self.signs))
+        signs = jnp.asarray(self.signs, jnp.float32)
+        return probe, jnp.where(place < 0, jnp.float32(0), signs[sign])
 
     def coefficients(self, base: jax.Array | None, losses: jax.Array, eps: Any) -> jax.Array:
         """From the loss at the parameters and ``(probes, signs)`` losses, float32 ``(probes,)``."""
@@ -77,6 +87,7 @@ def measure(
     keys: jax.Array,
     eps: jax.Array,
     probe_batch: int,
+    active: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The loss and the coefficients.
 
@@ -86,23 +97,64 @@ def measure(
       keys: uint32 ``(probes, leaves, 2)``.
       eps: float32 ``()``.
       probe_batch: Probes evaluated together.
+      active: int32 ``()``: only so many are evaluated, at least one; None: all.
 
     Returns:
       The loss, float32 ``()``: at the parameters if it is evaluated there, or the mean of what was
-      evaluated. And float32 ``(probes,)``.
+      evaluated. And float32 ``(probes,)``, with 0 for probes that were not.
     """
     if isinstance(estimator, ForwardGradient):
-        losses, slopes = over_probes(lambda key: derivative(phi, key), keys, probe_batch)
+        losses, slopes = over_probes(lambda key: derivative(phi, key), keys, probe_batch, active)
         return losses[0], slopes
     base = phi.here() if estimator.uses_base else None
-    signs = jnp.asarray(estimator.signs, jnp.float32)
+    losses = losses_along(estimator.signs, phi, keys, eps, probe_batch, active)
+    return reading(estimator, base, losses, eps, active)
 
-    def along(key):
-        return jax.lax.map(lambda sign: phi.at(key, sign * eps), signs)
 
-    losses = over_probes(along, keys, probe_batch)
+def reading(
+    estimator: Estimator,
+    base: jax.Array | None,
+    losses: jax.Array,
+    eps: jax.Array,
+    active: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The loss and the coefficients, from the values of the loss, 0 where it was not evaluated."""
     coefficients = estimator.coefficients(base, losses, eps)
-    return jnp.mean(losses) if base is None else base, coefficients
+    mean = jnp.mean(losses)
+    if active is not None:
+        # Losses that were not evaluated are 0.
+        mean = mean * (jnp.float32(len(losses)) / active.astype(jnp.float32))
+        coefficients = jnp.where(jnp.arange(len(losses)) < active, coefficients, jnp.float32(0))
+    return mean if base is None else base, coefficients
+
+
+def losses_along(
+    signs: Sequence[float],
+    phi: Slice,
+    keys: jax.Array,
+    eps: jax.Array,
+    probe_batch: int,
+    active: jax.Array | None = None,
+) -> jax.Array:
+    """The losses at ``signs * eps`` along each direction: float32 ``(probes, signs)``."""
+    places = jnp.asarray(signs, jnp.float32) * eps
+    return over_probes(
+        lambda key: jax.lax.map(lambda s: phi.at(key, s), places), keys, probe_batch, active
+    )
+
+
+def value_estimator(estimator: Estimator | ForwardGradient) -> Estimator:
+    """The estimator, of which values of the loss are enough.
+
+    Raises:
+      TypeError: If it differentiates the loss.
+    """
+    if isinstance(estimator, Estimator):
+        return estimator
+    raise TypeError(
+        "estimator must be one of values of the loss, such as Central() or OneSided(), where the "
+        f"loss is evaluated apart; got {estimator}, which differentiates it"
+    )
 
 
 def derivative(phi: Slice, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -122,10 +174,41 @@ def curvature(phi: Slice, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Arr
     return loss, slope, second
 
 
-def over_probes(fun: Callable[[jax.Array], Any], keys: jax.Array, batch: int) -> Any:
-    """``fun`` of each key, ``batch`` of them at a time: more memory, and larger matmuls."""
+def over_probes(
+    fun: Callable[[jax.Array], Any],
+    keys: jax.Array,
+    batch: int,
+    active: jax.Array | None = None,
+) -> Any:
+    """``fun`` of each key, ``batch`` of them at a time: more memory, and larger matmuls.
+
+    With ``active``, of the first so many, and then zeros.
+    """
     if len(keys) == 1:
         return jax.tree.map(lambda x: x[None], fun(keys[0]))
-    if batch >= len(keys):
+    batch = min(batch, len(keys))
+    if active is not None:
+        return _over_first(fun, keys, batch, active)
+    if batch == len(keys):
         return jax.vmap(fun)(keys)
     return jax.lax.map(fun, keys, batch_size=batch if batch > 1 else None)
+
+
+def _over_first(fun, keys, batch, active) -> Any:
+    shapes = jax.eval_shape(fun, keys[0])
+    zeros = jax.tree.map(lambda x: jnp.zeros((len(keys), *x.shape), x.dtype), shapes)
+
+    def turn(i, results):
+        # Where fewer than a batch are left, both slices begin earlier.
+        some = jax.lax.dynamic_slice_in_dim(keys, i * batch, batch)
+        new = jax.vmap(fun)(some) if batch > 1 else jax.tree.map(lambda x: x[None], fun(some[0]))
+        return jax.tree.map(
+            lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, i * batch, 0), results, new
+        )
+
+    results = jax.lax.fori_loop(0, (active + (batch - 1)) // batch, turn, zeros)
+    is_active = jnp.arange(len(keys)) < active
+    return jax.tree.map(
+        lambda x: jnp.where(is_active.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros_like(x)),
+        results,
+    )

@@ -19,6 +19,10 @@ from optax_lowbit.moments.equations import bind, read
 from optax_lowbit.zo.rows import Rows, whole
 from optax_lowbit.zo.views import Pending, takes_rows_only, viewed
 
+# The `jax.ad_checkpoint.checkpoint_name` of a parameter that a loop is to have perturbed in each
+# turn, where it is used there, and not once before the loop.
+IN_EACH_TURN = "optax_lowbit.zo.in_each_turn"
+
 # Gives the perturbed values of rows. The second argument is an element of what the program computed
 # last, a float, for :func:`data_zero`.
 Perturb = Callable[[Rows, jax.Array], jax.Array]
@@ -181,16 +185,16 @@ def _has_row_per_turn(x: Pending) -> bool:
 
 
 def _for_loop(evaluation: _Evaluation, body: Jaxpr, consts: Sequence[Any], first: int) -> list[Any]:
-    """What a loop closes over: perturbed before it, unless the body only reads rows of it."""
+    """What a loop closes over: perturbed before it, unless the body reads rows or names it."""
     result = []
     for var, x in zip(body.invars[first:], consts):
-        if isinstance(x, Pending) and not _only_rows_are_read(body, var):
+        if isinstance(x, Pending) and not _may_be_perturbed_inside(body, var):
             (x,) = evaluation.settled([x])
         result.append(x)
     return result
 
 
-def _only_rows_are_read(body: Jaxpr, var: Any) -> bool:
+def _may_be_perturbed_inside(body: Jaxpr, var: Any) -> bool:
     if var in body.outvars:
         return False
     for equation in body.eqns:
@@ -199,11 +203,15 @@ def _only_rows_are_read(body: Jaxpr, var: Any) -> bool:
                 continue
             if equation.primitive.name == "jit":
                 called = equation.params["jaxpr"].jaxpr
-                if not _only_rows_are_read(called, called.invars[place]):
+                if not _may_be_perturbed_inside(called, called.invars[place]):
                     return False
-            elif not takes_rows_only(equation, place):
+            elif not takes_rows_only(equation, place) and not _is_for_each_turn(equation):
                 return False
     return True
+
+
+def _is_for_each_turn(equation: JaxprEqn) -> bool:
+    return equation.primitive.name == "name" and equation.params["name"] == IN_EACH_TURN
 
 
 def _while(evaluation: _Evaluation, equation: JaxprEqn, operands: list[Any]) -> Sequence[Any]:

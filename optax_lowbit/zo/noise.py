@@ -6,7 +6,7 @@ comes from its path.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,15 @@ class Probe(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
-    """A distribution of directions ``z`` with ``E[z z^T] = I`` on what it spans."""
+    """A distribution of directions ``z`` with ``E[z z^T] = I`` on what it spans.
+
+    Attributes:
+      has_unit_squares: Whether every element of ``z`` is 1 or -1.
+      uses: Names of the moments that :meth:`draw` is given in ``rows.companions``.
+    """
+
+    has_unit_squares: ClassVar[bool] = False
+    uses: ClassVar[tuple[str, ...]] = ()
 
     def prepare(self, prepared: Any, params: Any, run: random_bits.Key, step: jax.Array) -> Any:
         """What :attr:`Probe.prepared` is in a step: small arrays.
@@ -65,6 +73,8 @@ class Rademacher(Noise):
       >>> from optax_lowbit import zo
       >>> opt = zo.zo_sgd(1e-6, noise=zo.Rademacher())
     """
+
+    has_unit_squares: ClassVar[bool] = True
 
     def draw(self, probe, rows):
         """One word of the cipher is 32 signs of a row."""

@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from optax_lowbit.quant import random_bits
 
@@ -29,6 +30,11 @@ class Rows:
     numbers: jax.Array
     companions: Any = ()
     leaf: int = dataclasses.field(default=0, metadata={"static": True})
+
+    def indices(self) -> tuple[jax.Array, jax.Array]:
+        """Row and column in the leaf of each element, uint32."""
+        columns = random_bits.element_indices(self.values.shape)[1]
+        return jnp.broadcast_to(self.numbers, columns.shape), columns
 
 
 def whole(leaf: int, values: jax.Array, companions: Any = ()) -> Rows:

@@ -3,7 +3,7 @@
 import optax
 
 from optax_lowbit.zo.directions import Choice
-from optax_lowbit.zo.estimators import Central, Estimator
+from optax_lowbit.zo.estimators import Central, Estimator, ForwardGradient
 from optax_lowbit.zo.noise import Noise, Rademacher
 from optax_lowbit.zo.optimizer import ZeroOrderOptimizer
 from optax_lowbit.zo.updates import Descend
@@ -15,11 +15,12 @@ def zo_sgd(
     num_probes: int = 1,
     *,
     noise: Noise = Rademacher(),
-    estimator: Estimator = Central(),
+    estimator: Estimator | ForwardGradient = Central(),
     weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: Choice | None = None,
     trainable: Choice | None = None,
     clip: float | None = None,
+    active_probes: optax.Schedule | None = None,
     probe_batch: int = 1,
 ) -> ZeroOrderOptimizer:
     r"""Descends along random directions: MeZO.
@@ -29,7 +30,8 @@ def zo_sgd(
       \theta \leftarrow \theta - \frac{\eta}{q} \sum_{i=1}^q c_i z_i - \eta \lambda \theta
 
     Parameters are not changed to evaluate the loss, and their sum with a direction is rounded to
-    their dtype once. Updates of bfloat16 parameters are rounded stochastically.
+    their dtype once. Updates of bfloat16 parameters are rounded stochastically. A step whose loss
+    is not finite changes nothing.
 
     **Memory.** Nothing is kept, and neither a direction nor a perturbed copy of the parameters is
     ever held: each leaf is perturbed where the loss uses it. A step needs what the loss needs, and
@@ -41,14 +43,17 @@ def zo_sgd(
         the distance between neighbouring values of a parameter: 1e-3 for bfloat16 weights of .02.
       num_probes: Directions :math:`q` in each step; their estimates are averaged.
       noise: The distribution of directions.
-      estimator: How the loss's slope is found: :class:`Central`, of two evaluations a probe,
-        :class:`OneSided`, of one, and one more in all.
+      estimator: How a coefficient :math:`c_i` is found: :class:`Central`, of two evaluations a
+        probe; :class:`OneSided`, of one, and one more in all; :class:`ForwardGradient`.
       weight_decay: Rate :math:`\lambda` of the decay, scaled by the learning rate, or a schedule.
       weight_decay_mask: Which leaves decay: a regular expression searched for in a leaf's path
         (``layers/0/kernel``), or a predicate of path and leaf; None: all that train.
       trainable: Which float leaves train, chosen in the same way; None: all.
       clip: Largest magnitude of a coefficient :math:`c_i`; None: not clipped.
-      probe_batch: Probes that are evaluated together, by `jax.vmap`.
+      active_probes: A schedule of how many of the probes are evaluated in a step, from 1 to
+        ``num_probes``; the mean is over these, and the others cost nothing. None: all.
+      probe_batch: Probes that are evaluated together, by `jax.vmap`: larger matmuls, and as many
+        perturbed leaves at once.
 
     Returns:
       The optimizer: ``init(params, key)`` and ``step(loss_fn, params, state, *args)``.
@@ -79,5 +84,5 @@ def zo_sgd(
     return ZeroOrderOptimizer(
         rule=Descend(), learning_rate=learning_rate, eps=eps, num_probes=num_probes, noise=noise,
         estimator=estimator, weight_decay=weight_decay, weight_decay_mask=weight_decay_mask,
-        trainable=trainable, clip=clip, probe_batch=probe_batch,
+        trainable=trainable, clip=clip, active_probes=active_probes, probe_batch=probe_batch,
     )  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optax_lowbit.kernels.parameters import rounded
 from optax_lowbit.kernels.reference import widened
 from optax_lowbit.zo.directions import Trainable, slope_sum
 from optax_lowbit.zo.late_perturbation import Perturb, call_perturbed, data_zero
@@ -46,16 +47,25 @@ class Slice:
         """The loss at ``theta + s z``; ``key`` has the keys of all leaves, ``(leaves, 2)``."""
         return self.along(key[None], jnp.asarray(s, jnp.float32)[None])
 
-    def along(self, keys: jax.Array, slopes: jax.Array) -> jax.Array:
+    def along(
+        self, keys: jax.Array, slopes: jax.Array, rounding: jax.Array | None = None
+    ) -> jax.Array:
         """The loss at ``theta + sum_i slopes[i] z_i``: float32.
 
         Each sum is made in float32 and cast to the dtype of its leaf once.
+
+        Args:
+          keys: uint32 ``(n, leaves, 2)``.
+          slopes: float32 ``(n,)``.
+          rounding: uint32 ``(leaves, 2)``: keys for stochastic rounding; None: to nearest.
         """
 
         def perturb(rows, latest):
             zero = data_zero(latest)
             moved = slope_sum(self.noise, self.probe, keys, slopes, rows, zero)
-            return (widened(rows.values) + moved).astype(rows.values.dtype)
+            key = None if rounding is None else tuple(rounding[rows.leaf])
+            moved = widened(rows.values) + moved
+            return rounded(moved, rows.values.dtype, key, rows.indices())
 
         return self._called(perturb, slopes)
 

@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_lowbit.kernels import tiling
 from optax_lowbit.kernels.parameters import Descent, rounded
@@ -26,26 +27,36 @@ class Leaf:
 
     Attributes:
       rows: Its values, and the moments by name as companions.
-      draw: ``(slopes, rows) -> sum_i slopes[i] z_i``, float32.
+      draw: ``(slopes, rows, each) -> sum_i slopes[i] * each(z_i)``, float32; without ``each``, of
+        the directions themselves.
       key: For stochastic rounding of parameters and moments.
       count: int32 ``()``: steps taken before this one.
       decays: Whether weight decay applies.
+      scalars: The rule's scalars, after this step.
     """
 
     rows: Rows
-    draw: Callable[[jax.Array, Rows], jax.Array]
+    draw: Callable[..., jax.Array]
     key: random_bits.Key
     count: jax.Array
     decays: bool
+    scalars: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
 
 
-class Rule(Protocol):
-    """How coefficients become new parameters."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """How coefficients become new parameters.
 
-    @property
-    def moments(self) -> Mapping[str, Moment]:
-        """What is kept for every element, by name."""
-        ...
+    A record of zeros stands for a step that is not taken: nothing is updated then, neither
+    parameters nor moments nor scalars.
+
+    Attributes:
+      moments: What is kept for every element, by name.
+      scalars: Small arrays that are kept beside, by name, as they are at first.
+    """
+
+    moments: Mapping[str, Moment] = dataclasses.field(default_factory=dict)
+    scalars: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def record(self, coefficients: jax.Array, rate: jax.Array, decay: jax.Array) -> jax.Array:
         """The numbers that an update is made from: float32 ``(k,)``.
@@ -55,22 +66,27 @@ class Rule(Protocol):
           rate: The learning rate.
           decay: The weight decay.
         """
-        ...
+        raise NotImplementedError
+
+    def advance(
+        self, scalars: dict[str, jax.Array], record: jax.Array, count: jax.Array
+    ) -> dict[str, jax.Array]:
+        """The scalars after a step with this record, the step of number ``count``, from 0."""
+        del record, count
+        return scalars
 
     def update(self, record: jax.Array, leaf: Leaf) -> tuple[jax.Array, dict[str, Any]]:
         """New values of the leaf, in its dtype, and its new moments."""
-        ...
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
-class Descend:
+class Descend(Rule):
     """``theta <- (1 - eta lambda) theta - eta sum_i c_i z_i``; nothing is kept.
 
     The record has ``-eta c_i``, so replaying needs no learning rate, and then ``eta lambda``. With
     signs for ``z`` each product is exact: the result does not depend on how it was compiled.
     """
-
-    moments: Mapping[str, Moment] = dataclasses.field(default_factory=dict, init=False)
 
     def record(self, coefficients, rate, decay):
         """Slopes, and the share of each parameter that is taken away."""
@@ -78,71 +94,124 @@ class Descend:
 
     def update(self, record, leaf):
         """Adds the directions to what decay leaves."""
-        values = widened(leaf.rows.values)
-        moved = leaf.draw(record[:-1], leaf.rows)
-        if leaf.decays:
-            values = values - uncontracted(record[-1] * values, leaf.count)
-        return rounded(values + moved, leaf.rows.values.dtype, leaf.key), {}
+        return moved(leaf, leaf.draw(record[:-1], leaf.rows), record[-1]), {}
 
 
 @dataclasses.dataclass(frozen=True)
-class Stepped:
-    """A first-order optimizer's own step on the estimate of one leaf's gradient at a time.
-
-    Attributes:
-      moments: What it keeps.
-      step: Given the number of the step, from 1: what it does to a piece of a leaf in float32.
-      fused: The same as the kernels know it.
-    """
-
-    moments: Mapping[str, Moment]
-    step: Callable[[jax.Array], Step]
-    fused: Fused | None = None
+class DescendSign(Rule):
+    """``theta <- (1 - eta lambda) theta - eta sign(sum_i c_i z_i)``; nothing is kept."""
 
     def record(self, coefficients, rate, decay):
         """Coefficients, the learning rate and the weight decay."""
         return jnp.concatenate([coefficients, rate[None], decay[None]])
 
     def update(self, record, leaf):
-        """Estimate, step and descend."""
+        """A step of the same size everywhere, and none where the estimate is 0."""
         rate, decay = record[-2], record[-1]
-        stored, key = leaf.rows.companions, leaf.key
-        descent = Descent(
-            leaf.rows.values, rate, decay if leaf.decays else jnp.float32(0),
-            random_bits.fold_in(key, 1),
-        )  # fmt: skip
+        signs = jnp.sign(leaf.draw(record[:-2], leaf.rows))
+        return moved(leaf, -rate * signs, rate * decay), {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stepped(Rule):
+    """A first-order optimizer's own step on the estimate of one leaf's gradient at a time.
+
+    Attributes:
+      step: Given the number of the step, from 1: what it does to a piece of a leaf in float32.
+      fused: The same as the kernels know it.
+      scalars: The number of steps taken; those that were not are not counted.
+    """
+
+    step: Callable[[jax.Array], Step]
+    fused: Fused | None = None
+    scalars: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"count": np.int32(0)})
+
+    def record(self, coefficients, rate, decay):
+        """Coefficients, the learning rate and the weight decay."""
+        return jnp.concatenate([coefficients, rate[None], decay[None]])
+
+    def advance(self, scalars, record, count):
+        """Counts the step."""
+        return {"count": scalars["count"] + 1}
+
+    def update(self, record, leaf):
+        """Estimate, step and descend."""
         estimate = leaf.draw(record[:-2], leaf.rows)
-        count = leaf.count + 1
-        scalars = None if self.fused is None else self.fused.scalars(count)
-        return step_leaf(
-            self.step(count), self.fused, "auto", scalars, estimate, stored, key, descent=descent
-        )
+        return stepped(
+            leaf, estimate, leaf.rows.companions, self.step, self.fused, leaf.scalars["count"],
+            rate=record[-2], decay=record[-1],
+        )  # fmt: skip
+
+
+def stepped(
+    leaf: Leaf,
+    estimate: jax.Array,
+    moments: dict[str, Any],
+    step: Callable[[jax.Array], Step],
+    fused: Fused | None,
+    count: jax.Array,
+    rate: jax.Array,
+    decay: jax.Array,
+) -> tuple[jax.Array, dict[str, Any]]:
+    """``p - rate * (u + decay * p)`` with ``u`` of step number ``count``, and the new moments."""
+    descent = Descent(
+        leaf.rows.values, rate, decay if leaf.decays else jnp.float32(0),
+        random_bits.fold_in(leaf.key, 1),
+    )  # fmt: skip
+    scalars = None if fused is None else fused.scalars(count)
+    return step_leaf(
+        step(count), fused, "auto", scalars, estimate, moments, leaf.key, descent=descent
+    )
+
+
+def moved(leaf: Leaf, by: jax.Array, share: jax.Array) -> jax.Array:
+    """The values less a share of them, if they decay, plus ``by``; in their dtype."""
+    values = widened(leaf.rows.values)
+    if leaf.decays:
+        values = values - uncontracted(share * values, leaf.count)
+    return rounded(values + by, leaf.rows.values.dtype, leaf.key, leaf.rows.indices())
+
+
+def is_taken(record: jax.Array) -> jax.Array:
+    """Whether a record is that of a step: one of zeros is not."""
+    return jnp.any(record != 0)
 
 
 def update_leaf(rule: Rule, record: jax.Array, leaf: Leaf) -> tuple[jax.Array, dict[str, Any]]:
-    """The rule on a leaf, slice by slice if it is a large stack."""
+    """The rule on a leaf, slice by slice if it is a large stack; nothing if no step is taken."""
     rows = leaf.rows
+    if not rule.moments:
+        new, _ = rule.update(record, leaf)
+        return jnp.where(is_taken(record), new, rows.values), {}
     arrays = jax.tree.leaves((rows.values, rows.companions))
-    is_stack = rows.values.ndim > 2 and rows.values.size > STACK_ELEMENTS and rule.moments
-    if not is_stack or any(len(x) != len(rows.values) for x in arrays):
-        return rule.update(record, leaf)
+    is_stack = rows.values.ndim > 2 and rows.values.size > STACK_ELEMENTS
+    is_stack = is_stack and all(len(x) == len(rows.values) for x in arrays)
     dtypes = jax.tree.map(lambda x: x.dtype, (rows.values, rows.companions))
 
     def turn(i, state):
-        part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), state)
+        part = _slice_of(state, i) if is_stack else state
         values, moments = jax.tree.map(tiling.from_bits, part, dtypes)
-        number = jax.lax.dynamic_index_in_dim(rows.numbers, i, keepdims=False)
-        own = Rows(values, number, moments, rows.leaf)
-        key = random_bits.fold_in(leaf.key, i)
-        new = rule.update(record, dataclasses.replace(leaf, rows=own, key=key))
-        return jax.tree.map(
-            lambda x, y: jax.lax.dynamic_update_index_in_dim(x, tiling.as_bits(y), i, 0),
-            state, new,
+        number = _slice_of(rows.numbers, i) if is_stack else rows.numbers
+        own = dataclasses.replace(
+            leaf, rows=dataclasses.replace(rows, values=values, numbers=number, companions=moments),
+            key=random_bits.fold_in(leaf.key, i) if is_stack else leaf.key,
         )  # fmt: skip
+        new = jax.tree.map(tiling.as_bits, rule.update(record, own))
+        if not is_stack:
+            return new
+        return jax.tree.map(
+            lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0), state, new
+        )
 
+    # A loop updates what it carries in place. A choice between old and new would hold both.
     state = jax.tree.map(tiling.as_bits, (rows.values, rows.companions))
-    state = jax.lax.fori_loop(0, len(rows.values), turn, state)
+    turns = jnp.where(is_taken(record), len(rows.values) if is_stack else 1, 0)
+    state = jax.lax.fori_loop(0, turns, turn, state)
     return jax.tree.map(tiling.from_bits, state, dtypes)
+
+
+def _slice_of(arrays: Any, i: jax.Array) -> Any:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), arrays)
 
 
 def uncontracted(x: jax.Array, number: jax.Array) -> jax.Array:
