@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -80,7 +81,8 @@ class Method:
       learning_rates: by each scheme of tuning that it can be used with, unless the user gives
         another.
       forward_passes: evaluations of the loss in a step, by scheme.
-      derivative: how a step differentiates the loss: `backward`, `jvp`, or not at all.
+      derivative: how a step differentiates the loss, in a word: `backward` if by backpropagation
+        through everything; empty if not at all.
     """
 
     build: Callable[[Hyperparameters], Optimizer]
@@ -131,9 +133,49 @@ def _zeroth_order(
     return Method(build, rates, dict.fromkeys(rates, forward_passes))
 
 
+def _forward_gradient(rates: Mapping[str, float]) -> Method:
+    """Exact directional derivatives: there is no `eps`."""
+
+    def build(chosen: Hyperparameters) -> Optimizer:
+        return zo.forward_grad(chosen.learning_rate)
+
+    return Method(build, rates, dict.fromkeys(rates, 1), derivative="jvp")
+
+
+# What is probed and updated together, by scheme: parts of all layers, since those are stacked.
+_BLOCKS = {
+    "full": ("embedding|head|norm", r"attention/", r"feed_forward/"),
+    "lora": ("query", "value"),
+    "prefix": ("keys", "values"),
+}
+
+
+def _blockwise(rates: Mapping[str, float]) -> Method:
+    """MeZO, one block after the other."""
+
+    def build(chosen: Hyperparameters) -> Optimizer:
+        return zo.blockwise(zo.zo_sgd(chosen.learning_rate, chosen.eps), _BLOCKS[chosen.tuning])
+
+    passes = {scheme: 2 * len(blocks) for scheme, blocks in _BLOCKS.items()}
+    return Method(build, {scheme: rates[scheme] for scheme in _BLOCKS}, passes)
+
+
+def _hybrid(rate: float) -> Method:
+    """Adam for what comes after the layers, whose backpropagation stops there; MeZO before it."""
+
+    def build(chosen: Hyperparameters) -> Optimizer:
+        probed = zo.zo_sgd(chosen.learning_rate, chosen.eps)
+        adam = optax.adam(chosen.learning_rate * (_ADAM_RATE / rate))
+        return zo.hybrid(probed, adam, first_order="^(final_norm|head)/")
+
+    return Method(build, {"full": rate}, {"full": 2}, derivative="last backward")
+
+
 _ADAM_RATE, _SGD_RATE = 5e-5, 5e-3
 _MOMENTUM = {"momentum": 0.9}
 _MEZO_RATES = {"full": 1e-6, "lora": 1e-4, "prefix": 1e-3, "prompt": 1e-3}
+# Of methods whose steps are as long as the learning rate, however steep the loss is.
+_SIGN_RATES = {"full": 1e-5, "lora": 1e-3, "prefix": 1e-2, "prompt": 1e-2}
 
 METHODS: dict[str, Method] = {
     "adamw": _first_order(optax.adamw, _ADAM_RATE),
@@ -147,6 +189,15 @@ METHODS: dict[str, Method] = {
     "factor4bit": _first_order(optax_lowbit.factor4bit, _ADAM_RATE),
     "sgd4bit": _first_order(optax_lowbit.sgd4bit, _SGD_RATE, **_MOMENTUM),
     "mezo": _zeroth_order(zo.zo_sgd, _MEZO_RATES),
+    "zo-momentum": _zeroth_order(zo.zo_sgd_momentum, _MEZO_RATES),
+    "zo-sign": _zeroth_order(zo.zo_sgd_sign, _SIGN_RATES),
+    "zo-adam": _zeroth_order(zo.zo_adam, _SIGN_RATES),
+    "zo-conservative": _zeroth_order(zo.zo_sgd_conservative, _MEZO_RATES, 5),
+    "fzoo": _zeroth_order(zo.fzoo, _MEZO_RATES, 9),
+    "hizoo": _zeroth_order(partial(zo.hizoo, curvature="difference"), _MEZO_RATES, 3),
+    "forward-grad": _forward_gradient(_MEZO_RATES),
+    "blockwise": _blockwise(_MEZO_RATES),
+    "hybrid": _hybrid(1e-6),
 }
 
 

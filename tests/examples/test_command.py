@@ -168,6 +168,10 @@ def test_a_mistake_found_by_a_run_is_one_line(tiny_gguf, tmp_path):
         (["--checkpoint-every", "-5"], "--checkpoint-every: must be at least 0, got -5"),
         (["--seed", "-1"], "--seed: must be at least 0, got -1"),
         (["--learning-rate", "0"], "--learning-rate: must be a number above 0, got 0"),
+        (
+            ["--method", "blockwise", "--tuning", "prompt"],
+            "--tuning: blockwise is for full, lora, prefix, not for prompt",
+        ),
         (["--eps", "-1"], "--eps: must be a number above 0, got -1"),
         (["--task", "rte"], "--task: rte is neither a file nor one of sotu, polarity, sms"),
         (["--task", "sms"], "--data: sms needs SMSSpamCollection.tsv, which is not in data"),

@@ -10,7 +10,7 @@ import pytest
 from examples.llm.errors import UsageError
 from examples.llm.events import Job, StepDone
 from examples.llm.memory import buffer_bytes, peak_memory_bytes, reset_peak_memory
-from examples.llm.methods import METHODS, FirstOrder, Hyperparameters, learning_rate_schedule
+from examples.llm.methods import EPS, METHODS, FirstOrder, Hyperparameters, learning_rate_schedule
 from examples.llm.settings import Settings
 from examples.llm.tiny import TINY
 from examples.llm.training import (
@@ -95,6 +95,34 @@ def test_every_first_order_method_descends(name):
     )
     assert np.all(np.asarray(moved["kernel"]) < 1)
     assert float(info.loss) == 16 * 32
+
+
+@pytest.mark.parametrize("scheme", ["full", "lora", "prefix", "prompt"])
+def test_settings_of_every_method_are_complete(scheme):
+    for name, method in METHODS.items():
+        assert method.learning_rates.keys() == method.forward_passes.keys(), name
+        if scheme in method.learning_rates:
+            rate = method.learning_rates[scheme]
+            method.build(Hyperparameters(rate, EPS[scheme], 10, scheme))
+
+
+def test_every_other_method_takes_steps():
+    parameters = {
+        name: {"kernel": jnp.ones((2, 8), jnp.float32)}
+        for name in ("embedding", "attention", "feed_forward", "final_norm")
+    }
+
+    def loss(parameters):
+        return sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(parameters))
+
+    for name, method in METHODS.items():
+        if method.derivative == "backward":
+            continue
+        optimizer = method.build(Hyperparameters(1e-3, 1e-3, 10))
+        moved, _, info = optimizer.step(loss, parameters, optimizer.init(parameters, 0))
+        assert np.isfinite(info.loss), name
+        for leaf in jax.tree.leaves(moved):
+            assert np.any(np.asarray(leaf) != 1), name
 
 
 def test_checkpoints_are_not_overwritten_without_resume(saved_run):
