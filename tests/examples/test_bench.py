@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -47,6 +48,21 @@ def test_rates_are_chosen_by_development_examples_alone():
     }  # fmt: skip
 
 
+def test_only_one_trained_model_is_held_at_a_time():
+    class Trained:
+        pass
+
+    alive = weakref.WeakSet()
+
+    def train(rate, seed, is_final):
+        assert not alive
+        trained = Trained()
+        alive.add(trained)
+        return trained
+
+    search(train, lambda *_: evaluation(1), [0.1, 0.2], [1, 2], lambda _: None)
+
+
 def test_a_single_rate_is_not_tried_first():
     calls = []
     trials, rate, _ = search(
@@ -73,7 +89,7 @@ RUNS = [FinalRun(seed, evaluation(0.5), evaluation(0.1 * seed)) for seed in (5, 
 @pytest.fixture
 def results(tmp_path):
     settings = BenchSettings()
-    results = Results(tmp_path / "results.json", settings, {"model": "m"})
+    results = Results(tmp_path / "results.json", settings, "m.gguf", {"date": "today"})
     zero_shot = Cell("polarity", "full", ZERO_SHOT, settings, tmp_path)
     results.add(zero_shot, CellResult([], RUNS[:1]))
     mezo = Cell("polarity", "lora", "mezo", settings, tmp_path)
@@ -101,11 +117,12 @@ def test_a_picture_is_drawn(results, tmp_path):
 
 def test_results_are_kept_for_the_same_settings_only(results):
     settings = BenchSettings(method=("mezo", "adam"), task=("sms",))
-    again = Results(results.path, settings, {})
+    again = Results(results.path, settings, "m.gguf", {})
     assert again.cells == results.cells
     assert again.cells["polarity lora mezo"]["runs"][2]["test"]["scores"]["accuracy"] == 0.1 * 7
     other = dataclasses.replace(settings, batch_size=9)
-    assert Results(results.path, other, {}).cells == {}
+    assert Results(results.path, other, "m.gguf", {}).cells == {}
+    assert Results(results.path, settings, "other.gguf", {}).cells == {}
 
 
 def test_all_cells_are_there(tmp_path):

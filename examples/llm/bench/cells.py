@@ -102,7 +102,7 @@ class CellResult:
 
 
 def run_cell(cell: Cell, tell: Tell) -> CellResult:
-    """Search and repeat, as :mod:`examples.llm.bench.search` says."""
+    """Search and repeat, see `search`, and measure what that takes."""
 
     def say(text: str) -> None:
         tell(Stage(f"{cell.name}: {text}"))

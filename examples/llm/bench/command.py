@@ -45,11 +45,13 @@ def _run(settings: BenchSettings) -> None:
             model = bundled_model_path()
         about = {
             "date": datetime.date.today().isoformat(),
-            "model": model.name,
             "machine": f"{platform.machine()}, Python {platform.python_version()}",
             "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
         }
-        results = Results(settings.output / "results.json", settings, about)
+        path = settings.output / "results.json"
+        if settings.quick:
+            path.unlink(missing_ok=True)
+        results = Results(path, settings, model.name, about)
         for cell in cells_of(settings, model.absolute()):
             if cell.name not in results.cells:
                 results.add(cell, run_in_process(run_cell, cell, cell.name, _show))

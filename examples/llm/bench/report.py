@@ -27,9 +27,9 @@ _HEADINGS = (
 class Results:
     """Results by cell, kept in a JSON file that is complete after every cell."""
 
-    def __init__(self, path: Path, settings: BenchSettings, about: Mapping[str, Any]):
+    def __init__(self, path: Path, settings: BenchSettings, model: str, about: Mapping[str, Any]):
         self.path = path
-        made_with = {name: getattr(settings, name) for name in _SHARED}
+        made_with = {"model": model, **{name: getattr(settings, name) for name in _SHARED}}
         self.made_with = json.loads(json.dumps(made_with))
         self.about = dict(about)
         self.cells: dict[str, dict[str, Any]] = {}

@@ -72,10 +72,15 @@ def search(
         trials.append(Trial(rate, judge(train(rate, SEARCH_SEED, False), "dev")))
         tell(f"learning rate {rate:.3g}: {_words(trials[-1].dev)} on dev")
     rate = best_trial(trials).learning_rate if trials else rates[0]
+
+    def final_run(seed: int) -> FinalRun:
+        # What was trained is let go of before the next run, to whose memory it would add.
+        trained = train(rate, seed, True)
+        return FinalRun(seed, judge(trained, "dev"), judge(trained, "test"))
+
     runs = []
     for seed in seeds:
-        trained = train(rate, seed, True)
-        runs.append(FinalRun(seed, judge(trained, "dev"), judge(trained, "test")))
+        runs.append(final_run(seed))
         tell(f"learning rate {rate:.3g}, seed {seed}: {_words(runs[-1].test)} on test")
     return trials, rate, runs
 

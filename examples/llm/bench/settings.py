@@ -59,14 +59,14 @@ class BenchSettings:
     output: Path = Path("runs/zo_bench")
     """Folder for the results; what is already in it is not run again."""
     quick: bool = False
-    """A look at whether everything runs: a tiny random model, a few steps, full tuning and LoRA."""
+    """A look at whether everything runs: a tiny random model, a few steps of full tuning."""
 
     def quickened(self) -> "BenchSettings":
         """The settings of a quick run, if this is one."""
         if not self.quick:
             return self
         return replace(
-            self, tuning=("full", "lora"), rate_factors=(1.0,), seeds=(0,), steps=4,
+            self, tuning=("full",), rate_factors=(1.0,), seeds=(0,), steps=4,
             search_steps=2, first_order_steps=2, batch_size=4, sequence_length=48,
             train_examples=64, dev_examples=16, test_examples=16,
             output=self.output / "quick",
