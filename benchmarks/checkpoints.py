@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 
 import optax_lowbit
 from optax_lowbit import checkpoint
-from optax_lowbit.checkpoint.checksums import checksum
+from optax_lowbit.kernels.checksums import checksum
 
 ROUNDS = 5
 FLIPS = 200

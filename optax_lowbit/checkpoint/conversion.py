@@ -12,11 +12,11 @@ from optax_lowbit.checkpoint.leaves import (
     Leaf,
     dtype_of,
     is_on_host,
-    on_own_mesh,
     pieces_of,
     shape_of,
 )
 from optax_lowbit.kernels.means import mean
+from optax_lowbit.kernels.meshes import on_own_mesh
 from optax_lowbit.moments.storage import is_factored, is_low_bit
 from optax_lowbit.optimizers import FactoredMoment
 from optax_lowbit.quant import QuantSpec, is_quantized, quantize

@@ -9,7 +9,6 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
 from optax_lowbit.checkpoint import manifest
-from optax_lowbit.checkpoint.checksums import checksum
 from optax_lowbit.checkpoint.conversion import check_convertible, converted, is_same_form
 from optax_lowbit.checkpoint.leaves import (
     Leaf,
@@ -19,6 +18,7 @@ from optax_lowbit.checkpoint.leaves import (
 )
 from optax_lowbit.checkpoint.manifest import Piece, StoredLeaf
 from optax_lowbit.checkpoint.matching import matched
+from optax_lowbit.kernels.checksums import checksum
 from optax_lowbit.moments.placement import divisible
 
 ARRAYS, MANIFEST = "state", "manifest"

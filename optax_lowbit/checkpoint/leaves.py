@@ -2,7 +2,6 @@
 parameter.
 """
 
-import contextlib
 import dataclasses
 from typing import Any
 
@@ -109,13 +108,3 @@ def pieces_of(value: Any) -> dict[str, Any]:
     """The arrays of a leaf by name: itself under ``""``, or ``".codes"``, ``".scales[0]"``, ..."""
     pieces, _ = jax.tree_util.tree_flatten_with_path(value)
     return {jax.tree_util.keystr(path): piece for path, piece in pieces}
-
-
-def on_own_mesh(value: Any) -> contextlib.AbstractContextManager[Any]:
-    """The context in which to compute with an array: its mesh, whatever the user's context is."""
-    arrays = [x for x in jax.tree.leaves(value) if isinstance(x, jax.Array)]
-    sharding = arrays[0].sharding if arrays else None
-    if not isinstance(sharding, jax.sharding.NamedSharding):
-        return contextlib.nullcontext()
-    mesh = sharding.mesh
-    return jax.set_mesh(mesh) if isinstance(mesh, jax.sharding.Mesh) else contextlib.nullcontext()

@@ -30,7 +30,7 @@ class Piece:
       name: Its name among the stored arrays.
       shape: Its shape.
       dtype: Name of its dtype.
-      checksum: Its :func:`~optax_lowbit.checkpoint.checksums.checksum`.
+      checksum: Its :func:`~optax_lowbit.kernels.checksums.checksum`.
     """
 
     name: str

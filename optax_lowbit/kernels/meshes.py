@@ -1,5 +1,6 @@
 """How an array is spread over devices, as far as its type and the mesh tell."""
 
+import contextlib
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -61,3 +62,13 @@ def axes_to_exchange(leaf: jax.Array, statistic: jax.Array) -> tuple[str, ...]:
     be exchanged. Known from the types of the old state; none under check_vma=False.
     """
     return tuple(sorted(varying_axes(leaf) - varying_axes(statistic)))
+
+
+def on_own_mesh(value: Any) -> contextlib.AbstractContextManager[Any]:
+    """The context in which to compute with an array: its mesh, whatever the user's context is."""
+    arrays = [x for x in jax.tree.leaves(value) if isinstance(x, jax.Array)]
+    sharding = arrays[0].sharding if arrays else None
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return contextlib.nullcontext()
+    mesh = sharding.mesh
+    return jax.set_mesh(mesh) if isinstance(mesh, jax.sharding.Mesh) else contextlib.nullcontext()

@@ -37,6 +37,9 @@ class Moment:
     dtype: Any = None
     # What every element is at first; of a moment that is not factored.
     initial: jax.typing.ArrayLike = 0.0
+    # Of leaves with two axes or more: the length of the last axis where that is not the leaf's; it
+    # is then float32, and zero at first.
+    columns: int | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -84,7 +87,10 @@ def init_moment(name: str, moment: Moment, params: Any, policy: Policy) -> Any:
         spec, reason = policy.choose(name, label, param, default, moment.nonnegative)
         if isinstance(spec, QuantSpec) and is_explicit(param):
             check_alignment(label, param, spec)
-        value = fresh_moment(param, spec, moment.dtype, moment.initial)
+        if moment.columns is not None and len(param.shape) > 1:
+            value = _zeros_resized(param, -1, moment.columns)
+        else:
+            value = fresh_moment(param, spec, moment.dtype, moment.initial)
         record_moment(label, tuple(param.shape), name, spec, value, reason)
         return value if isinstance(spec, QuantSpec | Factored) else wrapped_like(leaf, value)
 
@@ -107,7 +113,7 @@ def fresh_moment(
 ) -> Any:
     """A constant for one parameter, quantized if there is a spec. Always buffers of their own."""
     if isinstance(spec, Factored):
-        return FactoredMoment(_zeros_reduced(param, -1), _zeros_reduced(param, -2))
+        return FactoredMoment(_zeros_resized(param, -1, 1), _zeros_resized(param, -2, 1))
     if not isinstance(spec, QuantSpec):
         dtype = dtype if spec is None else spec
         if dtype is None:
@@ -135,12 +141,16 @@ def _filled(param: Any, spec: QuantSpec, initial: jax.typing.ArrayLike) -> Quant
     return fill(initial)
 
 
-def _zeros_reduced(param: Any, axis: int) -> jax.Array:
-    if is_explicit(param):
-        like = jax.eval_shape(lambda p: jnp.sum(p, axis, keepdims=True).astype(jnp.float32), param)
-        return jnp.zeros_like(like)
+def _zeros_resized(param: Any, axis: int, size: int) -> jax.Array:
+    """Float32 zeros beside a parameter, with another length of one axis."""
     shape = list(param.shape)
-    shape[axis] = 1
+    shape[axis] = size
+    if is_explicit(param):
+
+        def resized(p):
+            return jnp.broadcast_to(jnp.sum(p, axis, keepdims=True), shape).astype(jnp.float32)
+
+        return jnp.zeros_like(jax.eval_shape(resized, param))
     return zeros_placed_like(param, jax.ShapeDtypeStruct(tuple(shape), jnp.float32))
 
 

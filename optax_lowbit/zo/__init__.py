@@ -1,3 +1,4 @@
+from optax_lowbit.zo import replay as replay
 from optax_lowbit.zo.adam import zo_adam
 from optax_lowbit.zo.blockwise import BlockwiseOptimizer, blockwise
 from optax_lowbit.zo.conservative import zo_sgd_conservative
@@ -6,15 +7,23 @@ from optax_lowbit.zo.estimators import Central, Estimator, ForwardGradient, OneS
 from optax_lowbit.zo.forward_gradient import forward_grad
 from optax_lowbit.zo.fzoo import fzoo
 from optax_lowbit.zo.gradient import EstimateGradientState, estimate_gradient, gradient
+from optax_lowbit.zo.grid_sgd import zo_sgd_grid
 from optax_lowbit.zo.hizoo import HESSIAN_8BIT, hizoo
 from optax_lowbit.zo.hybrid import HybridOptimizer, HybridState, hybrid
 from optax_lowbit.zo.hyperparameters import InjectedOptimizer, InjectedState, inject_hyperparams
+from optax_lowbit.zo.low_rank import LowRank
+from optax_lowbit.zo.lozo import lozo
+from optax_lowbit.zo.masks import MagnitudeMask, RandomMask
 from optax_lowbit.zo.microbatches import microbatched
 from optax_lowbit.zo.momentum import zo_sgd_momentum
 from optax_lowbit.zo.noise import Gaussian, Noise, Probe, Rademacher
 from optax_lowbit.zo.optimizer import StepInfo, ZeroOrderOptimizer, ZeroOrderState
+from optax_lowbit.zo.parallel import probe_parallel
+from optax_lowbit.zo.scales import qzo
 from optax_lowbit.zo.sgd import zo_sgd
 from optax_lowbit.zo.sign import zo_sgd_scalar_sign, zo_sgd_sign
+from optax_lowbit.zo.sphere import Sphere
+from optax_lowbit.zo.subspace import Subspace
 
 __all__ = (
     "HESSIAN_8BIT",
@@ -29,11 +38,16 @@ __all__ = (
     "HybridState",
     "InjectedOptimizer",
     "InjectedState",
+    "LowRank",
+    "MagnitudeMask",
     "Noise",
     "OneSided",
     "Probe",
     "Rademacher",
+    "RandomMask",
+    "Sphere",
     "StepInfo",
+    "Subspace",
     "ZeroOrderOptimizer",
     "ZeroOrderState",
     "blockwise",
@@ -45,10 +59,14 @@ __all__ = (
     "hizoo",
     "hybrid",
     "inject_hyperparams",
+    "lozo",
     "microbatched",
+    "probe_parallel",
+    "qzo",
     "zo_adam",
     "zo_sgd",
     "zo_sgd_conservative",
+    "zo_sgd_grid",
     "zo_sgd_momentum",
     "zo_sgd_scalar_sign",
     "zo_sgd_sign",

@@ -155,7 +155,7 @@ class AdamOfSigns(Rule):
         count = leaf.scalars["count"]
         c = coefficients(self.b1, self.b2, self.eps, 0.0, count, nesterov=False)
         scale = c.moment / (jnp.sqrt(c.correction * leaf.scalars["nu"]) + c.eps)
-        estimate = leaf.draw(c.one_minus_b1 * record[:1], leaf.rows)
+        estimate = leaf.draw(c.one_minus_b1 * record[:1])
         new, kept = stepped(
             leaf, estimate, {"trace": leaf.rows.companions["mu"]},
             lambda count: momentum_step(self.b1), FusedMomentum(self.b1, nesterov=False), count,

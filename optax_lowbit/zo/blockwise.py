@@ -150,7 +150,7 @@ class BlockwiseOptimizer:
         return ours.tree(leaves), state, _merged(info)
 
     def _split(self, params: Any) -> Trainable:
-        return split(params, self.opt.trainable)
+        return split(params, self.opt.trainable, self.opt.part)
 
     def _prepared(self, ours: Trainable, state: ZeroOrderState) -> ZeroOrderState:
         """With what the noise keeps made ready once, from the parameters before the step."""
@@ -181,6 +181,18 @@ class _NoiseOfBlock(Noise):
     def prepare(self, prepared, params, run, step):
         """It has been, for all blocks of the step."""
         return prepared
+
+    def scale(self, probe, keys, leaves):
+        """That of the whole direction, of which the block's is a part."""
+        return self.noise.scale(probe, keys, leaves)
+
+    def factors(self, probe, rows):
+        """Zero outside of the block."""
+        found = self.noise.factors(probe, rows)
+        if found is None:
+            return None
+        is_inside = (self.block == self.numbers[rows.leaf]).astype(jnp.float32)
+        return found._replace(left=is_inside * found.left)
 
     def draw(self, probe, rows):
         """Leaves outside of the block cost no random numbers."""

@@ -12,9 +12,7 @@ import numpy as np
 def check_optimizer(optimizer: Any) -> None:
     """Raises TypeError or ValueError if a field is impossible."""
     for name in ("num_probes", "probe_batch"):
-        value = getattr(optimizer, name)
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+        check_count(name, getattr(optimizer, name))
     for name in ("learning_rate", "eps", "weight_decay"):
         check_number(name, getattr(optimizer, name))
     if is_concrete(optimizer.eps) and not optimizer.eps > 0:
@@ -27,8 +25,19 @@ def check_optimizer(optimizer: Any) -> None:
             f"active_probes must be a schedule or None, got {optimizer.active_probes!r}; a fixed "
             f"number of probes is num_probes"
         )
+    if optimizer.active_probes is not None and optimizer.probe_axis is not None:
+        raise ValueError(
+            "active_probes must be None where probes are spread over devices, each of which "
+            "evaluates as many as the others"
+        )
     for name in ("trainable", "weight_decay_mask"):
         check_choice(name, getattr(optimizer, name))
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises ValueError unless ``value`` is an int of at least 1."""
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
 
 
 def check_number(name: str, value: Any) -> None:

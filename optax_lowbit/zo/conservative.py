@@ -86,8 +86,8 @@ class ConservativeOptimizer(ZeroOrderOptimizer):
           TypeError: Always.
         """
         raise TypeError(
-            "zo_sgd_conservative evaluates the loss where earlier evaluations lead it, so it can't be asked "
-            "for candidates: give step a loss_fn that JAX can trace"
+            "zo_sgd_conservative evaluates the loss where earlier evaluations lead it, so it can't "
+            "be asked for candidates: give step a loss_fn that JAX can trace"
         )
 
     def estimate(self, loss_fn, params, state, *args):

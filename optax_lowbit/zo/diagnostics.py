@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_lowbit.kernels.reference import widened
-from optax_lowbit.zo.directions import probe_keys, split
+from optax_lowbit.zo.directions import Trainable, directions_of, probe_keys, split
 from optax_lowbit.zo.estimators import Central, ForwardGradient, OneSided, value_estimator
 from optax_lowbit.zo.noise import Probe
 from optax_lowbit.zo.optimizer import ZeroOrderOptimizer, ZeroOrderState, value_at
@@ -97,12 +97,13 @@ def diagnose(
 
 
 def _cosines(opt: ZeroOrderOptimizer, params: Any, state: ZeroOrderState) -> dict[str, jax.Array]:
-    ours, run = split(params, opt.trainable), (state.key[0], state.key[1])
+    ours, run = _split(opt, params), (state.key[0], state.key[1])
     prepared = opt.noise.prepare(state.prepared, ours, run, state.count)
     keys = probe_keys(run, state.count, opt.num_probes, ours.paths)[:1]
     probe = Probe(run, run, state.count, prepared)
     companions = opt.companions(ours, state)
-    directions = summed(opt.noise, probe, ours, keys, jnp.ones(1, jnp.float32), companions)
+    one = directions_of(opt.noise, probe, keys, ours.leaves)
+    directions = summed(one, ours, jnp.ones(1, jnp.float32), companions)
     eps = jnp.asarray(value_at(opt.eps, state.count), jnp.float32)
 
     def cosine(leaf, z):
@@ -120,14 +121,18 @@ def _moved(
     opt: ZeroOrderOptimizer, params: Any, state: ZeroOrderState, record: jax.Array
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """The shares of weights that an update changes, as it is and if it rounded to nearest."""
-    ours = split(params, opt.trainable)
+    ours = _split(opt, params)
     exact = opt.apply(ours.tree([widened(x) for x in ours.leaves]), state, record)[0]
     results = opt.apply(params, state, record)[0], exact
     shares = [
         {
             path: jnp.mean((new.astype(old.dtype) != old).astype(jnp.float32))
-            for path, old, new in zip(ours.paths, ours.leaves, split(tree, opt.trainable).leaves)
+            for path, old, new in zip(ours.paths, ours.leaves, _split(opt, tree).leaves)
         }
         for tree in results
     ]
     return shares[0], shares[1]
+
+
+def _split(opt: ZeroOrderOptimizer, params: Any) -> Trainable:
+    return split(params, opt.trainable, opt.part)

@@ -138,9 +138,7 @@ def losses_along(
 ) -> jax.Array:
     """The losses at ``signs * eps`` along each direction: float32 ``(probes, signs)``."""
     places = jnp.asarray(signs, jnp.float32) * eps
-    return over_probes(
-        lambda key: jax.lax.map(lambda s: phi.at(key, s), places), keys, probe_batch, active
-    )
+    return over_probes(lambda key: jax.lax.map(phi.line(key), places), keys, probe_batch, active)
 
 
 def value_estimator(estimator: Estimator | ForwardGradient) -> Estimator:

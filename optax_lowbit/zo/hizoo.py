@@ -132,6 +132,10 @@ class Preconditioned(Noise):
         """What the other distribution prepares."""
         return self.inner.prepare(prepared, params, run, step)
 
+    def scale(self, probe, keys, leaves):
+        """That of the other distribution."""
+        return self.inner.scale(probe, keys, leaves)
+
     def draw(self, probe, rows):
         """``z / sqrt(H)``."""
         return self.inner.draw(probe, rows) * jax.lax.rsqrt(_floats(rows.companions["hessian"]))
@@ -148,9 +152,9 @@ class DescendHessian(Descend):
         """Along what was probed, then the average."""
         n = (len(record) - 2) // 2
         step, (alpha,), weights = jnp.split(record, [n + 1, n + 2])
-        new = moved(leaf, leaf.draw(step[:-1], leaf.rows), step[-1])
+        new = moved(leaf, leaf.draw(step[:-1]), step[-1])
         # v^2, of which H z^2 is H^2 times as much.
-        squares = leaf.draw(weights, leaf.rows, jnp.square)
+        squares = leaf.draw(weights, jnp.square)
 
         def average(squares, moments, constants):
             del constants

@@ -14,8 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.sharding import PartitionSpec
 
+from optax_lowbit.kernels.meshes import as_varying, is_explicit, varying_axes
 from optax_lowbit.moments.equations import bind, read
+from optax_lowbit.zo.factored_dot import factored_dot
+from optax_lowbit.zo.noise import Factors
 from optax_lowbit.zo.rows import Rows, whole
 from optax_lowbit.zo.views import Pending, takes_rows_only, viewed
 
@@ -26,6 +30,8 @@ IN_EACH_TURN = "optax_lowbit.zo.in_each_turn"
 # Gives the perturbed values of rows. The second argument is an element of what the program computed
 # last, a float, for :func:`data_zero`.
 Perturb = Callable[[Rows, jax.Array], jax.Array]
+# Given the same: the factors of what is added to the rows, if it has a low rank.
+LowRank = Callable[[Rows, jax.Array], Factors | None]
 
 
 def call_perturbed(
@@ -34,6 +40,8 @@ def call_perturbed(
     perturb: Perturb,
     after: jax.Array,
     companions: Sequence[Any] | None = None,
+    factors: LowRank = lambda rows, latest: None,
+    axes: frozenset[str] = frozenset(),
 ) -> Any:
     """``fun`` of leaves perturbed where they are used; each use makes the perturbation anew.
 
@@ -45,43 +53,65 @@ def call_perturbed(
         that differs from turn to turn: else what the first leaf needs is moved out of the loop.
       companions: For each leaf a pytree of arrays with its leading axes, of which ``perturb`` is
         given the same rows.
+      factors: Gives the factors of what is added to rows. Then a matmul with them is
+        ``x @ W + (x @ left) @ right.T``, and no perturbed copy of ``W`` is made.
+      axes: The mesh axes that perturbations differ along inside `jax.shard_map`.
 
     Returns:
       What ``fun`` gives. Beside what it needs: a perturbed copy of the leaf in use.
     """
-    closed, shapes = jax.make_jaxpr(fun, return_shape=True)(list(leaves))
+    trace = jax.make_jaxpr(fun, return_shape=True)
+    closed, shapes = trace(list(leaves))
+    # What delays a perturbation may differ along all axes that the data differs along.
+    axes = axes.union(*map(varying_axes, closed.consts))
+    if axes:
+        closed, shapes = trace([as_varying(leaf, axes) for leaf in leaves])
     companions = [()] * len(leaves) if companions is None else companions
-    pending = [
-        Pending(whole(number, leaf, companion))
-        for number, (leaf, companion) in enumerate(zip(leaves, companions, strict=True))
-    ]
-    evaluation = _Evaluation(perturb, after)
+    pending = []
+    for number, (leaf, companion) in enumerate(zip(leaves, companions, strict=True)):
+        rows = jax.tree.map(lambda x: as_varying(x, axes), whole(number, leaf, companion))
+        pending.append(Pending(rows))
+
+    def perturbed(rows, latest):
+        return as_varying(perturb(rows, latest), axes)
+
+    evaluation = _Evaluation(perturbed, factors, after)
     results = evaluation.run(closed.jaxpr, closed.consts, pending)
     return jax.tree.unflatten(jax.tree.structure(shapes), evaluation.settled(results))
 
 
 def data_zero(x: jax.Array) -> jax.Array:
-    """uint32 0, known only when the float ``x``, of shape ``()``, is; 1 if that is NaN."""
+    """uint32 0, known only when ``x``, a float or a byte ``()``, is; 1 if that is NaN."""
+    if x.dtype == jnp.uint8:
+        return x.astype(jnp.uint32) >> 8
     # A product with zero would be folded; whether it is NaN can't be.
     return jnp.isnan(x).astype(jnp.uint32)
 
 
 def first_element(x: jax.Array) -> jax.Array:
-    """An element, to wait for the whole by."""
-    return x[(0,) * x.ndim]
+    """An element, to wait for the whole by; on an Explicit mesh, on each device one of its own."""
+    if not is_explicit(x):
+        return x[(0,) * x.ndim]
+    sharding = jax.typeof(x).sharding
+    # To look at the same one all devices would have to be told of it.
+    return jax.shard_map(
+        lambda part: part[(0,) * part.ndim],
+        mesh=sharding.mesh, in_specs=sharding.spec, out_specs=PartitionSpec(), check_vma=False,
+    )(x)  # fmt: skip
 
 
 class _Evaluation:
     """Runs a program some of whose values are :class:`Pending`."""
 
-    def __init__(self, perturb: Perturb, latest: jax.Array):
+    def __init__(self, perturb: Perturb, factors: LowRank, latest: jax.Array):
         self.perturb = perturb
+        self.factors = factors
         # The last float array computed at this level of the program.
         self.latest = latest
 
     def nested(self, latest: jax.Array | None = None) -> "_Evaluation":
         """For the body of a loop, a branch, ..., whose values may not be seen from outside."""
-        return _Evaluation(self.perturb, self.latest if latest is None else latest)
+        return _Evaluation(self.perturb, self.factors, self.latest if latest is None else latest)
 
     def settled(self, values: Sequence[Any]) -> list[Any]:
         """The values, those that were pending now perturbed."""
@@ -111,6 +141,11 @@ class _Evaluation:
         handler = _HANDLERS.get(equation.primitive.name)
         if handler is not None:
             return handler(self, equation, operands)
+        if equation.primitive.name == "dot_general":
+            element = first_element(self.latest)
+            product = factored_dot(equation, operands, lambda rows: self.factors(rows, element))
+            if product is not None:
+                return [product]
         return bind(equation, self.settled(operands))
 
 

@@ -6,11 +6,14 @@ comes from its path.
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from optax_lowbit.kernels.meshes import as_varying, varying_axes
 from optax_lowbit.quant import random_bits
 from optax_lowbit.zo.rows import Rows
 
@@ -34,6 +37,20 @@ class Probe(NamedTuple):
     step: jax.Array
     prepared: Any = ()
     zero: jax.typing.ArrayLike = 0
+
+
+class Factors(NamedTuple):
+    """A direction's rows as a product ``left @ right.T``, which need not be formed.
+
+    Attributes:
+      left: float32 ``(..., rank)``: has the leading axes of the rows.
+      right: float32 ``(n, rank)``, for ``n`` columns: the same for all probes of a step.
+      before: ``right`` of the step before, where the noise can tell.
+    """
+
+    left: jax.Array
+    right: jax.Array
+    before: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +80,25 @@ class Noise:
     def draw(self, probe: Probe, rows: Rows) -> jax.Array:
         """The direction's rows: float32 of the shape of ``rows.values``."""
         raise NotImplementedError
+
+    def scale(self, probe: Probe, keys: jax.Array, leaves: Sequence[jax.Array]) -> jax.Array:
+        """What directions are multiplied with, where that depends on all leaves at once.
+
+        Args:
+          probe: What they are drawn from, but for their keys.
+          keys: uint32 ``(probes, leaves, 2)``.
+          leaves: The arrays that train.
+
+        Returns:
+          float32 ``(probes,)``.
+        """
+        del probe, leaves
+        return jnp.ones(len(keys), jnp.float32)
+
+    def factors(self, probe: Probe, rows: Rows) -> Factors | None:
+        """What :meth:`draw` is the product of; None where it has full rank."""
+        del probe, rows
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,16 +142,23 @@ def words(key: random_bits.Key, rows: Rows, count: int) -> jax.Array:
 
 
 def words_once(key: random_bits.Key, rows: Rows, count: int) -> jax.Array:
-    """:func:`words` that many elements are made of, each word computed once.
+    """:func:`words` that many elements are made of, each word computed once."""
+    return once(key, lambda: words(key, rows, count))
 
-    Fused into what unpacks them, XLA would run the cipher for every element. A loop can't be fused,
+
+def once(key: random_bits.Key, make: Callable[[], jax.Array]) -> jax.Array:
+    """What ``make`` gives, from a key, for many elements that are made of each of its values.
+
+    Fused into what makes them, XLA would run the cipher for every element. A loop can't be fused,
     and one of a single turn is none: so the number of turns is not known to the compiler.
     """
     is_rare = key[0] == jnp.uint32(0xDEADBEEF)  # and then the second turn gives the same
     turns = 1 + is_rare.astype(jnp.int32)
+    like = jax.eval_shape(make)
     # Zeros would be made for all leaves at once, before there is a key.
-    start = jnp.broadcast_to(key[0], (*rows.numbers.shape[:-1], count))
-    return jax.lax.fori_loop(0, turns, lambda _, old: words(key, rows, count), start)
+    start = jnp.broadcast_to(key[0].astype(like.dtype), like.shape)
+    start = as_varying(start, varying_axes(like))
+    return jax.lax.fori_loop(0, turns, lambda _, old: make(), start)
 
 
 def unpack_signs(words: jax.Array, n: int) -> jax.Array:
@@ -123,7 +166,20 @@ def unpack_signs(words: jax.Array, n: int) -> jax.Array:
     places = jax.lax.broadcasted_iota(jnp.uint32, (*words.shape, 32), words.ndim)
     bits = (words[..., None] << places) & jnp.uint32(_SIGN) | jnp.uint32(_ONE)
     signs = jax.lax.bitcast_convert_type(bits, jnp.float32)
-    return signs.reshape(*words.shape[:-1], -1)[..., :n]
+    return whole_rows(signs.reshape(*words.shape[:-1], -1)[..., :n])
+
+
+def whole_rows(x: jax.Array) -> jax.Array:
+    """``x``, each row of it whole on some device, unless it is surely spread word by word.
+
+    Where the shards of a leaf cut words apart, compilers would exchange signs. They are told on
+    Explicit meshes by types, and on Auto meshes as far as `jax.set_mesh` says that there is one.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not mesh.auto_axes or x.shape[-1] % (32 * mesh.size) == 0:
+        return x
+    anywhere = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*anywhere, None))
 
 
 def standard_normal(words: jax.Array) -> jax.Array:

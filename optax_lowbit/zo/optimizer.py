@@ -7,7 +7,7 @@ leaf. So a run can be replayed from its records, and the loss may be anything th
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,11 +21,12 @@ from optax_lowbit.quant import random_bits
 from optax_lowbit.zo import checks, precision
 from optax_lowbit.zo.directions import (
     Choice,
+    Part,
     Trainable,
     chooses,
+    directions_of,
     probe_keys,
     rounding_keys,
-    slope_sum,
     split,
 )
 from optax_lowbit.zo.estimators import (
@@ -38,6 +39,7 @@ from optax_lowbit.zo.estimators import (
 )
 from optax_lowbit.zo.late_perturbation import data_zero, first_element
 from optax_lowbit.zo.noise import Noise, Probe, Rademacher
+from optax_lowbit.zo.parallel import spread_probes
 from optax_lowbit.zo.rows import whole
 from optax_lowbit.zo.slices import Slice
 from optax_lowbit.zo.sums import summed
@@ -96,10 +98,12 @@ class ZeroOrderOptimizer:
     noise: Noise = dataclasses.field(default_factory=Rademacher)
     estimator: Estimator | ForwardGradient = dataclasses.field(default_factory=Central)
     probe_batch: int = 1
+    probe_axis: str | None = None
     clip: float | None = None
     weight_decay: optax.ScalarOrSchedule = 0.0
     weight_decay_mask: Choice | None = None
     trainable: Choice | None = None
+    part: Part = "floats"
     policy: Policy | None = None
 
     def __post_init__(self):
@@ -148,9 +152,11 @@ class ZeroOrderOptimizer:
     def estimate(self, loss_fn: Loss, params: Any, state: ZeroOrderState, *args: Any) -> StepInfo:
         """The first half of a step: evaluates the loss and leaves the parameters alone."""
         phi, keys = self._probed(loss_fn, params, state, args)
-        loss, coefficients = measure(
-            self.estimator, phi, keys, self._eps(state), self.probe_batch, self._active(state)
-        )
+        measured = functools.partial(
+            measure, self.estimator, phi, eps=self._eps(state), probe_batch=self.probe_batch,
+            active=self._active(state),
+        )  # fmt: skip
+        loss, coefficients = spread_probes(measured, keys, self.probe_axis)
         return self._info(state, loss, coefficients)
 
     def apply(
@@ -158,32 +164,40 @@ class ZeroOrderOptimizer:
     ) -> tuple[Any, ZeroOrderState]:
         """The second half of a step: new parameters and state, from a record."""
         ours = self._split(params)
+        decays = [self.decays(path, leaf) for path, leaf in zip(ours.paths, ours.leaves)]
+        new, state = self.apply_to_leaves(ours, decays, state, record)
+        return ours.tree(new), state
+
+    def apply_to_leaves(
+        self, ours: Trainable, decays: Sequence[bool], state: ZeroOrderState, record: jax.Array
+    ) -> tuple[list[jax.Array], ZeroOrderState]:
+        """What :meth:`apply` makes of the leaves that train, of which some decay."""
         probe = self._probe(ours, state)
         keys = probe_keys(_words(state.key), state.count, self.num_probes, ours.paths)
         rounding = self._rounding(probe, ours)
-        zero, results = data_zero(record[0]), []
+        directions = directions_of(self.noise, probe, keys, ours.leaves, self._active(state))
+        zero, results = data_zero(first_element(record)), []
         scalars = self.rule.advance(state.scalars, record, state.count)
         scalars = jax.tree.map(
             lambda new, old: jnp.where(is_taken(record), new, old), scalars, state.scalars
         )
-        for number, (path, values) in enumerate(zip(ours.paths, ours.leaves, strict=True)):
+        for number, (values, is_decayed) in enumerate(zip(ours.leaves, decays, strict=True)):
             moments = {name: column[number] for name, column in state.moments.items()}
             leaf = Leaf(
                 whole(number, values, moments),
-                functools.partial(self._draw, probe, keys, zero, self._active(state)),
+                directions,
+                zero,
                 tuple(rounding[number]),
                 state.count,
-                self._decays(path, values),
+                is_decayed,
                 scalars,
+                grid=ours.grids[number],
             )
             results.append(update_leaf(self.rule, record, leaf))
             zero = data_zero(first_element(results[-1][0]))
-        new = ours.tree([values for values, _ in results])
+        new = [values for values, _ in results]
         moments = {name: tuple(kept[name] for _, kept in results) for name in self.rule.moments}
         return new, ZeroOrderState(state.count + 1, state.key, probe.prepared, moments, scalars)
-
-    def _draw(self, probe, keys, zero, active, slopes, rows, each=lambda z: z) -> jax.Array:
-        return slope_sum(self.noise, probe, keys, slopes, rows, zero, each, active)
 
     @property
     def evaluations(self) -> int:
@@ -228,7 +242,10 @@ class ZeroOrderOptimizer:
         slope = sign * jnp.asarray(value_at(self.eps, state.count), jnp.float32)
         moves = self._summed(ours, state, keys[None], slope[None])
         return ours.tree(
-            [(widened(x) + move).astype(x.dtype) for x, move in zip(ours.leaves, moves)]
+            [
+                (widened(x) + by).astype(x.dtype) if grid is None else grid.moved(x, by)
+                for x, grid, by in zip(ours.leaves, ours.grids, moves)
+            ]
         )
 
     def tell(
@@ -261,7 +278,12 @@ class ZeroOrderOptimizer:
 
         Returns:
           A tree like ``params``, in its dtypes; zeros where nothing trains.
+
+        Raises:
+          TypeError: If codes train, of which there is no gradient.
         """
+        if self.part == "codes":
+            raise TypeError("combine needs float leaves, and these steps are of codes")
         ours = self._split(params)
         keys = probe_keys(_words(state.key), state.count, self.num_probes, ours.paths)
         leaves = self._summed(ours, state, keys, slopes)
@@ -269,8 +291,8 @@ class ZeroOrderOptimizer:
         return self._split(zeros).tree([x.astype(p.dtype) for x, p in zip(leaves, ours.leaves)])
 
     def _summed(self, ours, state, keys, slopes) -> list[jax.Array]:
-        probe, companions = self._probe(ours, state), self.companions(ours, state)
-        return summed(self.noise, probe, ours, keys, slopes, companions)
+        directions = directions_of(self.noise, self._probe(ours, state), keys, ours.leaves)
+        return summed(directions, ours, slopes, self.companions(ours, state))
 
     def _read(self, state: ZeroOrderState, losses: Any) -> StepInfo:
         estimator, losses = value_estimator(self.estimator), jnp.asarray(losses, jnp.float32)
@@ -282,7 +304,7 @@ class ZeroOrderOptimizer:
         return self._info(state, *reading(estimator, base, others, eps))
 
     def _split(self, params: Any) -> Trainable:
-        return split(params, self.trainable)
+        return split(params, self.trainable, self.part)
 
     def _probed(self, loss_fn, params, state, args) -> tuple[Slice, jax.Array]:
         """The loss near the parameters, and the keys of this step's directions."""
@@ -332,7 +354,8 @@ class ZeroOrderOptimizer:
         record = self.rule.record(coefficients / number, rate, decay)
         return StepInfo(loss, coefficients, finite_or_none(record))
 
-    def _decays(self, path: str, values: jax.Array) -> bool:
+    def decays(self, path: str, values: jax.Array) -> bool:
+        """Whether weight decay applies to a leaf."""
         is_off = not callable(self.weight_decay) and checks.is_zero(self.weight_decay)
         mask = self.weight_decay_mask
         return not is_off and (mask is None or chooses(mask, path, values))

@@ -14,10 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optax_lowbit.kernels.meshes import varying_axes
 from optax_lowbit.kernels.parameters import rounded
 from optax_lowbit.kernels.reference import widened
-from optax_lowbit.zo.directions import Trainable, slope_sum
-from optax_lowbit.zo.late_perturbation import Perturb, call_perturbed, data_zero
+from optax_lowbit.zo.directions import Directions, Trainable, directions_of
+from optax_lowbit.zo.late_perturbation import LowRank, Perturb, call_perturbed, data_zero
 from optax_lowbit.zo.noise import Noise, Probe
 
 
@@ -45,35 +46,34 @@ class Slice:
 
     def at(self, key: jax.Array, s: jax.typing.ArrayLike) -> jax.Array:
         """The loss at ``theta + s z``; ``key`` has the keys of all leaves, ``(leaves, 2)``."""
-        return self.along(key[None], jnp.asarray(s, jnp.float32)[None])
+        return self.line(key)(s)
+
+    def line(self, key: jax.Array) -> Callable[[jax.typing.ArrayLike], jax.Array]:
+        """:meth:`at` along one direction, whose scale is found once for all of its values."""
+        directions = self._directions(key[None])
+        return lambda s: self._moved(directions, jnp.asarray(s, jnp.float32)[None], None)
 
     def along(
         self, keys: jax.Array, slopes: jax.Array, rounding: jax.Array | None = None
     ) -> jax.Array:
         """The loss at ``theta + sum_i slopes[i] z_i``: float32.
 
-        Each sum is made in float32 and cast to the dtype of its leaf once.
+        Each sum is made in float32 and cast to the dtype of its leaf once; codes are moved by whole
+        places of their table.
 
         Args:
           keys: uint32 ``(n, leaves, 2)``.
           slopes: float32 ``(n,)``.
           rounding: uint32 ``(leaves, 2)``: keys for stochastic rounding; None: to nearest.
         """
-
-        def perturb(rows, latest):
-            zero = data_zero(latest)
-            moved = slope_sum(self.noise, self.probe, keys, slopes, rows, zero)
-            key = None if rounding is None else tuple(rounding[rows.leaf])
-            moved = widened(rows.values) + moved
-            return rounded(moved, rows.values.dtype, key, rows.indices())
-
-        return self._called(perturb, slopes)
+        return self._moved(self._directions(keys), slopes, rounding)
 
     def tangent(self, key: jax.Array, s: jax.Array) -> jax.Array:
         """:meth:`at` for ``s = 0``, to be differentiated by ``s`` in forward mode.
 
         Parameters stay as they are, and their tangent is the direction.
         """
+        directions, one = self._directions(key[None]), jnp.ones(1, jnp.float32)
 
         # All arrays are arguments: a derivative rule may not close over any that are traced.
         @jax.custom_jvp
@@ -83,18 +83,39 @@ class Slice:
 
         @along.defjvp
         def along_jvp(primals, tangents):
-            s, rows, latest, (key, probe) = primals
+            s, rows, latest, (probe, keys, scale) = primals
             # What waits for the tangent alone can't be drawn while the loss itself is computed.
             zero = data_zero(latest) + data_zero(tangents[2])
-            direction = slope_sum(self.noise, probe, key[None], jnp.ones(1), rows, zero)
+            direction = Directions(self.noise, probe, keys, scale).sum(one, rows, zero)
             tangent = (tangents[0] * direction).astype(rows.values.dtype)
-            return along(s, rows, latest, (key, probe)), tangent
+            return along(s, rows, latest, (probe, keys, scale)), tangent
 
-        drawn_from = key, self.probe
+        drawn_from = directions.probe, directions.keys, directions.scale
         return self._called(lambda rows, latest: along(s, rows, latest, drawn_from), s)
 
-    def _called(self, perturb: Perturb, after: jax.Array) -> jax.Array:
+    def _directions(self, keys: jax.Array) -> Directions:
+        return directions_of(self.noise, self.probe, keys, self.params.leaves)
+
+    def _moved(self, directions, slopes, rounding) -> jax.Array:
+        def perturb(rows, latest):
+            grid = self.params.grids[rows.leaf]
+            moves = directions.sum(slopes, self.params.opened(rows), data_zero(latest))
+            if grid is not None:
+                return grid.moved(rows.values, moves)
+            moved = widened(rows.values) + moves
+            key = None if rounding is None else tuple(rounding[rows.leaf])
+            return rounded(moved, rows.values.dtype, key, rows.indices())
+
+        def factors(rows, latest):
+            return directions.factors(slopes, rows, data_zero(latest))
+
+        return self._called(perturb, slopes, factors)
+
+    def _called(
+        self, perturb: Perturb, after: jax.Array, factors: LowRank = lambda rows, latest: None
+    ) -> jax.Array:
         return call_perturbed(
             lambda leaves: self.loss(self.params.tree(leaves)),
-            self.params.leaves, perturb, after, self.companions,
+            self.params.leaves, perturb, after, self.companions, factors,
+            varying_axes(after) | varying_axes(self.probe.key[0]),
         )  # fmt: skip

@@ -6,34 +6,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_lowbit.zo.directions import Trainable, slope_sum
+from optax_lowbit.zo.directions import Directions, Trainable
 from optax_lowbit.zo.late_perturbation import data_zero, first_element
-from optax_lowbit.zo.noise import Noise, Probe
 from optax_lowbit.zo.rows import whole
 
 
 def summed(
-    noise: Noise,
-    probe: Probe,
-    params: Trainable,
-    keys: jax.Array,
-    slopes: jax.Array,
-    companions: Sequence[Any],
+    directions: Directions, params: Trainable, slopes: jax.Array, companions: Sequence[Any]
 ) -> list[jax.Array]:
     """``sum_i slopes[i] z_i`` of each leaf that trains, float32.
 
     Args:
-      noise: The distribution.
-      probe: What directions are drawn from, but for its key.
+      directions: Of ``n`` probes.
       params: The leaves.
-      keys: uint32 ``(n, leaves, 2)``.
       slopes: float32 ``(n,)``.
       companions: For each leaf, what the noise is given of its moments.
     """
     # One leaf after the other: what drawing needs beside its result is then that of one leaf.
     zero, sums = jnp.uint32(0), []
     for number, values in enumerate(params.leaves):
-        rows = whole(number, values, companions[number])
-        sums.append(slope_sum(noise, probe, keys, slopes, rows, zero))
+        rows = params.opened(whole(number, values, companions[number]))
+        sums.append(directions.sum(slopes, rows, zero))
         zero = data_zero(first_element(sums[-1]))
     return sums

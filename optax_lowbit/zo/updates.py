@@ -14,6 +14,9 @@ from optax_lowbit.kernels.reference import Step, widened
 from optax_lowbit.kernels.steps import Fused, step_leaf
 from optax_lowbit.moments.storage import Moment
 from optax_lowbit.quant import random_bits
+from optax_lowbit.zo.directions import Directions
+from optax_lowbit.zo.grid import Grid
+from optax_lowbit.zo.noise import Factors
 from optax_lowbit.zo.rows import Rows
 
 # Leaves of more elements, and more than two axes, are updated one slice of the first axis at a
@@ -27,20 +30,33 @@ class Leaf:
 
     Attributes:
       rows: Its values, and the moments by name as companions.
-      draw: ``(slopes, rows, each) -> sum_i slopes[i] * each(z_i)``, float32; without ``each``, of
-        the directions themselves.
+      directions: Those of the step.
+      zero: A uint32 0 that delays their drawing.
       key: For stochastic rounding of parameters and moments.
       count: int32 ``()``: steps taken before this one.
       decays: Whether weight decay applies.
       scalars: The rule's scalars, after this step.
+      grid: Of a leaf of codes: how they are read.
     """
 
     rows: Rows
-    draw: Callable[..., jax.Array]
+    directions: Directions
+    zero: jax.Array
     key: random_bits.Key
     count: jax.Array
     decays: bool
-    scalars: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
+    scalars: Mapping[str, jax.Array]
+    grid: Grid | None = None
+
+    def draw(
+        self, slopes: jax.Array, each: Callable[[jax.Array], jax.Array] | None = None
+    ) -> jax.Array:
+        """``sum_i slopes[i] * each(z_i)``, float32; see :meth:`Directions.sum`."""
+        return self.directions.sum(slopes, self.rows, self.zero, each)
+
+    def factors(self, slopes: jax.Array) -> Factors | None:
+        """The factors of that; None where directions have full rank."""
+        return self.directions.factors(slopes, self.rows, self.zero)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +110,7 @@ class Descend(Rule):
 
     def update(self, record, leaf):
         """Adds the directions to what decay leaves."""
-        return moved(leaf, leaf.draw(record[:-1], leaf.rows), record[-1]), {}
+        return moved(leaf, leaf.draw(record[:-1]), record[-1]), {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +124,7 @@ class DescendSign(Rule):
     def update(self, record, leaf):
         """A step of the same size everywhere, and none where the estimate is 0."""
         rate, decay = record[-2], record[-1]
-        signs = jnp.sign(leaf.draw(record[:-2], leaf.rows))
+        signs = jnp.sign(leaf.draw(record[:-2]))
         return moved(leaf, -rate * signs, rate * decay), {}
 
 
@@ -136,7 +152,7 @@ class Stepped(Rule):
 
     def update(self, record, leaf):
         """Estimate, step and descend."""
-        estimate = leaf.draw(record[:-2], leaf.rows)
+        estimate = leaf.draw(record[:-2])
         return stepped(
             leaf, estimate, leaf.rows.companions, self.step, self.fused, leaf.scalars["count"],
             rate=record[-2], decay=record[-1],

@@ -202,14 +202,14 @@ def test_optax_transforms_train_adapters(factory, rng):
 
 
 def test_zeroth_order_steps_train_adapters(rng):
-    lora = adapters.LoRA(rank=2, alpha=4, targets="w")
+    lora = adapters.LoRA(rank=3, alpha=6, targets="w")  # can bring the loss to zero
     params = {"w": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)}
     loss = shrinking(lora, params, jnp.eye(4, dtype=jnp.float32))
     opt = zo.zo_sgd(0.05)
     trainable = lora.init(params, key=0)
     state, before = opt.init(trainable, 0), float(loss(trainable))
     step = jax.jit(opt.step, static_argnums=0)
-    for _ in range(60):
+    for _ in range(200):
         trainable, state, _ = step(loss, trainable, state)
     assert float(loss(trainable)) < 0.5 * before
 

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_lowbit
 from optax_lowbit import QuantSpec, checkpoint, convert_state
-from optax_lowbit.checkpoint import checksums
+from optax_lowbit.kernels import checksums
 from tests.optimizers.cases import assert_bit_equal
 from tests.optimizers.test_sharding import elements_of_collectives
 

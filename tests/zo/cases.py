@@ -1,13 +1,12 @@
 """Trees, losses and materialized directions that the tests of zeroth-order steps share."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
-from optax_lowbit.zo.directions import probe_keys, slope_sum, split
+from optax_lowbit.zo.directions import directions_of, probe_keys, split
 from optax_lowbit.zo.noise import Probe
 from optax_lowbit.zo.rows import whole
+from optax_lowbit.zo.slices import Slice
 
 
 def odd_tree(dtype=jnp.float32):
@@ -42,14 +41,14 @@ TOKENS = jnp.array([0, 3, 3, 10, 7])
 
 def drawn(opt, params, state, probe=0):
     """The direction of one probe of a step, as a tree."""
-    ours = split(params, opt.trainable)
+    ours = split(params, opt.trainable, opt.part)
     run = state.key[0], state.key[1]
     keys = probe_keys(run, state.count, opt.num_probes, ours.paths)[probe : probe + 1]
     prepared = opt.noise.prepare(state.prepared, ours, run, state.count)
-    draw = functools.partial(
-        slope_sum, opt.noise, Probe(run, run, state.count, prepared), keys, jnp.ones(1)
-    )
-    return ours.tree([draw(whole(i, leaf), 0) for i, leaf in enumerate(ours.leaves)])
+    origin = Probe(run, run, state.count, prepared)
+    one = directions_of(opt.noise, origin, keys, ours.leaves)
+    rows = [ours.opened(whole(i, leaf)) for i, leaf in enumerate(ours.leaves)]
+    return ours.tree([one.sum(jnp.ones(1), each, 0) for each in rows])
 
 
 def moved(params, direction, s):
@@ -61,3 +60,19 @@ def moved(params, direction, s):
         return (param.astype(jnp.float32) + jnp.float32(s) * z).astype(param.dtype)
 
     return jax.tree.map(add, params, direction)
+
+
+def probed(opt, params, state, observe, s=1.0):
+    """What ``observe`` gives of the tree that the first probe of a step evaluates at ``s``."""
+    ours = split(params, opt.trainable)
+    run = state.key[0], state.key[1]
+    keys = probe_keys(run, state.count, opt.num_probes, ours.paths)
+    prepared = opt.noise.prepare(state.prepared, ours, run, state.count)
+    phi = Slice(observe, ours, opt.noise, Probe(run, run, state.count, prepared))
+    return phi.at(keys[0], s)
+
+
+def moved_by(opt, params, state, slope=1.0):
+    """Parameters after ``slope`` times the first direction is added, and the state after that."""
+    slopes = jnp.zeros(opt.num_probes).at[0].set(slope)
+    return opt.apply(params, state, jnp.append(slopes, 0.0))

@@ -12,7 +12,7 @@ from optax_lowbit import zo
 from optax_lowbit.zo.estimators import ForwardGradient
 from tests.zo.quick_noise import QuickSigns
 
-# The figures of the literature's precision: weights of a standard deviation of 0.02.
+# Of a standard deviation of 0.02, as those of many a language model.
 WEIGHTS = 0.02 * jax.random.normal(jax.random.key(0), (512, 512))
 
 
@@ -24,22 +24,22 @@ def linear(params):
     ("eps", "cosine", "step", "moved"),
     [(1e-3, 0.9995, 1e-6, 0.012), (1e-4, 0.951, 1e-5, 0.116), (1e-5, 0.46, 1e-4, 0.675)],
 )
-def test_figures_in_bfloat16(eps, cosine, step, moved):
+def test_figures_in_bfloat16(eps, cosine, step, moved, rng):
     params = {"w": WEIGHTS.astype(jnp.bfloat16)}
-    opt = zo.zo_sgd(1.0, eps=eps, noise=QuickSigns())
+    opt = zo.zo_sgd(1.0, eps=eps, noise=zo.Gaussian())
     with jax.disable_jit():
         state = opt.init(params, 3)
+        # So that a step is `step` times a normal value.
         slope = float(opt.estimate(linear, params, state).coefficients[0])
-        by_signs = dataclasses.replace(opt, learning_rate=step / abs(slope))
-        found = zo.diagnose(by_signs, linear, params, state, num_probes=2)
-        by_normal = dataclasses.replace(opt, noise=zo.Gaussian(), learning_rate=1e-6)
-        gaussian = zo.diagnose(by_normal, linear, params, state, num_probes=1)
-    np.testing.assert_allclose(gaussian.cosine["w"], cosine, atol=0.006 if eps < 1e-3 else 2e-4)
-    np.testing.assert_allclose(found.moved_to_nearest["w"], moved, atol=0.005)
-    # Rounded stochastically, none is lost on average: a weight moves with the chance that is the
-    # step over its spacing. Half of those that would move to nearest have a spacing under it.
-    spacing = np.abs(np.spacing(np.asarray(params["w"], np.float32))) * 2**16
-    np.testing.assert_allclose(found.moved["w"], np.minimum(1, step / spacing).mean(), atol=0.01)
+        opt = dataclasses.replace(opt, learning_rate=step / abs(slope))
+        found = zo.diagnose(opt, linear, params, state, num_probes=1)
+    np.testing.assert_allclose(found.cosine["w"], cosine, atol=0.006 if eps < 1e-3 else 2e-4)
+    np.testing.assert_allclose(found.moved_to_nearest["w"], moved, atol=1e-3)
+    # Rounded stochastically, a weight moves with the chance that its step has of its spacing.
+    weights = np.asarray(params["w"], np.float32)
+    spacing = 2.0 ** (np.frexp(weights)[1] - 8)
+    steps = step * np.abs(rng.standard_normal(weights.shape))
+    np.testing.assert_allclose(found.moved["w"], np.minimum(1, steps / spacing).mean(), atol=5e-3)
     assert found.evaluations == 2
 
 

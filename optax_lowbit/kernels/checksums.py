@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_lowbit.checkpoint.leaves import on_own_mesh
+from optax_lowbit.kernels.meshes import on_own_mesh
 from optax_lowbit.quant.random_bits import element_indices
 
 

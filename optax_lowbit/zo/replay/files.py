@@ -1,0 +1,185 @@
+"""The bytes of a log: a header, and a record of fixed size for each step, all under checksums.
+
+All numbers are little-endian. The header is :data:`MAGIC`, the length of what follows (uint32), a
+JSON text compressed by zlib, and the CRC-32 of all that. A record is the number of its step
+(uint32), the step's float32 numbers, after every ``digest_every`` steps a digest of the parameters
+(uint32), and a CRC-32 that goes on from that of the record before, or of the header: no record can
+be left out, moved, or taken from another log unnoticed.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import struct
+import warnings
+import zlib
+from typing import Any
+
+import numpy as np
+
+MAGIC = b"ZOLOG\r\n\x1a"
+# Raised by whatever changes the layout, or the bits of a step: directions, rounding, arithmetic.
+VERSION = 1
+
+_WORD = struct.Struct("<I")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Log:
+    """A log that was read.
+
+    Attributes:
+      run: What the header says: ``library`` and ``version`` (of the format), ``prng`` and ``key``
+        (two words), ``optimizer`` (all of it that a replay depends on), ``leaves`` (by path:
+        ``shape``, ``dtype``, ``checksum``, and whether it ``trains`` and ``decays``),
+        ``record_size`` and ``digest_every``.
+      records: float32 ``(steps, record_size)``: what each step was made from.
+      digests: Of the trained parameters, by the number of steps taken.
+      dropped: Bytes at the end of the file that are no whole record.
+
+    Examples:
+      >>> import pathlib, tempfile
+      >>> import jax.numpy as jnp
+      >>> from optax_lowbit import zo
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "run.zolog"
+      >>> opt, params = zo.zo_sgd(1e-2), {"w": jnp.ones(3)}
+      >>> state = opt.init(params, key=0)
+      >>> with zo.replay.Writer(path, opt, params, state) as log:
+      ...     log.append(*opt.step(lambda p: jnp.sum(p["w"] ** 2), params, state))
+      >>> log = zo.replay.read(path)
+      >>> log.steps, log.run["key"], log.run["leaves"]["w"]["shape"]
+      (1, [0, 0], [3])
+    """
+
+    run: dict[str, Any]
+    records: np.ndarray
+    digests: dict[int, int]
+    dropped: int
+    # Where the next record goes, and the CRC-32 that it goes on from.
+    end: int
+    crc: int
+
+    @property
+    def steps(self) -> int:
+        """How many steps it has."""
+        return len(self.records)
+
+
+def read(path: Any) -> Log:
+    """Reads a log, and checks every byte of it.
+
+    A process that is killed leaves at most one record that is cut off. It is dropped, as is a whole
+    last record whose checksum is wrong: a file system may leave it so when the power fails.
+
+    Args:
+      path: What a :class:`Writer` was given.
+
+    Returns:
+      The :class:`Log`: as large as the file, and held in memory.
+
+    Raises:
+      FileNotFoundError: If there is no such file. It appears with the first step.
+      ValueError: If it is no log, of another version, or damaged anywhere before its last record.
+
+    Warns:
+      UserWarning: If the last record is dropped.
+
+    Examples:
+      >>> from optax_lowbit import zo
+      >>> try:
+      ...     zo.replay.read(zo.replay.__file__)
+      ... except ValueError as error:
+      ...     print(str(error).rpartition(": ")[2])
+      it is no log of zo.replay
+    """
+    data = pathlib.Path(path).read_bytes()
+    try:
+        run, start, crc = _header(data)
+        log = _records(data, run, start, crc)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if log.dropped:
+        warnings.warn(
+            f"{path}: step {log.steps} is cut off or damaged at the end of the file, and dropped",
+            UserWarning, stacklevel=2,
+        )  # fmt: skip
+    return log
+
+
+def header_bytes(run: dict[str, Any]) -> bytes:
+    """A header, with its checksum."""
+    text = zlib.compress(json.dumps(run, separators=(",", ":")).encode(), 9)
+    data = MAGIC + _WORD.pack(len(text)) + text
+    return data + _WORD.pack(zlib.crc32(data))
+
+
+def record_bytes(step: int, record: np.ndarray, digest: int | None, crc: int) -> bytes:
+    """A record, with its checksum; ``crc`` is that of the bytes before it."""
+    data = _WORD.pack(step) + record.astype("<f4").tobytes()
+    if digest is not None:
+        data += _WORD.pack(digest)
+    return data + _WORD.pack(zlib.crc32(data, crc))
+
+
+def crc_of(data: bytes) -> int:
+    """The CRC-32 that a header or a record ends with."""
+    return _WORD.unpack(data[-4:])[0]
+
+
+def create(path: pathlib.Path, data: bytes) -> None:
+    """Writes a file that appears with all that is in it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _header(data: bytes) -> tuple[dict[str, Any], int, int]:
+    """What it says, where the records begin, and its checksum."""
+    if not data.startswith(MAGIC):
+        raise ValueError("it is no log of zo.replay")
+    start = len(MAGIC) + 8
+    if len(data) >= start:
+        start += _WORD.unpack_from(data, len(MAGIC))[0]
+    if len(data) < start or zlib.crc32(data[: start - 4]) != crc_of(data[:start]):
+        raise ValueError("its header is cut off or damaged")
+    run = json.loads(zlib.decompress(data[len(MAGIC) + 4 : start - 4]))
+    if run["version"] != VERSION:
+        raise ValueError(
+            f"it has version {run['version']} of the format, and this release of optax_lowbit "
+            f"({run['library']} wrote it) reads version {VERSION}"
+        )
+    return run, start, crc_of(data[:start])
+
+
+def _records(data: bytes, run: dict[str, Any], position: int, crc: int) -> Log:
+    records, digests = [], {}
+    every, size = run["digest_every"], run["record_size"]
+    while position < len(data):
+        step = len(records)
+        has_digest = is_digested(step + 1, every)
+        length = 4 * (size + 2 + has_digest)
+        record = data[position : position + length]
+        if len(record) < length or zlib.crc32(record[:-4], crc) != crc_of(record):
+            if position + length < len(data):
+                raise ValueError(
+                    f"step {step} is damaged, at byte {position}; what is before it is whole: cut "
+                    "the file there to keep that"
+                )
+            break
+        if _WORD.unpack_from(record)[0] != step:
+            raise ValueError(f"step {step} has the number {_WORD.unpack_from(record)[0]}")
+        records.append(np.frombuffer(record, "<f4", size, 4))
+        if has_digest:
+            digests[step + 1] = _WORD.unpack_from(record, length - 8)[0]
+        position, crc = position + length, crc_of(record)
+    values = np.array(records, np.float32).reshape(-1, size)
+    return Log(run, values, digests, len(data) - position, position, crc)
+
+
+def is_digested(steps: int, every: int) -> bool:
+    """Whether the record that makes them so many has a digest."""
+    return every > 0 and steps % every == 0

@@ -1,0 +1,185 @@
+"""From the base of a run and its log to its parameters."""
+
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_lowbit.kernels.meshes import on_own_mesh
+from optax_lowbit.kernels.reference import name_hash
+from optax_lowbit.zo.directions import Trainable, split
+from optax_lowbit.zo.noise import Gaussian, Rademacher
+from optax_lowbit.zo.optimizer import ZeroOrderOptimizer, ZeroOrderState
+from optax_lowbit.zo.replay import runs
+from optax_lowbit.zo.replay.files import Log, read
+
+# Steps that are fused into one pass over a leaf, if there are so many to take that the time to
+# compile them is worth it.
+FUSED, WORTH_FUSING = 4, 256
+
+
+def apply(params: Any, log: Log | Any, opt: ZeroOrderOptimizer, *, steps: int | None = None) -> Any:
+    """The parameters that a run led to, bit for bit.
+
+    What a step writes follows from the record, the key and the leaf: it does not depend on how many
+    steps are taken at once, on the mesh or on the number of processes. That holds for
+    :class:`~optax_lowbit.zo.Rademacher` directions, whose products are exact, on one kind of
+    device; values of :class:`~optax_lowbit.zo.Gaussian` are computed by whatever the compiler makes
+    of a logarithm, so give such a log digests.
+
+    **Memory.** The result, and one leaf. **Time.** A leaf goes through many steps before the next
+    one does, four of them in each pass, where directions and moments of a leaf depend on nothing
+    but the leaf; programs are shared by leaves of one shape.
+
+    Args:
+      params: What the run began with, on any mesh.
+      log: A :class:`Log`, or its path.
+      opt: The optimizer of the run. What the records have in them may differ: learning rate, eps,
+        estimator, clip, and how large a weight decay is.
+      steps: How many steps to take; all, by default.
+
+    Returns:
+      Parameters like ``params``, laid out as these are.
+
+    Raises:
+      TypeError: If ``opt`` is no optimizer of :mod:`optax_lowbit.zo`.
+      ValueError: If the log is of another base, key or optimizer, or damaged; if there are not so
+        many steps; if the parameters do not meet a digest.
+      FileNotFoundError: If there is no log.
+
+    Examples:
+      >>> import pathlib, tempfile
+      >>> import jax.numpy as jnp
+      >>> from optax_lowbit import zo
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "run.zolog"
+      >>> opt, base = zo.zo_sgd(1e-2), {"w": jnp.ones(3)}
+      >>> params, state = base, opt.init(base, key=0)
+      >>> with zo.replay.Writer(path, opt, params, state) as log:
+      ...     params, state, info = opt.step(lambda p: jnp.sum(p["w"] ** 2), params, state)
+      ...     log.append(params, state, info)
+      >>> bool(jnp.array_equal(zo.replay.apply(base, path, opt)["w"], params["w"]))
+      True
+    """
+    runs.check_optimizer(opt)
+    log = _log(log)
+    state = opt.init(params, jnp.asarray(log.run["key"], jnp.uint32))
+    return resume(params, state, log, opt, steps=steps)[0]
+
+
+def resume(
+    params: Any,
+    state: ZeroOrderState,
+    log: Log | Any,
+    opt: ZeroOrderOptimizer,
+    *,
+    steps: int | None = None,
+) -> tuple[Any, ZeroOrderState]:
+    """Parameters and state after the steps that a log has, to go on from.
+
+    Args:
+      params: What the run began with, or of a later step, say from a checkpoint.
+      state: Of the same step.
+      log, opt: As for :func:`apply`.
+      steps: How many steps, from the first one, to be at; all, by default.
+
+    Returns:
+      Parameters and state. A run that goes on from a step before the last needs a log of its own:
+      another base, or a copy of the log that is cut off there.
+
+    Raises:
+      ValueError: As :func:`apply` does; or if ``state`` is beyond ``steps``.
+
+    Examples:
+      See :class:`Writer`.
+
+      >>> from optax_lowbit import zo
+      >>> resume = zo.replay.resume
+    """
+    runs.check_optimizer(opt)
+    log = _log(log)
+    position, end = int(state.count), log.steps if steps is None else steps
+    if not position <= end <= log.steps:
+        raise ValueError(
+            f"steps must be between {position}, where the state is, and {log.steps}, which the log "
+            f"has; got {steps}"
+        )
+    runs.check_same(log, runs.facts(opt, params, state), is_base=position == 0)
+    _check_digest(log, opt, params, position)
+    records, advanced = jnp.asarray(log.records), _advancing(opt, end - position)
+    for stop in sorted(stop for stop in {end, *log.digests} if position < stop <= end):
+        with on_own_mesh(params):
+            params, state = advanced(params, state, records, jnp.int32(stop))
+        _check_digest(log, opt, params, stop)
+    return params, state
+
+
+def _check_digest(log: Log, opt: ZeroOrderOptimizer, params: Any, step: int) -> None:
+    if step in log.digests and runs.digest(opt, params) != log.digests[step]:
+        raise ValueError(
+            f"the parameters after step {step} are not those of the run: either others were given, "
+            f"or this device does not draw the same {type(opt.noise).__name__} directions"
+        )
+
+
+def _log(log: Log | Any) -> Log:
+    return log if isinstance(log, Log) else read(pathlib.Path(log))
+
+
+def _advancing(opt: ZeroOrderOptimizer, steps: int) -> Callable[..., tuple[Any, ZeroOrderState]]:
+    """``(params, state, records, stop) -> (params, state)`` after ``stop`` steps.
+
+    All calls together take so many ``steps``.
+    """
+    is_by_leaf = type(opt) is ZeroOrderOptimizer and type(opt.noise) in (Rademacher, Gaussian)
+    if not is_by_leaf:
+        return jax.jit(functools.partial(_steps, opt.apply, 1))
+    fused = FUSED if steps >= WORTH_FUSING else 1
+    one_leaf = jax.jit(functools.partial(_one_leaf, opt, fused), static_argnums=0)
+
+    def advanced(params, state, records, stop):
+        ours = split(params, opt.trainable)
+        leaves, states = [], []
+        for number, (path, leaf) in enumerate(zip(ours.paths, ours.leaves)):
+            moments = {name: (column[number],) for name, column in state.moments.items()}
+            leaf, own = one_leaf(
+                opt.decays(path, leaf), name_hash(path), leaf, state._replace(moments=moments),
+                records, stop,
+            )  # fmt: skip
+            leaves.append(leaf)
+            states.append(own)
+        moments = {name: tuple(own.moments[name][0] for own in states) for name in state.moments}
+        return ours.tree(leaves), states[0]._replace(moments=moments)
+
+    return advanced
+
+
+def _one_leaf(opt, fused, is_decayed, path, leaf, state, records, stop):
+    """A leaf, and its state; its path is given by its hash, so that leaves share a program."""
+
+    def apply(leaf, state, record):
+        ours = Trainable((leaf,), (path,), (), (True,), jax.tree.structure(0))
+        (leaf,), state = opt.apply_to_leaves(ours, [is_decayed], state, record)
+        return leaf, state
+
+    return _steps(apply, fused, leaf, state, records, stop)
+
+
+def _steps(apply, fused, params, state, records, stop):
+    """Takes steps until there are ``stop``, so many of them in each turn of a loop."""
+
+    def step(carry):
+        params, state = carry
+        record = jax.lax.dynamic_index_in_dim(records, state.count, keepdims=False)
+        return apply(params, state, record)
+
+    def steps(_, carry):
+        for _ in range(fused):
+            carry = step(carry)
+        return carry
+
+    turns, rest = jnp.divmod(stop - state.count, fused)
+    carry = jax.lax.fori_loop(0, turns, steps, (params, state))
+    return carry if fused == 1 else jax.lax.fori_loop(0, rest, lambda _, c: step(c), carry)
