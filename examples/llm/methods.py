@@ -195,6 +195,10 @@ METHODS: dict[str, Method] = {
     "zo-conservative": _zeroth_order(zo.zo_sgd_conservative, _MEZO_RATES, 5),
     "fzoo": _zeroth_order(zo.fzoo, _MEZO_RATES, 9),
     "hizoo": _zeroth_order(partial(zo.hizoo, curvature="difference"), _MEZO_RATES, 3),
+    "lozo": _zeroth_order(zo.lozo, _MEZO_RATES),
+    "sparse": _zeroth_order(
+        partial(zo.zo_sgd, noise=zo.RandomMask(zo.Rademacher(), ratio=0.5, interval=1)), _MEZO_RATES
+    ),
     "forward-grad": _forward_gradient(_MEZO_RATES),
     "blockwise": _blockwise(_MEZO_RATES),
     "hybrid": _hybrid(1e-6),

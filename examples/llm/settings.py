@@ -23,7 +23,8 @@ class Settings:
     method: tuple[str, ...] = ("adamw", "adamw4bit")
     """Methods to compare. With backpropagation: adamw, adam, sgd and their 8bit and 4bit forms,
     factor4bit. Without: mezo, zo-momentum, zo-sign, zo-adam, zo-conservative, fzoo, hizoo,
-    forward-grad, blockwise; and hybrid, which backpropagates through the last norm and head."""
+    lozo, sparse, forward-grad, blockwise; and hybrid, which backpropagates through
+    the last norm and head."""
     task: str = "sotu"
     """sotu, the State of the Union addresses; or a task with options: polarity, sms, or a file
     in the format of SST-2 (tsv), COPA, WinoGrande or MultiRC (jsonl)."""
