@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 
 from examples.llm.errors import UsageError
 from examples.llm.events import Job
+from examples.llm.tasks.loading import task_path
 from examples.llm.training import TrainState
 
 
@@ -20,12 +21,14 @@ class Progress:
 
     Attributes:
       loss_before: held-out loss of the weights that the run started from.
+      scores_before: their held-out scores.
       losses: training loss of every step done.
       step_seconds: wall time of every step done.
       peak_bytes: highest resident memory during the training steps.
     """
 
     loss_before: float
+    scores_before: dict[str, float] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     peak_bytes: int = 0
@@ -34,18 +37,29 @@ class Progress:
 def run_identity(job: Job) -> dict[str, Any]:
     """Return everything that decides the numbers of a run: two runs that agree are the same."""
     settings = job.settings
-    with job.model.open("rb") as file:
-        model_hash = hashlib.file_digest(file, "sha256").hexdigest()
+    task, hyperparameters = settings.task, settings.hyperparameters_of(job.method)
     return {
-        "optimizer": job.optimizer,
-        "model": model_hash[:16],
+        "method": job.method,
+        "tuning": settings.tuning,
+        "model": _file_hash(job.model),
+        "task": task if task == "sotu" else _file_hash(task_path(task, settings.data)),
+        "template": settings.template,
+        "objective": settings.objective,
+        "train-examples": settings.train_examples,
+        "eval-examples": settings.eval_examples,
         "steps": settings.steps,
         "batch-size": settings.batch_size,
         "sequence-length": settings.sequence_length,
-        "learning-rate": settings.learning_rate_of(job.optimizer),
+        "learning-rate": hyperparameters.learning_rate,
+        "eps": hyperparameters.eps,
         "seed": settings.seed,
         "eval-batches": settings.eval_batches,
     }
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 class Checkpoints:

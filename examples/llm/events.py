@@ -1,4 +1,4 @@
-"""What the process of one optimizer is asked to do and what it tells meanwhile."""
+"""What the process of one method is asked to do and what it tells meanwhile."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,22 +9,22 @@ from examples.llm.settings import Settings
 
 @dataclass(frozen=True)
 class Job:
-    """One optimizer's part of a comparison.
+    """One method's part of a comparison.
 
     Attributes:
-      optimizer: name in `OPTIMIZERS`.
+      method: name in `METHODS`.
       settings: the comparison's settings.
       model: the GGUF file.
     """
 
-    optimizer: str
+    method: str
     settings: Settings
     model: Path
 
     @property
     def folder(self) -> Path:
-        """Where this optimizer's results and checkpoints go."""
-        return self.settings.output.absolute() / self.optimizer
+        """Where this method's results and checkpoints go."""
+        return self.settings.output.absolute() / self.method
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,15 @@ class StepDone:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What one optimizer's run measured.
+    """What one method's run measured.
 
     Attributes:
-      optimizer: its name.
+      method: its name.
       loss_before: held-out loss of the weights it started from.
       loss_after: held-out loss at the end.
+      scores_before: held-out accuracy and F1 of the weights it started from, for a task with
+        options.
+      scores_after: the same at the end.
       losses: training loss of every step.
       step_seconds: wall time of every step.
       state_bytes: bytes in the buffers of the optimizer state.
@@ -57,9 +60,11 @@ class RunResult:
       continuation: the model's continuation of the prompt, empty without a prompt.
     """
 
-    optimizer: str
+    method: str
     loss_before: float
     loss_after: float
+    scores_before: dict[str, float]
+    scores_after: dict[str, float]
     losses: list[float]
     step_seconds: list[float]
     state_bytes: int

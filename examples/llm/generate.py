@@ -1,19 +1,16 @@
 """Greedy continuation of a text."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from tokenizers import Tokenizer
 
-from examples.llm.decoder import Decoder
+# Gives the logits of `(1, length)` tokens, `(1, length, vocabulary)`; best jitted.
+Logits = Callable[[jax.Array], jax.Array]
 
 
-@nnx.jit
-def _most_likely_next(model: Decoder, tokens: jax.Array, position: jax.Array) -> jax.Array:
-    return jnp.argmax(model(tokens)[0, position]).astype(jnp.int32)
-
-
-def continue_greedily(model: Decoder, tokenizer: Tokenizer, text: str, count: int) -> str:
+def continue_greedily(logits: Logits, tokenizer: Tokenizer, text: str, count: int) -> str:
     """Return the `count` tokens that the model finds likeliest after `text`, as text.
 
     The whole sequence goes through the model for every token, padded to its final length so
@@ -28,6 +25,6 @@ def continue_greedily(model: Decoder, tokenizer: Tokenizer, text: str, count: in
         .set(jnp.array(prompt, jnp.int32))
     )
     for position in range(len(prompt), len(prompt) + count):
-        next_token = _most_likely_next(model, tokens, jnp.int32(position - 1))
+        next_token = jnp.argmax(logits(tokens)[0, position - 1]).astype(jnp.int32)
         tokens = tokens.at[0, position].set(next_token)
     return tokenizer.decode(tokens[0, len(prompt) :].tolist())

@@ -18,12 +18,14 @@ _MEBIBYTE = 2**20
 
 
 def comparison_table(results: Sequence[RunResult]) -> Table:
-    """Return one row per optimizer: held-out loss, memory and time."""
-    table = Table(title="Fine-tuning on the State of the Union addresses")
-    table.add_column("optimizer", no_wrap=True)
+    """Return one row per method: held-out loss and scores, memory and time."""
+    table = Table(title="Fine-tuning")
+    table.add_column("method", no_wrap=True)
+    scores = list(results[0].scores_after)
     for heading in (
         "held-out loss before",
         "held-out loss after",
+        *(f"{name} {time}" for name in scores for time in ("before", "after")),
         "optimizer state MiB",
         "peak memory MiB",
         "median step s",
@@ -31,9 +33,14 @@ def comparison_table(results: Sequence[RunResult]) -> Table:
         table.add_column(heading, justify="right")
     for result in results:
         table.add_row(
-            result.optimizer,
+            result.method,
             f"{result.loss_before:.4f}",
             f"{result.loss_after:.4f}",
+            *(
+                f"{values[name]:.3f}"
+                for name in scores
+                for values in (result.scores_before, result.scores_after)
+            ),
             f"{result.state_bytes / _MEBIBYTE:,.1f}",
             f"{result.peak_bytes / _MEBIBYTE:,.0f}",
             f"{statistics.median(result.step_seconds):.2f}",
@@ -48,8 +55,8 @@ def draw_comparison(results: Sequence[RunResult], path: Path) -> None:
     curves, bars = figure.subplots(1, 2)
     for result, style in zip(results, itertools.cycle(("-", "--", ":", "-."))):
         steps = range(1, len(result.losses) + 1)
-        curves.plot(steps, result.losses, style, marker=".", label=result.optimizer)
-    curves.set(title="Training loss", xlabel="step", ylabel="cross-entropy, nats a token")
+        curves.plot(steps, result.losses, style, marker=".", label=result.method)
+    curves.set(title="Training loss", xlabel="step", ylabel="loss")
     curves.legend()
     curves.grid(alpha=0.3)
     _draw_memory(bars, results)
@@ -69,7 +76,7 @@ def _draw_memory(axes: matplotlib.axes.Axes, results: Sequence[RunResult]) -> No
             label=label,
         )
         axes.bar_label(bars, fmt="{:,.0f}", padding=3)
-    axes.set_yticks(range(len(results)), [result.optimizer for result in results])
+    axes.set_yticks(range(len(results)), [result.method for result in results])
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set(title="Memory", xlabel="MiB")
@@ -77,13 +84,13 @@ def _draw_memory(axes: matplotlib.axes.Axes, results: Sequence[RunResult]) -> No
 
 
 def write_run_metrics(result: RunResult, folder: Path) -> None:
-    """Write one optimizer's numbers to `folder/metrics.json`."""
+    """Write one method's numbers to `folder/metrics.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "metrics.json", asdict(result))
 
 
 def write_metrics(settings: Settings, results: Sequence[RunResult], path: Path) -> None:
-    """Write the settings and every optimizer's numbers as JSON."""
+    """Write the settings and every method's numbers as JSON."""
     _write_json(path, {"settings": asdict(settings), "runs": [asdict(run) for run in results]})
 
 

@@ -1,32 +1,57 @@
-"""What the user chooses for a comparison, checked before anything is loaded."""
+"""What the user chooses for a comparison, checked before the model is loaded."""
 
 import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from examples.llm.errors import UsageError
-from examples.llm.optimizers import OPTIMIZERS, check_optimizer_names
+from examples.llm.methods import EPS, METHODS, Hyperparameters, check_method_names, check_tuning
+from examples.llm.tasks.loading import task_path
+from examples.llm.tasks.scoring import OBJECTIVES
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Fine-tune SmolLM2-135M on the State of the Union addresses and compare optimizers.
+    """Fine-tune SmolLM2-135M on a text or a task and compare methods.
 
-    Every optimizer starts from the same weights, sees the same batches and has a process of its
-    own, so that the memory reported is what it really took.
+    Every method starts from the same weights, sees the same batches and has a process of its own,
+    so that the memory reported is what it really took.
     """
 
-    optimizer: tuple[str, ...] = ("adamw", "adamw4bit")
-    """Optimizers to compare: adamw, adam, sgd and their 8bit and 4bit forms, factor4bit."""
+    method: tuple[str, ...] = ("adamw", "adamw4bit")
+    """Methods to compare. With backpropagation: adamw, adam, sgd and their 8bit and 4bit forms,
+    factor4bit. Without: mezo, zo-momentum, zo-sign, zo-adam, zo-conservative, fzoo, hizoo,
+    lozo, sparse, forward-grad, blockwise; and hybrid, which backpropagates through
+    the last norm and head."""
+    task: str = "sotu"
+    """sotu, the State of the Union addresses; or a task with options: polarity, sms, or a file
+    in the format of SST-2 (tsv), COPA, WinoGrande or MultiRC (jsonl)."""
+    tuning: Literal["full", "lora", "prefix", "prompt"] = "full"
+    """What is trained: all weights, or a small tree beside them."""
+    objective: Literal["classification", "language-model", "accuracy", "f1"] | None = None
+    """What training on a task with options improves: the cross-entropy of the options, of the
+    right option's tokens, or, without backpropagation, accuracy or F1 themselves. Left out, every
+    task has its own."""
+    template: bool = True
+    """Word a task such that its answer is likely text."""
+    data: Path = Path("data")
+    """Folder with sentence_polarity.zip and SMSSpamCollection.tsv."""
+    train_examples: int = 1000
+    """Examples of a task with options to learn from."""
+    eval_examples: int = 200
+    """Other examples of it, on which accuracy is measured."""
     steps: int = 16
     """Training steps."""
     batch_size: int = 2
-    """Token windows in a batch."""
+    """Token windows, or examples, in a batch."""
     sequence_length: int = 128
-    """Tokens in a window."""
+    """Tokens in a window, and at most in an example."""
     learning_rate: float | None = None
-    """Peak learning rate; left out, every optimizer has its own."""
+    """Peak learning rate; left out, every method has its own."""
+    eps: float | None = None
+    """How far methods without backpropagation probe; left out, every tuning has its own."""
     seed: int = 0
     """Chooses the training batches."""
     eval_batches: int = 4
@@ -44,24 +69,42 @@ class Settings:
 
     def check(self) -> None:
         """Raise a `UsageError` that names the first setting that cannot work."""
-        check_optimizer_names(self.optimizer)
-        _check_at_least("--steps", self.steps, 1)
-        _check_at_least("--batch-size", self.batch_size, 1)
-        _check_at_least("--sequence-length", self.sequence_length, 2)
-        _check_at_least("--seed", self.seed, 0)
-        _check_at_least("--eval-batches", self.eval_batches, 1)
-        _check_at_least("--checkpoint-every", self.checkpoint_every, 0)
-        rate = self.learning_rate
-        if rate is not None and not (math.isfinite(rate) and rate > 0):
-            raise UsageError(f"--learning-rate: must be a number above 0, got {rate}")
+        check_method_names(self.method)
+        for method in self.method:
+            check_tuning(method, self.tuning)
+        self._check_task()
+        check_at_least("--steps", self.steps, 1)
+        check_at_least("--batch-size", self.batch_size, 1)
+        check_at_least("--sequence-length", self.sequence_length, 2)
+        check_at_least("--seed", self.seed, 0)
+        check_at_least("--eval-batches", self.eval_batches, 1)
+        check_at_least("--checkpoint-every", self.checkpoint_every, 0)
+        check_above_zero("--learning-rate", self.learning_rate)
+        check_above_zero("--eps", self.eps)
         if self.model is not None and not self.model.is_file():
             raise UsageError(f"--model: there is no file {self.model}")
 
-    def learning_rate_of(self, optimizer: str) -> float:
-        """Return the peak learning rate with which `optimizer` runs."""
-        if self.learning_rate is None:
-            return OPTIMIZERS[optimizer].learning_rate
-        return self.learning_rate
+    def _check_task(self) -> None:
+        check_at_least("--train-examples", self.train_examples, 1)
+        check_at_least("--eval-examples", self.eval_examples, 1)
+        if self.task == "sotu":
+            if self.objective is not None or not self.template:
+                flag = "--no-template" if self.objective is None else "--objective"
+                raise UsageError(f"{flag}: sotu has no options")
+            return
+        task_path(self.task, self.data)
+        for method in self.method:
+            check_objective(method, self.objective)
+
+    def hyperparameters_of(self, method: str) -> Hyperparameters:
+        """Return what `method` is built with."""
+        rate, eps = self.learning_rate, self.eps
+        return Hyperparameters(
+            METHODS[method].learning_rates[self.tuning] if rate is None else rate,
+            EPS[self.tuning] if eps is None else eps,
+            self.steps,
+            self.tuning,
+        )
 
     def checkpoint_due(self, step: int) -> bool:
         """Return whether the run is saved after `step` steps."""
@@ -78,6 +121,20 @@ def prepare_output(folder: Path) -> None:
         raise UsageError(f"--output: cannot write to {folder}: {error.strerror}") from error
 
 
-def _check_at_least(flag: str, value: int, least: int) -> None:
+def check_at_least(flag: str, value: int, least: int) -> None:
+    """Raise a `UsageError` if `value` is too small."""
     if value < least:
         raise UsageError(f"{flag}: must be at least {least}, got {value}")
+
+
+def check_above_zero(flag: str, value: float | None) -> None:
+    """Raise a `UsageError` unless `value` is None or a finite number above zero."""
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise UsageError(f"{flag}: must be a number above 0, got {value}")
+
+
+def check_objective(method: str, objective: str | None) -> None:
+    """Raise a `UsageError` if `method` has to differentiate an `objective` that is flat."""
+    flat = objective is not None and not OBJECTIVES[objective].has_gradient
+    if flat and METHODS[method].derivative:
+        raise UsageError(f"--objective: {method} needs a gradient, and {objective} has none")

@@ -1,24 +1,25 @@
-"""One jitted training step for a Flax NNX decoder and any Optax optimizer."""
+"""One jitted training step for a Flax NNX decoder and any optimizer."""
 
-from collections.abc import Iterable
+import time
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
 from examples.llm.config import DecoderConfig
-from examples.llm.decoder import Decoder
+from examples.llm.decoder import Decoder, LanguageModel
+from examples.llm.memory import peak_memory_bytes, reset_peak_memory
+from examples.llm.methods import Loss, Optimizer
 
 
 class TrainState(NamedTuple):
     """What a training step takes and gives back.
 
     Attributes:
-      parameters: nested dict of float32 arrays.
-      optimizer_state: state of the Optax transformation.
+      parameters: what is trained: nested dict of float32 arrays.
+      optimizer_state: whatever the optimizer keeps.
     """
 
     parameters: Any
@@ -36,40 +37,54 @@ def build_model(graph: nnx.GraphDef[Decoder], parameters: Any) -> Decoder:
     return nnx.merge(graph, nnx.State(parameters))
 
 
-def next_token_loss(graph: nnx.GraphDef[Decoder], parameters: Any, windows: jax.Array) -> jax.Array:
+def next_token_loss(model: LanguageModel, windows: jax.Array) -> jax.Array:
     """Return the mean cross-entropy of every token given those before it, float32 `()`.
 
     Args:
-      graph: structure of the decoder.
-      parameters: its parameters.
+      model: the model.
       windows: int32 `(batch, length + 1)`.
     """
-    logits = build_model(graph, parameters)(windows[:, :-1])
+    logits = model.logits(model.features(windows[:, :-1]))
     return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
 
 
-def make_train_step(graph: nnx.GraphDef[Decoder], optimizer: optax.GradientTransformation) -> Any:
-    """Return the jitted step `(state, windows) -> (state, loss)`.
+def take_step(
+    loss_fn: Loss, optimizer: Optimizer, state: TrainState, *args: Any
+) -> tuple[TrainState, jax.Array]:
+    """Return the state after a step on `loss_fn(parameters, *args)`, and the loss."""
+    parameters, optimizer_state, info = optimizer.step(loss_fn, *state, *args)
+    return TrainState(parameters, optimizer_state), info.loss
+
+
+def make_train_step(loss_fn: Loss, optimizer: Optimizer) -> Any:
+    """Return the jitted step `(state, *args) -> (state, loss)`.
 
     The old state is donated: the new parameters and optimizer state take over its memory.
     """
-
-    def train_step(state: TrainState, windows: jax.Array) -> tuple[TrainState, jax.Array]:
-        loss, gradients = jax.value_and_grad(next_token_loss, argnums=1)(
-            graph, state.parameters, windows
-        )
-        updates, optimizer_state = optimizer.update(
-            gradients, state.optimizer_state, state.parameters
-        )
-        parameters = optax.apply_updates(state.parameters, updates)
-        return TrainState(parameters, optimizer_state), loss
-
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(partial(take_step, loss_fn, optimizer), donate_argnums=0)
 
 
-def held_out_loss(
-    graph: nnx.GraphDef[Decoder], parameters: Any, batches: Iterable[np.ndarray]
-) -> float:
-    """Return the mean of `next_token_loss` over `batches` of int32 `(batch, length + 1)`."""
-    loss = jax.jit(next_token_loss, static_argnums=0)
-    return float(np.mean([loss(graph, parameters, jnp.asarray(batch)) for batch in batches]))
+class StepMeasurement(NamedTuple):
+    """What a step cost.
+
+    Attributes:
+      loss: what the step itself found.
+      seconds: wall time.
+      peak_bytes: highest resident memory of the process meanwhile.
+    """
+
+    loss: float
+    seconds: float
+    peak_bytes: int
+
+
+def measured_step(
+    train_step: Any, state: TrainState, *args: Any
+) -> tuple[TrainState, StepMeasurement]:
+    """Take a step with what `make_train_step` gave, and wait for it."""
+    reset_peak_memory()
+    started = time.perf_counter()
+    state, loss = train_step(state, *args)
+    loss = float(loss)
+    seconds = time.perf_counter() - started
+    return state, StepMeasurement(loss, seconds, peak_memory_bytes())

@@ -1,17 +1,30 @@
 """Which numbers of a decoder train: all of them, or a small tree beside the frozen ones."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
-from examples.llm.decoder import Decoder
+from examples.llm.decoder import Decoder, LanguageModel
 from examples.llm.training import build_model
 from optax_lowbit import adapters
 
 SCHEMES = ("full", "lora", "prefix", "prompt")
 LORA = adapters.LoRA(rank=8, alpha=16.0, targets=r"(query|value)/kernel$")
+
+
+class TunedModel(NamedTuple):
+    """A decoder with what was trained beside it, as losses see it.
+
+    Attributes:
+      features: see `Decoder.features`.
+      logits: see `Decoder.logits`.
+    """
+
+    features: Callable[[jax.Array], jax.Array]
+    logits: Callable[[jax.Array], jax.Array]
 
 
 class Tuning(NamedTuple):
@@ -20,15 +33,19 @@ class Tuning(NamedTuple):
     Attributes:
       trainable: what an optimizer is given; float32, but for full tuning, where it is all of the
         decoder's parameters as they are.
-      frozen: the rest, to be passed on to `logits` untouched.
-      logits: `(trainable, frozen, tokens) -> logits`, from int32 `(batch, length)` to float32
-        `(batch, length, vocabulary_size)`, whether virtual tokens stand in front or not. A pure
-        function; it holds no arrays.
+      frozen: the rest, to be passed on to `model` untouched.
+      model: `(trainable, frozen) -> model`; the model sees no virtual tokens in what it is given
+        or gives. A pure function; it holds no arrays.
     """
 
     trainable: Any
     frozen: Any
-    logits: Callable[[Any, Any, jax.Array], jax.Array]
+    model: Callable[[Any, Any], LanguageModel]
+
+    def logits(self, trainable: Any, frozen: Any, tokens: jax.Array) -> jax.Array:
+        """Map int32 `(batch, length)` to float32 `(batch, length, vocabulary_size)`."""
+        model = self.model(trainable, frozen)
+        return model.logits(model.features(tokens))
 
 
 def tuned(
@@ -64,22 +81,17 @@ def tuned(
 
 
 def _full(graph: nnx.GraphDef[Decoder], parameters: Any) -> Tuning:
-    def logits(trainable, frozen, tokens):
-        del frozen
-        return build_model(graph, trainable)(tokens)
-
-    return Tuning(parameters, {}, logits)
+    return Tuning(parameters, {}, lambda trainable, frozen: build_model(graph, trainable))
 
 
 def _lora(graph, parameters, key, lora: adapters.LoRA) -> Tuning:
     wrapped = lora.wrap(build_model(graph, parameters), key)
     wrapped_graph, trainable, frozen = nnx.split(wrapped, nnx.LoRAParam, ...)
 
-    def logits(trainable, frozen, tokens):
-        model = nnx.merge(wrapped_graph, nnx.State(trainable), nnx.State(frozen))
-        return model(tokens)
+    def model(trainable, frozen):
+        return nnx.merge(wrapped_graph, nnx.State(trainable), nnx.State(frozen))
 
-    return Tuning(nnx.to_pure_dict(trainable), nnx.to_pure_dict(frozen), logits)
+    return Tuning(nnx.to_pure_dict(trainable), nnx.to_pure_dict(frozen), model)
 
 
 def _prefix(graph, parameters, key, num_tokens: int) -> Tuning:
@@ -89,17 +101,20 @@ def _prefix(graph, parameters, key, num_tokens: int) -> Tuning:
         decoder.keys_and_values, vocabulary_size, key, num_tokens=num_tokens
     )
 
-    def logits(trainable, frozen, tokens):
-        return build_model(graph, frozen)(tokens, prefix=trainable)
+    def model(trainable, frozen):
+        decoder = build_model(graph, frozen)
+        return TunedModel(partial(decoder.features, prefix=trainable), decoder.logits)
 
-    return Tuning(prefix, parameters, logits)
+    return Tuning(prefix, parameters, model)
 
 
 def _prompt(graph, parameters, key, num_tokens: int) -> Tuning:
     embedding = parameters["embedding"]["embedding"]
     prompt = adapters.init_prompt(embedding, key, num_tokens=num_tokens)
 
-    def logits(trainable, frozen, tokens):
-        return build_model(graph, frozen)(tokens, prompt=trainable["prompt"])
+    def model(trainable, frozen):
+        decoder = build_model(graph, frozen)
+        features = partial(decoder.features, prompt=trainable["prompt"])
+        return TunedModel(features, decoder.logits)
 
-    return Tuning({"prompt": prompt}, parameters, logits)
+    return Tuning({"prompt": prompt}, parameters, model)

@@ -1,7 +1,7 @@
-"""The process of one optimizer: load, fine-tune, measure."""
+"""The process of one method: load, fine-tune, measure."""
 
-import time
-from multiprocessing.connection import Connection
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,33 +11,23 @@ from examples.llm.errors import UsageError
 from examples.llm.events import Job, Report, RunResult, Stage, StepDone
 from examples.llm.generate import continue_greedily
 from examples.llm.gguf_files import GGUFModel
-from examples.llm.memory import buffer_bytes, peak_memory_bytes, reset_peak_memory
-from examples.llm.optimizers import build_optimizer
-from examples.llm.text import train_and_held_out_windows
+from examples.llm.memory import buffer_bytes
+from examples.llm.methods import METHODS
+from examples.llm.problems import Evaluation, build_problem, make_judge
 from examples.llm.tokenizer import read_tokenizer
 from examples.llm.training import (
     TrainState,
     abstract_decoder,
-    build_model,
-    held_out_loss,
     make_train_step,
+    measured_step,
 )
+from examples.llm.tuning import tuned
 
 _CONTINUATION_TOKENS = 24
 
 
-def run_job(job: Job, connection: Connection) -> None:
-    """Run `job` and send its `Stage`s, `StepDone`s and at last its `RunResult` or `UsageError`."""
-    try:
-        connection.send(fine_tune(job, connection.send))
-    except UsageError as error:
-        connection.send(error)
-    except BrokenPipeError:
-        raise SystemExit(1) from None  # nobody listens any more: the comparison was killed
-
-
 def fine_tune(job: Job, report: Report) -> RunResult:
-    """Fine-tune the model with one optimizer, from its newest checkpoint if asked to resume."""
+    """Fine-tune the model with one method, from its newest checkpoint if asked to resume."""
     settings = job.settings
     with Checkpoints(job.folder / "checkpoints", run_identity(job)) as checkpoints:
         resume = settings.resume and checkpoints.newest_step is not None
@@ -66,43 +56,46 @@ class _Run:
                 f"tokens, got {settings.sequence_length}"
             )
         self.tokenizer = read_tokenizer(self.model)
-        self.train_windows, held_out = train_and_held_out_windows(
-            self.tokenizer, settings.sequence_length, settings.seed
-        )
-        self.held_out = [
-            held_out.batch(index, settings.batch_size) for index in range(settings.eval_batches)
-        ]
-        self.graph, self.abstract_parameters = abstract_decoder(self.model.config)
-        self.optimizer = build_optimizer(
-            job.optimizer, settings.learning_rate_of(job.optimizer), settings.steps
-        )
+        self.problem = build_problem(settings, self.tokenizer)
+        graph, _ = abstract_decoder(self.model.config)
+        self.tuning = tuned(settings.tuning, graph, self.model.parameters(), settings.seed)
+        self.judge = make_judge(self.tuning.model, self.problem)
+        self.optimizer = METHODS[job.method].build(settings.hyperparameters_of(job.method))
 
     def start(self) -> tuple[TrainState, Progress]:
-        parameters = self.model.parameters()
-        progress = Progress(loss_before=self._held_out_loss(parameters))
-        return TrainState(parameters, jax.jit(self.optimizer.init)(parameters)), progress
+        trainable = self._take_trainable()
+        before = self._evaluate(trainable)
+        state = jax.jit(self.optimizer.init, static_argnums=1)(trainable, self.settings.seed)
+        return TrainState(trainable, state), Progress(before.loss, before.scores)
 
     def restore(self, checkpoints: Checkpoints) -> tuple[TrainState, Progress]:
         self.report(Stage("restoring the checkpoint"))
-        abstract_state = jax.eval_shape(self.optimizer.init, self.abstract_parameters)
-        return checkpoints.restore(TrainState(self.abstract_parameters, abstract_state))
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._take_trainable()
+        )
+        state = jax.eval_shape(lambda like: self.optimizer.init(like, self.settings.seed), like)
+        return checkpoints.restore(TrainState(like, state))
+
+    def _take_trainable(self) -> Any:
+        """What training starts from; it is not held here any longer, since steps consume it."""
+        trainable = self.tuning.trainable
+        self.tuning = self.tuning._replace(trainable=None)
+        return trainable
 
     def train(self, state: TrainState, progress: Progress, checkpoints: Checkpoints) -> TrainState:
         self.report(Stage("compiling the step"))
         del self.model  # its memory map must not count
         settings = self.settings
-        windows = jax.ShapeDtypeStruct(
-            (settings.batch_size, settings.sequence_length + 1), jnp.int32
-        )
-        train_step = make_train_step(self.graph, self.optimizer).lower(state, windows).compile()
+        train_step = make_train_step(self._loss, self.optimizer)
+        arguments = (state, self.tuning.frozen, self.problem.batch(0))
+        train_step = train_step.lower(*arguments).compile()
+        del arguments  # the state is to be consumed
         for step in range(len(progress.losses), settings.steps):
-            batch = jnp.asarray(self.train_windows.batch(step, settings.batch_size))
-            reset_peak_memory()
-            started = time.perf_counter()
-            state, loss = train_step(state, batch)
-            progress.losses.append(float(loss))
-            progress.step_seconds.append(time.perf_counter() - started)
-            progress.peak_bytes = max(progress.peak_bytes, peak_memory_bytes())
+            batch = jax.tree.map(jnp.asarray, self.problem.batch(step))
+            state, measured = measured_step(train_step, state, self.tuning.frozen, batch)
+            progress.losses.append(measured.loss)
+            progress.step_seconds.append(measured.seconds)
+            progress.peak_bytes = max(progress.peak_bytes, measured.peak_bytes)
             self.report(StepDone(step + 1, progress.losses[-1]))
             if settings.checkpoint_due(step + 1):
                 self.report(Stage("saving a checkpoint"))
@@ -110,26 +103,31 @@ class _Run:
         return state
 
     def result(self, state: TrainState, progress: Progress) -> RunResult:
-        continuation = ""
-        if self.settings.prompt:
-            self.report(Stage("continuing the prompt"))
-            continuation = continue_greedily(
-                build_model(self.graph, state.parameters),
-                self.tokenizer,
-                self.settings.prompt,
-                _CONTINUATION_TOKENS,
-            )
+        after = self._evaluate(state.parameters)
         return RunResult(
-            optimizer=self.job.optimizer,
+            method=self.job.method,
             loss_before=progress.loss_before,
-            loss_after=self._held_out_loss(state.parameters),
+            loss_after=after.loss,
+            scores_before=progress.scores_before,
+            scores_after=after.scores,
             losses=progress.losses,
             step_seconds=progress.step_seconds,
             state_bytes=buffer_bytes(state.optimizer_state),
             peak_bytes=progress.peak_bytes,
-            continuation=continuation,
+            continuation=self._continuation(state.parameters),
         )
 
-    def _held_out_loss(self, parameters) -> float:
-        self.report(Stage("measuring the held-out loss"))
-        return held_out_loss(self.graph, parameters, self.held_out)
+    def _loss(self, trainable: Any, frozen: Any, batch: Any) -> jax.Array:
+        return self.problem.loss(self.tuning.model(trainable, frozen), batch)
+
+    def _evaluate(self, trainable: Any) -> Evaluation:
+        self.report(Stage("judging by held-out data"))
+        return self.judge(trainable, self.tuning.frozen, self.problem.held_out())
+
+    def _continuation(self, trainable: Any) -> str:
+        prompt = self.settings.prompt
+        if not prompt:
+            return ""
+        self.report(Stage("continuing the prompt"))
+        logits = partial(jax.jit(self.tuning.logits), trainable, self.tuning.frozen)
+        return continue_greedily(logits, self.tokenizer, prompt, _CONTINUATION_TOKENS)

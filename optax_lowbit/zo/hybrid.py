@@ -221,8 +221,7 @@ def _is_float(leaf: Any) -> bool:
 def _moved(first: Trainable, updates: list[jax.Array], state: ZeroOrderState) -> list[jax.Array]:
     """The leaves after their updates, in their dtypes."""
     step = random_bits.fold_in((state.key[0], state.key[1]), state.count)
-    first_word, second_word = random_bits.fold_in(step, name_hash("first order"))
-    keys = leaf_keys((first_word[None], second_word[None]), first.paths)
+    keys = leaf_keys(random_bits.fold_in(step, name_hash("first order")), first.paths)
     return [
         rounded(widened(leaf) + widened(update), leaf.dtype, (key[0], key[1]))
         for leaf, update, key in zip(first.leaves, updates, keys)

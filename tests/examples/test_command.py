@@ -14,10 +14,10 @@ import pytest
 
 from examples.llm.checkpoints import Checkpoints
 from examples.llm.command import main
-from examples.llm.optimizers import build_optimizer
+from examples.llm.methods import METHODS, Hyperparameters
+from examples.llm.tiny import TINY
 from examples.llm.training import TrainState, abstract_decoder
 from optax_lowbit import is_quantized
-from tests.examples.conftest import TINY
 
 PROGRAM = Path(__file__).parents[2] / "examples" / "finetune.py"
 PATIENCE = 300  # seconds
@@ -64,10 +64,11 @@ def tiny_run(tiny_gguf, *more):
     return ("--model", tiny_gguf, "--sequence-length", 16, "--eval-batches", 1, *more)
 
 
-def final_state(folder, optimizer, steps):
+def final_state(folder, method, steps):
     parameters = abstract_decoder(TINY)[1]
-    optimizer_state = jax.eval_shape(build_optimizer(optimizer, 1.0, steps).init, parameters)
-    with Checkpoints(folder / optimizer / "checkpoints", identity={}) as checkpoints:
+    optimizer = METHODS[method].build(Hyperparameters(1.0, 1e-3, steps))
+    optimizer_state = jax.eval_shape(lambda like: optimizer.init(like, 0), parameters)
+    with Checkpoints(folder / method / "checkpoints", identity={}) as checkpoints:
         assert checkpoints.newest_step == steps
         state, _ = checkpoints.restore(TrainState(parameters, optimizer_state))
     return state
@@ -75,10 +76,10 @@ def final_state(folder, optimizer, steps):
 
 @pytest.mark.slow
 def test_a_comparison_from_start_to_end(tiny_gguf, tmp_path):
-    arguments = tiny_run(tiny_gguf, "--optimizer", "adamw", "sgd", "--steps", 5, "--prompt", "We")
+    arguments = tiny_run(tiny_gguf, "--method", "adamw", "sgd", "--steps", 5, "--prompt", "We")
     code, output, errors = finish(start(*arguments, folder=tmp_path))
     assert (code, errors) == (0, "")
-    assert "adamw" in output and "optimizer" in output and "MiB" in output
+    assert "adamw" in output and "method" in output and "MiB" in output
 
     results = tmp_path / "runs" / "finetune"
     metrics = json.loads((results / "metrics.json").read_text())
@@ -91,10 +92,10 @@ def test_a_comparison_from_start_to_end(tiny_gguf, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw4bit"])
-def test_a_killed_run_goes_on_bit_for_bit(tiny_gguf, tmp_path, optimizer):
+@pytest.mark.parametrize("method", ["adamw", "adamw4bit"])
+def test_a_killed_run_goes_on_bit_for_bit(tiny_gguf, tmp_path, method):
     steps = 60
-    arguments = tiny_run(tiny_gguf, "--optimizer", optimizer, "--steps", steps)
+    arguments = tiny_run(tiny_gguf, "--method", method, "--steps", steps)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     at_the_end = ("--checkpoint-every", steps, "--output", whole)
     code, _, errors = finish(start(*arguments, *at_the_end, folder=tmp_path))
@@ -102,7 +103,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tiny_gguf, tmp_path, optimizer):
 
     often = ("--checkpoint-every", 3, "--output", killed)
     process = start(*arguments, *often, folder=tmp_path)
-    wait_for_checkpoint(killed / optimizer, process)
+    wait_for_checkpoint(killed / method, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (killed / "metrics.json").exists()
@@ -113,10 +114,10 @@ def test_a_killed_run_goes_on_bit_for_bit(tiny_gguf, tmp_path, optimizer):
     resumed = json.loads((killed / "metrics.json").read_text())["runs"][0]
     for name in ("loss_before", "losses", "loss_after", "state_bytes"):
         assert resumed[name] == expected[name]
-    expected_state = final_state(whole, optimizer, steps)
-    resumed_state = final_state(killed, optimizer, steps)
+    expected_state = final_state(whole, method, steps)
+    resumed_state = final_state(killed, method, steps)
     leaves = jax.tree.leaves(resumed_state, is_leaf=is_quantized)
-    assert any(map(is_quantized, leaves)) == (optimizer == "adamw4bit")
+    assert any(map(is_quantized, leaves)) == (method == "adamw4bit")
     chex.assert_trees_all_equal_shapes_and_dtypes(expected_state, resumed_state)
     for leaf, other in zip(jax.tree.leaves(expected_state), jax.tree.leaves(resumed_state)):
         assert np.asarray(leaf).tobytes() == np.asarray(other).tobytes()
@@ -158,8 +159,8 @@ def test_a_mistake_found_by_a_run_is_one_line(tiny_gguf, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--optimizer", "adamx"], "'adamx' is unknown, choose from adamw, adam, sgd, adamw8bit"),
-        (["--optimizer", "adam", "adam"], "a name is given twice in adam adam"),
+        (["--method", "adamx"], "'adamx' is unknown, choose from adamw, adam, sgd, adamw8bit"),
+        (["--method", "adam", "adam"], "a name is given twice in adam adam"),
         (["--steps", "0"], "--steps: must be at least 1, got 0"),
         (["--batch-size", "-1"], "--batch-size: must be at least 1, got -1"),
         (["--sequence-length", "1"], "--sequence-length: must be at least 2, got 1"),
@@ -167,6 +168,17 @@ def test_a_mistake_found_by_a_run_is_one_line(tiny_gguf, tmp_path):
         (["--checkpoint-every", "-5"], "--checkpoint-every: must be at least 0, got -5"),
         (["--seed", "-1"], "--seed: must be at least 0, got -1"),
         (["--learning-rate", "0"], "--learning-rate: must be a number above 0, got 0"),
+        (
+            ["--method", "blockwise", "--tuning", "prompt"],
+            "--tuning: blockwise is for full, lora, prefix, not for prompt",
+        ),
+        (["--eps", "-1"], "--eps: must be a number above 0, got -1"),
+        (["--task", "rte"], "--task: rte is neither a file nor one of sotu, polarity, sms"),
+        (["--task", "sms"], "--data: sms needs SMSSpamCollection.tsv, which is not in data"),
+        (["--objective", "f1"], "--objective: sotu has no options"),
+        (["--no-template"], "--no-template: sotu has no options"),
+        (["--train-examples", "0"], "--train-examples: must be at least 1, got 0"),
+        (["--eval-examples", "0"], "--eval-examples: must be at least 1, got 0"),
         (["--learning-rate", "nan"], "--learning-rate: must be a number above 0, got nan"),
         (["--model", "nowhere.gguf"], "--model: there is no file nowhere.gguf"),
     ],
@@ -176,6 +188,14 @@ def test_bad_settings_are_one_line_and_exit_code_two(arguments, message, capsys)
     errors = capsys.readouterr().err
     assert message in errors
     assert errors.startswith("error: ") and errors.count("\n") == 1
+
+
+def test_an_objective_without_a_gradient_needs_a_method_without(tmp_path, capsys):
+    (tmp_path / "a.tsv").write_text("ham\tx\n")
+    arguments = ["--task", str(tmp_path / "a.tsv"), "--objective", "accuracy", "--method", "adam"]
+    assert main(arguments) == 2
+    errors = capsys.readouterr().err
+    assert errors == "error: --objective: adam needs a gradient, and accuracy has none\n"
 
 
 def test_an_output_that_cannot_be_written_is_named(tiny_gguf, tmp_path, capsys):

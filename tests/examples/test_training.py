@@ -4,16 +4,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from examples.llm.errors import UsageError
 from examples.llm.events import Job, StepDone
 from examples.llm.memory import buffer_bytes, peak_memory_bytes, reset_peak_memory
-from examples.llm.optimizers import OPTIMIZERS, build_optimizer, learning_rate_schedule
+from examples.llm.methods import EPS, METHODS, FirstOrder, Hyperparameters, learning_rate_schedule
 from examples.llm.settings import Settings
-from examples.llm.training import TrainState, abstract_decoder, make_train_step
+from examples.llm.tiny import TINY
+from examples.llm.training import (
+    TrainState,
+    abstract_decoder,
+    build_model,
+    make_train_step,
+    next_token_loss,
+)
 from examples.llm.worker import fine_tune
-from tests.examples.conftest import TINY
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +58,12 @@ def test_the_step_donates_parameters_and_optimizer_state():
     optimizer = optax.adamw(1e-3)
     state = TrainState(parameters, jax.eval_shape(optimizer.init, parameters))
     windows = jax.ShapeDtypeStruct((2, 17), jnp.int32)
-    memory = make_train_step(graph, optimizer).lower(state, windows).compile().memory_analysis()
+
+    def loss(parameters, windows):
+        return next_token_loss(build_model(graph, parameters), windows)
+
+    train_step = make_train_step(loss, FirstOrder(optimizer))
+    memory = train_step.lower(state, windows).compile().memory_analysis()
     state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     assert memory.alias_size_in_bytes == state_bytes
 
@@ -72,12 +84,49 @@ def test_the_prompt_is_continued(job):
     assert fine_tune(changed(job, steps=1, prompt="We"), lambda _: None).continuation
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimizer_moves_the_parameters(name):
-    optimizer = build_optimizer(name, OPTIMIZERS[name].learning_rate, steps=10)
+@pytest.mark.parametrize(
+    "name", [name for name in METHODS if METHODS[name].derivative == "backward"]
+)
+def test_every_first_order_method_descends(name):
+    optimizer = METHODS[name].build(Hyperparameters(1e-3, 1e-3, 10))
     parameters = {"kernel": jnp.ones((16, 32), jnp.float32)}
-    updates, _ = optimizer.update(parameters, optimizer.init(parameters), parameters)
-    assert np.all(np.asarray(updates["kernel"]) < 0)
+    moved, _, info = optimizer.step(
+        lambda x: jnp.sum(x["kernel"]), parameters, optimizer.init(parameters, 0)
+    )
+    assert np.all(np.asarray(moved["kernel"]) < 1)
+    assert float(info.loss) == 16 * 32
+
+
+@pytest.mark.parametrize("scheme", ["full", "lora", "prefix", "prompt"])
+def test_settings_of_every_method_are_complete(scheme):
+    for name, method in METHODS.items():
+        assert method.learning_rates.keys() == method.forward_passes.keys(), name
+        if scheme in method.learning_rates:
+            rate = method.learning_rates[scheme]
+            method.build(Hyperparameters(rate, EPS[scheme], 10, scheme))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in METHODS if METHODS[name].derivative != "backward"]
+)
+def test_every_other_method_steps_with_a_rate_that_is_traced(name):
+    leaf = jax.ShapeDtypeStruct((2, 8), jnp.float32)
+    parameters = {
+        part: {"kernel": leaf} for part in ("embedding", "attention", "feed_forward", "final_norm")
+    }
+
+    def loss(parameters):
+        return sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(parameters))
+
+    def step(parameters, rate):
+        optimizer = METHODS[name].build(Hyperparameters(rate, 1e-3, 10))
+        return optimizer.step(loss, parameters, optimizer.init(parameters, 0))
+
+    moved, _, info = jax.eval_shape(step, parameters, jnp.float32(1e-3))
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), moved) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), parameters
+    )
+    assert info.loss.shape == ()
 
 
 def test_checkpoints_are_not_overwritten_without_resume(saved_run):
@@ -114,7 +163,7 @@ def test_the_schedule_warms_up_and_decays():
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == rates[2] == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(0.1, abs=0.02)
-    build_optimizer("adamw", 1.0, 1)
+    METHODS["adamw"].build(Hyperparameters(1.0, 1e-3, 1))
 
 
 def test_buffer_bytes_counts_what_is_allocated():
@@ -127,3 +176,47 @@ def test_peak_memory_sees_an_allocation():
     block = np.ones(2**26, np.uint8)
     assert peak_memory_bytes() - before > 2**25
     del block
+
+
+@pytest.fixture
+def mezo_job(tiny_gguf, tmp_path):
+    lines = [f"{('ham', 'spam')[n % 2]}\tnumber {n}\n" for n in range(40)]
+    path = tmp_path / "messages.tsv"
+    path.write_text("".join(lines))
+    settings = Settings(
+        task=str(path), tuning="prompt", steps=4, checkpoint_every=2, train_examples=16,
+        eval_examples=8, sequence_length=48, learning_rate=1e-2, output=tmp_path / "run",
+    )  # fmt: skip
+    return Job("mezo", settings, tiny_gguf)
+
+
+class StoppedError(Exception):
+    pass
+
+
+def test_a_stopped_zeroth_order_run_goes_on_bit_for_bit(mezo_job, tmp_path):
+    def stop(event):
+        if isinstance(event, StepDone) and event.step == 3:
+            raise StoppedError
+
+    whole = fine_tune(changed(mezo_job, output=tmp_path / "whole"), lambda _: None)
+    with pytest.raises(StoppedError):
+        fine_tune(mezo_job, stop)
+    resumed = fine_tune(changed(mezo_job, resume=True), lambda _: None)
+    assert len(set(whole.losses)) == 4
+    assert resumed.losses == whole.losses
+    assert resumed.loss_before != resumed.loss_after == whole.loss_after
+    assert resumed.scores_after == whole.scores_after
+    states = [saved_state(tmp_path / name / "mezo" / "checkpoints") for name in ("whole", "run")]
+    assert states[0].keys() == states[1].keys() and states[0]
+    for path, leaf in states[0].items():
+        np.testing.assert_array_equal(leaf, states[1][path])
+
+
+def saved_state(folder):
+    with ocp.CheckpointManager(folder, item_names=("state",)) as manager:
+        restored = manager.restore(4, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(restored["state"])
+    }

@@ -9,9 +9,9 @@ from flax import nnx
 
 import optax_lowbit
 from examples.llm.decoder import LLAMA, Decoder, Family, rms_norm
+from examples.llm.tiny import TINY
 from examples.llm.tuning import SCHEMES, tuned
 from optax_lowbit import adapters, zo
-from tests.examples.conftest import TINY
 from tests.examples.test_decoder import LearnedPositions, ReluMLP
 
 TOKENS = jnp.array([[5, 9, 2, 7, 1, 8], [3, 3, 6, 0, 4, 250]], jnp.int32)

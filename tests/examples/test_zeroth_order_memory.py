@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from examples.llm.config import DecoderConfig
-from examples.llm.training import abstract_decoder, next_token_loss
+from examples.llm.training import abstract_decoder, build_model, next_token_loss
 from optax_lowbit import zo
 
 
@@ -23,7 +23,7 @@ def test_language_model_of_135_million_parameters():
     state = jax.eval_shape(lambda p: opt.init(p, 0), params)
 
     def loss(params, windows):
-        return next_token_loss(graph, params, windows)
+        return next_token_loss(build_model(graph, params), windows)
 
     def temporaries(function, *arguments, donated=()):
         program = jax.jit(function, donate_argnums=donated).lower(*arguments).compile()

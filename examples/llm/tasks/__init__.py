@@ -1,0 +1,1 @@
+"""Tasks with options: files, templates, splits, batches, scores."""

@@ -1,0 +1,148 @@
+"""Examples as tokens, and batches of them in few shapes."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from examples.llm.errors import UsageError
+from examples.llm.tasks.example import Example
+
+# Rows are as long as a multiple of this, so that lengths, each of which compiles, are few.
+_LENGTH_STEP = 16
+
+
+class OptionBatch(NamedTuple):
+    """Examples with the same number of options, padded; nothing depends on the padding.
+
+    Attributes:
+      tokens: int32 `(batch, rows, length)`: what the model reads. One row where every option is a
+        single token, since the model then reads no option; else one for each option.
+      positions: int32 `(batch, options, option length)`: where in its row a token is predicted.
+      targets: int32, the same shape: the tokens of the options.
+      mask: float32, the same shape: 1 for a token, 0 for padding.
+      labels: int32 `(batch,)`: number of the right option.
+      weights: float32 `(batch,)`: 1 for an example, 0 for one that fills the batch up.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    targets: np.ndarray
+    mask: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """An example in tokens.
+
+    Attributes:
+      prompt: at least one.
+      options: each at least one.
+      label: number of the right option.
+    """
+
+    prompt: tuple[int, ...]
+    options: tuple[tuple[int, ...], ...]
+    label: int
+
+    @property
+    def length(self) -> int:
+        """Tokens that the model reads: all but the last of the longest option."""
+        return len(self.prompt) + max(map(len, self.options)) - 1
+
+
+def encode(
+    example: Example, tokenizer: Tokenizer, max_length: int, start_token: int = 0
+) -> EncodedExample:
+    """Turn an example into tokens; a prompt that is too long loses its beginning.
+
+    Args:
+      example: to be encoded.
+      tokenizer: of the model.
+      max_length: tokens that the model reads at most.
+      start_token: stands for an empty prompt.
+
+    Raises:
+      UsageError: an option alone is too long, or has no token.
+    """
+    options = tuple(tuple(tokenizer.encode(option).ids) for option in example.options)
+    if not all(options):
+        raise UsageError(f"--task: an option of {example.options} is empty")
+    room = max_length + 1 - max(map(len, options))
+    if room < 1:
+        raise UsageError(
+            f"--sequence-length: {max_length} tokens are too few for the options {example.options}"
+        )
+    prompt = tokenizer.encode(example.prompt).ids[-room:] or [start_token]
+    return EncodedExample(tuple(prompt), options, example.label)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches of a set of examples.
+
+    Attributes:
+      examples: all with the same number of options.
+      size: examples in a batch.
+    """
+
+    examples: Sequence[EncodedExample]
+    size: int
+
+    def __post_init__(self):
+        numbers = {len(example.options) for example in self.examples}
+        if len(numbers) != 1:
+            raise ValueError(f"examples must have the same number of options, got {numbers}")
+
+    def random(self, number: int, seed: int) -> OptionBatch:
+        """Batch `number` of an endless sequence that `seed` chooses; all have one shape.
+
+        Every example is in one batch before any is in another: an epoch is a new order.
+        """
+        count = len(self.examples)
+        places = np.arange(number * self.size, (number + 1) * self.size)
+        chosen = [self._order(place // count, seed)[place % count] for place in places]
+        return self._padded(chosen, max(example.length for example in self.examples))
+
+    def all(self) -> Iterator[OptionBatch]:
+        """All examples once, those of like length together, so that shapes are few and small."""
+        order = np.argsort([example.length for example in self.examples], kind="stable")
+        for start in range(0, len(order), self.size):
+            chosen = order[start : start + self.size]
+            yield self._padded(chosen, max(self.examples[index].length for index in chosen))
+
+    def _order(self, epoch: int, seed: int) -> np.ndarray:
+        return np.random.default_rng([seed, epoch]).permutation(len(self.examples))
+
+    def _padded(self, chosen: Sequence[int], length: int) -> OptionBatch:
+        length = -(-length // _LENGTH_STEP) * _LENGTH_STEP
+        sizes = [len(option) for example in self.examples for option in example.options]
+        width, options = max(sizes), len(self.examples[0].options)
+        rows = 1 if width == 1 else options
+        batch = OptionBatch(
+            tokens=np.zeros((self.size, rows, length), np.int32),
+            positions=np.zeros((self.size, options, width), np.int32),
+            targets=np.zeros((self.size, options, width), np.int32),
+            mask=np.zeros((self.size, options, width), np.float32),
+            labels=np.zeros(self.size, np.int32),
+            weights=(np.arange(self.size) < len(chosen)).astype(np.float32),
+        )
+        for row in range(self.size):
+            # The last example fills the batch up, with no weight.
+            _write(batch, row, self.examples[chosen[min(row, len(chosen) - 1)]])
+        return batch
+
+
+def _write(batch: OptionBatch, row: int, example: EncodedExample) -> None:
+    start = len(example.prompt)
+    batch.labels[row] = example.label
+    for number, option in enumerate(example.options):
+        line = (*example.prompt, *option[:-1])
+        batch.tokens[row, number % batch.tokens.shape[1], : len(line)] = line
+        batch.positions[row, number, : len(option)] = np.arange(start - 1, len(line))
+        batch.targets[row, number, : len(option)] = option
+        batch.mask[row, number, : len(option)] = 1

@@ -1,0 +1,96 @@
+"""How likely a model finds the options, and what is trained on and reported."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from examples.llm.decoder import LanguageModel
+from examples.llm.tasks.batches import OptionBatch
+
+
+def token_log_likelihoods(model: LanguageModel, batch: OptionBatch) -> jax.Array:
+    """The log-probability of each token of each option, given the prompt and those before it.
+
+    Returns:
+      float32 `(batch, options, option length)`, 0 at padding.
+    """
+    size, rows, length = batch.tokens.shape
+    options = batch.targets.shape[1]
+    features = model.features(batch.tokens.reshape(size * rows, length))
+    row = jnp.arange(size)[:, None] * rows + jnp.arange(options)[None, :] % rows
+    # The head sees the places of options alone: on whole rows it costs as much as many layers.
+    logits = model.logits(features[row[:, :, None], batch.positions])
+    return -batch.mask * optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
+
+
+def option_scores(log_likelihoods: jax.Array, mask: jax.Array) -> jax.Array:
+    """The mean log-probability of an option's tokens, float32 `(batch, options)`.
+
+    The mean instead of the sum: long options are not less likely for being long.
+    """
+    return jnp.sum(log_likelihoods, axis=-1) / jnp.sum(mask, axis=-1)
+
+
+def classification_loss(log_likelihoods: jax.Array, batch: OptionBatch) -> jax.Array:
+    """Cross-entropy of the options, whose scores are taken as logits."""
+    scores = option_scores(log_likelihoods, batch.mask)
+    losses = optax.softmax_cross_entropy_with_integer_labels(scores, batch.labels)
+    return jnp.sum(batch.weights * losses) / jnp.sum(batch.weights)
+
+
+def language_model_loss(log_likelihoods: jax.Array, batch: OptionBatch) -> jax.Array:
+    """Cross-entropy of the right options' tokens, the mean over all of them."""
+    right = batch.labels[:, None, None]
+    losses, mask = (
+        jnp.take_along_axis(x, right, axis=1)[:, 0] for x in (-log_likelihoods, batch.mask)
+    )
+    weights = batch.weights[:, None]
+    return jnp.sum(weights * losses) / jnp.sum(weights * mask)
+
+
+def error_rate(log_likelihoods: jax.Array, batch: OptionBatch) -> jax.Array:
+    """One less the accuracy."""
+    predictions = jnp.argmax(option_scores(log_likelihoods, batch.mask), axis=-1)
+    return 1 - accuracy(predictions, batch.labels, batch.weights)
+
+
+def f1_loss(log_likelihoods: jax.Array, batch: OptionBatch) -> jax.Array:
+    """One less the F1 score."""
+    predictions = jnp.argmax(option_scores(log_likelihoods, batch.mask), axis=-1)
+    return 1 - f1(predictions, batch.labels, batch.weights)
+
+
+def accuracy(predictions: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
+    """The share of right predictions, float32 `()`."""
+    return jnp.sum(jnp.where(predictions == labels, weights, 0)) / jnp.sum(weights)
+
+
+def f1(predictions: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
+    """The F1 score of option 1, float32 `()`: `2 TP / (2 TP + FP + FN)`, and 0 if that is 0/0."""
+    claimed, there = predictions == 1, labels == 1
+    found, *marked = (jnp.sum(jnp.where(x, weights, 0)) for x in (claimed & there, claimed, there))
+    return 2 * found / jnp.maximum(sum(marked), 1)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a method makes small.
+
+    Attributes:
+      loss: of token log-likelihoods and a batch, float32 `()`.
+      has_gradient: whether backpropagation gets anything from it.
+    """
+
+    loss: Callable[[jax.Array, OptionBatch], jax.Array]
+    has_gradient: bool = True
+
+
+OBJECTIVES = {
+    "classification": Objective(classification_loss),
+    "language-model": Objective(language_model_loss),
+    "accuracy": Objective(error_rate, has_gradient=False),
+    "f1": Objective(f1_loss, has_gradient=False),
+}
