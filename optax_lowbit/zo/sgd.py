@@ -60,14 +60,14 @@ def zo_sgd(
     Examples:
       >>> import jax, jax.numpy as jnp
       >>> from optax_lowbit import zo
-      >>> opt = zo.zo_sgd(0.01, num_probes=4)
-      >>> params = jnp.array([1.0, 2.0])
-      >>> state = opt.init(params, jax.random.key(0))
+      >>> opt = zo.zo_sgd(1e-6, num_probes=4)
+      >>> state = opt.init({"w": jnp.ones((128, 256))}, jax.random.key(0))
       >>> step = jax.jit(opt.step, static_argnums=0, donate_argnums=(1, 2))
-      >>> for _ in range(200):
-      ...     params, state, info = step(lambda x: jnp.sum(x**2), params, state)
-      >>> bool(info.loss < 0.1)
-      True
+
+      Then ``params, state, info = step(loss_fn, params, state, batch)``, with so many passes:
+
+      >>> opt.estimator.evaluations(opt.num_probes)
+      8
 
     References:
       Malladi et al, `Fine-Tuning Language Models with Just Forward Passes
