@@ -54,13 +54,10 @@ def fzoo(
       TypeError, ValueError: If an argument is impossible.
 
     Examples:
-      >>> import jax, jax.numpy as jnp
       >>> from optax_lowbit import zo
-      >>> opt = zo.fzoo(1e-2, num_probes=4)
-      >>> params = jnp.ones(5)
-      >>> new, state, info = opt.step(lambda x: jnp.sum(x**2), params, opt.init(params, 0))
-      >>> f"{jnp.std(info.coefficients):.3f}"
-      '1.000'
+      >>> opt = zo.fzoo(5e-5, probe_batch=8)
+      >>> opt.estimator.evaluations(opt.num_probes)
+      9
 
     References:
       Dang et al, `FZOO: Fast Zeroth-Order Optimizer for Fine-Tuning Large Language Models towards
