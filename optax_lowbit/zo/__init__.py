@@ -1,7 +1,7 @@
-from optax_lowbit.zo.blockwise import BlockwiseOptimizer, blockwise
+from optax_lowbit.zo.backpropagation import HybridOptimizer, HybridState, hybrid
+from optax_lowbit.zo.blocks import BlockwiseOptimizer, blockwise
 from optax_lowbit.zo.diagnostics import Diagnosis, diagnose
-from optax_lowbit.zo.gradient import EstimateGradientState, estimate_gradient, gradient
-from optax_lowbit.zo.hybrid import HybridOptimizer, HybridState, hybrid
+from optax_lowbit.zo.gradient_trees import EstimateGradientState, estimate_gradient, gradient
 from optax_lowbit.zo.hyperparameters import InjectedOptimizer, InjectedState, inject_hyperparams
 from optax_lowbit.zo.microbatches import microbatched
 from optax_lowbit.zo.noise import Gaussian, Noise, Probe, Rademacher
