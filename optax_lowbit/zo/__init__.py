@@ -1,15 +1,15 @@
 from optax_lowbit.zo import replay as replay
 from optax_lowbit.zo.adam import zo_adam
-from optax_lowbit.zo.blockwise import BlockwiseOptimizer, blockwise
+from optax_lowbit.zo.backpropagation import HybridOptimizer, HybridState, hybrid
+from optax_lowbit.zo.blocks import BlockwiseOptimizer, blockwise
 from optax_lowbit.zo.conservative import zo_sgd_conservative
 from optax_lowbit.zo.diagnostics import Diagnosis, diagnose
 from optax_lowbit.zo.estimators import Central, Estimator, ForwardGradient, OneSided
 from optax_lowbit.zo.forward_gradient import forward_grad
 from optax_lowbit.zo.fzoo import fzoo
-from optax_lowbit.zo.gradient import EstimateGradientState, estimate_gradient, gradient
+from optax_lowbit.zo.gradient_trees import EstimateGradientState, estimate_gradient, gradient
 from optax_lowbit.zo.grid_sgd import zo_sgd_grid
 from optax_lowbit.zo.hizoo import hizoo
-from optax_lowbit.zo.hybrid import HybridOptimizer, HybridState, hybrid
 from optax_lowbit.zo.hyperparameters import InjectedOptimizer, InjectedState, inject_hyperparams
 from optax_lowbit.zo.low_rank import LowRank
 from optax_lowbit.zo.lozo import lozo

@@ -140,7 +140,7 @@ def estimate_gradient(
     Examples:
       >>> import jax, jax.numpy as jnp, optax
       >>> from optax_lowbit import zo
-      >>> tx = optax.chain(zo.estimate_gradient(), optax.clip(1.0), optax.adam(0.05))
+      >>> tx = optax.chain(zo.estimate_gradient(), optax.clip(1.0), optax.sgd(0.02))
       >>> params = jnp.array([1.0, -2.0])
       >>> state = tx.init(params)
       >>> @jax.jit

@@ -79,7 +79,7 @@ def hybrid(
       >>> params = {"body": jnp.full((2, 4), 0.5), "head": jnp.ones((4, 1))}
       >>> def loss(params, x, y):
       ...     return jnp.mean((jnp.tanh(x @ params["body"]) @ params["head"] - y) ** 2)
-      >>> opt = zo.hybrid(zo.zo_sgd(1e-2), optax.adam(1e-2), "head")
+      >>> opt = zo.hybrid(zo.zo_sgd(1e-2), optax.sgd(0.1), "head")
       >>> state = opt.init(params, 0)
       >>> step = jax.jit(opt.step, static_argnums=0)
       >>> x, y = jnp.eye(2), jnp.ones((2, 1))
