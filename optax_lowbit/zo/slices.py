@@ -63,6 +63,8 @@ class Slice:
 
         def perturb(rows, latest):
             zero, grid = data_zero(latest), self.params.grids[rows.leaf]
+            if grid is not None:  # or the codes of all leaves would be unpacked at once
+                rows = dataclasses.replace(rows, values=rows.values | zero.astype(jnp.uint8))
             opened = self.params.opened(rows)
             moved = slope_sum(self.noise, self.probe, keys, slopes, opened, zero)
             if grid is not None:
