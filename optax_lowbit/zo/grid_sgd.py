@@ -11,10 +11,13 @@ from optax_lowbit.moments.storage import Moment
 from optax_lowbit.quant import random_bits
 from optax_lowbit.zo.directions import Choice
 from optax_lowbit.zo.estimators import Central, Estimator
-from optax_lowbit.zo.noise import Noise, columns, words
+from optax_lowbit.zo.noise import Noise, columns, words_once
 from optax_lowbit.zo.optimizer import ZeroOrderOptimizer
 from optax_lowbit.zo.rows import Rows
 from optax_lowbit.zo.updates import Rule
+
+# The chance of a larger step is a multiple of one over this.
+CHANCES = 2**15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +25,8 @@ class GridSteps(Noise):
     """``eps`` times a sign, rounded stochastically to a whole number of places.
 
     Attributes:
-      eps: The mean size: below 1 the share of elements that move, by one place.
+      eps: The mean size, a multiple of ``2**-15``: below 1 the share of elements that move, by one
+        place.
     """
 
     eps: float
@@ -34,12 +38,14 @@ class GridSteps(Noise):
         return whole**2 + (2 * whole + 1) * part
 
     def draw(self, probe, rows):
-        """One word of the cipher is one element: a bit for the sign, 31 for the size."""
+        """One word of the cipher is two elements: of each a bit for the sign, 15 for the size."""
         part, whole = math.modf(self.eps)
-        word = words(probe.key, rows, columns(rows)).reshape(rows.values.shape)
-        is_larger = word >> 1 < jnp.uint32(round(part * 2**31))
-        size = jnp.float32(whole) + is_larger.astype(jnp.float32)
-        return jnp.where(word & 1, -size, size)
+        n = columns(rows)
+        word = words_once(probe.key, rows, -(-n // 2))
+        half = jnp.stack([word & 0xFFFF, word >> 16], axis=-1)
+        half = half.reshape(*word.shape[:-1], -1)[..., :n].reshape(rows.values.shape)
+        size = jnp.float32(whole) + (half >> 1 < int(part * CHANCES)).astype(jnp.float32)
+        return jnp.where(half & 1, -size, size)
 
 
 RESIDUAL = {"residual": Moment(None, dtype=jnp.uint8)}
@@ -137,9 +143,9 @@ def zo_sgd_grid(
 
     Args:
       learning_rate: In codes: a fixed rate or a schedule.
-      eps: Mean size of a perturbation, in places. Below 1: the share of elements that are moved,
-        by one place each. The default moves a matrix in 4 bits by about 6% of its norm; with 8
-        bits that takes 3.
+      eps: Mean size of a perturbation, in places; rounded to a multiple of ``2**-15``. Below 1 it
+        is the share of elements that are moved, by one place each. The default moves normal weights
+        in 4 bits by about 6% of their norm; with 8 bits that takes 3.
       num_probes: Directions in a step.
       estimator: :class:`Central` or one that needs no derivative.
       error_feedback: Whether residuals are kept. Without, the sum ``u`` is itself rounded
@@ -155,7 +161,7 @@ def zo_sgd_grid(
 
     Raises:
       TypeError: If ``eps`` is no number, or the estimator needs derivatives, which codes have not.
-      ValueError: If ``eps`` is not above 0; at init, if there is no :class:`QuantizedArray`.
+      ValueError: If ``eps`` is under ``2**-15``; at init, if there is no :class:`QuantizedArray`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax_lowbit
@@ -185,13 +191,13 @@ def zo_sgd_grid(
     """
     if isinstance(eps, bool) or not isinstance(eps, int | float):
         raise TypeError(f"eps must be a number of places, got {eps!r}")
-    if not 0 < eps < math.inf:
-        raise ValueError(f"eps must be a number of places above 0, got {eps!r}")
+    if not 1 / CHANCES <= eps < math.inf:
+        raise ValueError(f"eps must be a number of places of at least 2**-15, got {eps!r}")
     if not isinstance(estimator, Estimator):
         raise TypeError(
             f"estimator must need no derivatives, as zo.Central() does; got {estimator!r}"
         )
-    noise = GridSteps(float(eps))
+    noise = GridSteps(round(eps * CHANCES) / CHANCES)
     return ZeroOrderOptimizer(
         rule=DescendOnGrid(variance=noise.variance, moments=RESIDUAL if error_feedback else {}),
         learning_rate=learning_rate, eps=1.0, num_probes=num_probes, active_probes=active_probes,

@@ -54,8 +54,7 @@ def qzo(
     Under ``double_quant`` the scales are codes themselves; their float32 scales train, one for
     256 blocks.
 
-    **Memory.** Nothing is kept. The loss dequantizes a weight where it uses it; as scales are
-    perturbed only there, no weight can be dequantized before.
+    **Memory.** Nothing is kept. A step needs what the loss needs, and the scales of a leaf.
 
     Args:
       learning_rate: A fixed rate or a schedule.

@@ -99,8 +99,10 @@ class Slice:
 
     def _moved(self, directions, slopes, rounding) -> jax.Array:
         def perturb(rows, latest):
-            grid = self.params.grids[rows.leaf]
-            moves = directions.sum(slopes, self.params.opened(rows), data_zero(latest))
+            zero, grid = data_zero(latest), self.params.grids[rows.leaf]
+            if grid is not None:  # or the codes of all leaves would be unpacked at once
+                rows = dataclasses.replace(rows, values=rows.values | zero.astype(jnp.uint8))
+            moves = directions.sum(slopes, self.params.opened(rows), zero)
             if grid is not None:
                 return grid.moved(rows.values, moves)
             moved = widened(rows.values) + moves
