@@ -11,7 +11,7 @@ from optax_lowbit import zo
 from optax_lowbit.zo.replay import replaying
 from tests.zo.replay.runs import assert_same_bits, logged_run, momentum, sgd, tree
 
-STEPS = 6
+STEPS = 5
 
 
 def placed(base, axis_type):
@@ -33,15 +33,14 @@ def check_replay(opt, base, path):
 
 
 @pytest.mark.parametrize(
-    ("make", "dtype", "worth_fusing"),
-    [(sgd, jnp.float32, STEPS), (momentum, jnp.bfloat16, 256)],
-    ids=["sgd", "momentum"],
+    ("make", "worth_fusing"), [(sgd, STEPS), (momentum, 256)], ids=["sgd", "momentum"]
 )
 def test_any_batching_and_any_mesh_give_the_bits_of_the_run(
-    make, dtype, worth_fusing, tmp_path, monkeypatch
+    make, worth_fusing, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(replaying, "FUSED", 2)
     monkeypatch.setattr(replaying, "WORTH_FUSING", worth_fusing)
-    opt, base = make(), tree(dtype)
+    opt, base = make(), tree()
     log, params, state = check_replay(opt, base, tmp_path / "log")
     scanned = jax.jit(
         lambda carry, records: jax.lax.scan(
@@ -55,6 +54,6 @@ def test_any_batching_and_any_mesh_give_the_bits_of_the_run(
     assert len(spread["kernel"].sharding.device_set) == 8
 
 
-@pytest.mark.parametrize(("make", "dtype"), [(sgd, jnp.bfloat16), (momentum, jnp.float32)])
-def test_replay_gives_the_bits_of_the_run(make, dtype, tmp_path):
-    check_replay(make(), tree(dtype), tmp_path / "log")
+@pytest.mark.parametrize("make", [sgd, momentum])
+def test_bfloat16_is_rounded_as_in_the_run(make, tmp_path):
+    check_replay(make(), tree(jnp.bfloat16), tmp_path / "log")
