@@ -188,11 +188,11 @@ class HybridOptimizer:
         estimator = value_estimator(rest.estimator)
         eps = jnp.asarray(value_at(rest.eps, state.count), jnp.float32)
         probes, signs = jax.vmap(estimator.point)(jnp.arange(rest.evaluations))
-        paths = split(first.tree(first.leaves), rest.trainable, rest.part).paths
+        paths = rest.split(first.tree(first.leaves)).paths
         keys = probe_keys((state.key[0], state.key[1]), state.count, rest.num_probes, paths)
 
         def loss(leaves, key, slope):
-            ours = split(first.tree(leaves), rest.trainable, rest.part)
+            ours = rest.split(first.tree(leaves))
             return rest._slice(loss_fn, ours, state, args).at(key, slope)
 
         points = keys[probes], signs * eps

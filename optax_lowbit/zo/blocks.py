@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_lowbit.zo import checks
-from optax_lowbit.zo.directions import Choice, Trainable, chooses, split
+from optax_lowbit.zo.directions import Choice, Trainable, chooses
 from optax_lowbit.zo.noise import Noise
 from optax_lowbit.zo.optimizer import Loss, StepInfo, ZeroOrderOptimizer, ZeroOrderState
 from optax_lowbit.zo.updates import Rule, is_taken, update_leaf
@@ -150,7 +150,7 @@ class BlockwiseOptimizer:
         return ours.tree(leaves), state, _merged(info)
 
     def _split(self, params: Any) -> Trainable:
-        return split(params, self.opt.trainable, self.opt.part)
+        return self.opt.split(params)
 
     def _prepared(self, ours: Trainable, state: ZeroOrderState) -> ZeroOrderState:
         """With what the noise keeps made ready once, from the parameters before the step."""

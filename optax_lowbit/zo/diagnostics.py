@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_lowbit.kernels.reference import widened
-from optax_lowbit.zo.directions import Trainable, directions_of, probe_keys, split
+from optax_lowbit.zo.directions import Trainable, directions_of, probe_keys
 from optax_lowbit.zo.estimators import Central, ForwardGradient, OneSided, value_estimator
 from optax_lowbit.zo.noise import Probe
 from optax_lowbit.zo.optimizer import ZeroOrderOptimizer, ZeroOrderState, value_at
@@ -135,4 +135,4 @@ def _moved(
 
 
 def _split(opt: ZeroOrderOptimizer, params: Any) -> Trainable:
-    return split(params, opt.trainable, opt.part)
+    return opt.split(params)

@@ -78,7 +78,7 @@ def gradient(
     """
     opt = _probing(eps, num_probes, noise, estimator, trainable, probe_batch)
     words = jnp.stack(random_bits.key_words(key))
-    return _estimated(opt, loss_fn, params, ZeroOrderState(jnp.int32(0), words, (), {}), args)
+    return _estimated(opt, loss_fn, params, ZeroOrderState(jnp.int32(0), words, (), {}, {}), args)
 
 
 class EstimateGradientState(NamedTuple):
@@ -172,7 +172,7 @@ def estimate_gradient(
         for name, value in (("params", params), ("obj_fn", obj_fn)):
             if value is None:
                 raise ValueError(f"{name} must be given to update: the loss is evaluated there")
-        whole = ZeroOrderState(state.count, state.key, state.prepared, {})
+        whole = ZeroOrderState(state.count, state.key, state.prepared, {}, {})
         estimate = _estimated(opt, obj_fn, params, whole, ())
         ours = split(params, trainable)
         prepared = noise.prepare(

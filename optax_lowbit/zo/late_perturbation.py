@@ -183,7 +183,7 @@ def _scan(evaluation: _Evaluation, equation: JaxprEqn, operands: list[Any]) -> S
     """Leaves that are scanned over are perturbed slice by slice, inside the body."""
     params = equation.params
     body: ClosedJaxpr = params["jaxpr"]
-    first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
+    first, last = _places_of_carry(equation)
     consts = _for_loop(evaluation, body.jaxpr, operands[:first], 0)
     carry = evaluation.settled(operands[first:last])
     scanned = [
@@ -206,6 +206,26 @@ def _scan(evaluation: _Evaluation, equation: JaxprEqn, operands: list[Any]) -> S
         turn, carry, arrays, params["length"], params["reverse"], params["unroll"]
     )
     return [*carry, *stacked]
+
+
+def _places_of_carry(equation: JaxprEqn) -> tuple[int, int]:
+    """Where among a scan's operands its carry begins and ends; before it is what is closed over.
+
+    From shapes: versions of JAX differ in the parameters that say so.
+    """
+    body = equation.params["jaxpr"].jaxpr
+
+    def stacked(outside, inside):
+        pairs = zip(outside, inside, strict=True)
+        return sum(_rank(x) > _rank(part) for x, part in pairs)
+
+    last = len(equation.invars) - stacked(equation.invars, body.invars)
+    num_carry = len(equation.outvars) - stacked(equation.outvars, body.outvars)
+    return last - num_carry, last
+
+
+def _rank(var: Any) -> int:
+    return len(var.aval.shape)
 
 
 def _made_of_rows(x: Any) -> Callable[[Rows], Pending] | None:

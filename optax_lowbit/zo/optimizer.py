@@ -124,7 +124,7 @@ class ZeroOrderOptimizer:
           UserWarning: If ``eps`` is too small for the weights of a bfloat16 or float16 leaf.
         """
         words = jnp.stack(random_bits.key_words(key))
-        ours = self._split(params)
+        ours = self.split(params)
         if isinstance(self.estimator, Estimator):
             precision.warn_of_small_eps(ours, value_at(self.eps, jnp.int32(0)))
         policy = Policy() if self.policy is None else self.policy
@@ -163,7 +163,7 @@ class ZeroOrderOptimizer:
         self, params: Any, state: ZeroOrderState, record: jax.Array
     ) -> tuple[Any, ZeroOrderState]:
         """The second half of a step: new parameters and state, from a record."""
-        ours = self._split(params)
+        ours = self.split(params)
         decays = [self.decays(path, leaf) for path, leaf in zip(ours.paths, ours.leaves)]
         new, state = self.apply_to_leaves(ours, decays, state, record)
         return ours.tree(new), state
@@ -236,7 +236,7 @@ class ZeroOrderOptimizer:
         """
         if isinstance(number, int) and not 0 <= number < self.evaluations:
             raise ValueError(f"number must be from 0 to {self.evaluations - 1}, got {number}")
-        ours = self._split(params)
+        ours = self.split(params)
         probe, sign = value_estimator(self.estimator).point(number)
         keys = probe_keys(_words(state.key), state.count, self.num_probes, ours.paths)[probe]
         slope = sign * jnp.asarray(value_at(self.eps, state.count), jnp.float32)
@@ -284,11 +284,11 @@ class ZeroOrderOptimizer:
         """
         if self.part == "codes":
             raise TypeError("combine needs float leaves, and these steps are of codes")
-        ours = self._split(params)
+        ours = self.split(params)
         keys = probe_keys(_words(state.key), state.count, self.num_probes, ours.paths)
         leaves = self._summed(ours, state, keys, slopes)
         zeros = jax.tree.map(jnp.zeros_like, params)
-        return self._split(zeros).tree([x.astype(p.dtype) for x, p in zip(leaves, ours.leaves)])
+        return self.split(zeros).tree([x.astype(p.dtype) for x, p in zip(leaves, ours.leaves)])
 
     def _summed(self, ours, state, keys, slopes) -> list[jax.Array]:
         directions = directions_of(self.noise, self._probe(ours, state), keys, ours.leaves)
@@ -308,12 +308,13 @@ class ZeroOrderOptimizer:
         del phi, keys
         return info
 
-    def _split(self, params: Any) -> Trainable:
+    def split(self, params: Any) -> Trainable:
+        """The leaves that train, and the rest."""
         return split(params, self.trainable, self.part)
 
     def _probed(self, loss_fn, params, state, args) -> tuple[Slice, jax.Array]:
         """The loss near the parameters, and the keys of this step's directions."""
-        ours = self._split(params)
+        ours = self.split(params)
         keys = probe_keys(_words(state.key), state.count, self.num_probes, ours.paths)
         return self._slice(loss_fn, ours, state, args), keys
 

@@ -92,7 +92,8 @@ class Slice:
             return along(s, rows, latest, (probe, keys, scale)), tangent
 
         drawn_from = directions.probe, directions.keys, directions.scale
-        return self._called(lambda rows, latest: along(s, rows, latest, drawn_from), s)
+        keys = directions.keys
+        return self._called(lambda rows, latest: along(s, rows, latest, drawn_from), s, keys)
 
     def _directions(self, keys: jax.Array) -> Directions:
         return directions_of(self.noise, self.probe, keys, self.params.leaves)
@@ -112,13 +113,17 @@ class Slice:
         def factors(rows, latest):
             return directions.factors(slopes, rows, data_zero(latest))
 
-        return self._called(perturb, slopes, factors)
+        return self._called(perturb, slopes, directions.keys, factors)
 
     def _called(
-        self, perturb: Perturb, after: jax.Array, factors: LowRank = lambda rows, latest: None
+        self,
+        perturb: Perturb,
+        after: jax.Array,
+        keys: jax.Array,
+        factors: LowRank = lambda rows, latest: None,
     ) -> jax.Array:
         return call_perturbed(
             lambda leaves: self.loss(self.params.tree(leaves)),
             self.params.leaves, perturb, after, self.companions, factors,
-            varying_axes(after) | varying_axes(self.probe.key[0]),
+            varying_axes(after) | varying_axes(keys),
         )  # fmt: skip

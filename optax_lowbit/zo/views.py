@@ -64,6 +64,10 @@ def _size(var: Any) -> int:
     return var.aval.size
 
 
+def _shape(var: Any) -> tuple[int, ...]:
+    return var.aval.shape
+
+
 def _map_rows(view: Callable[[jax.Array], jax.Array], rows: Rows) -> Rows:
     return jax.tree.map(view, rows)
 
@@ -74,15 +78,15 @@ Along = Callable[[jax.Array], dict[str, Any]]
 
 
 def _gather(equation: JaxprEqn) -> Along | None:
-    operand, result = equation.invars[0].aval, equation.outvars[0].aval
+    operand, result = _shape(equation.invars[0]), _shape(equation.outvars[0])
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
-    last = operand.ndim - 1
+    last = len(operand) - 1
     is_kept = (
-        sizes[-1] == operand.shape[-1]
+        sizes[-1] == operand[-1]
         and last not in (*numbers.collapsed_slice_dims, *numbers.start_index_map)
         and last not in numbers.operand_batching_dims
-        and numbers.offset_dims[-1:] == (result.ndim - 1,)
-        and result.ndim > 1
+        and numbers.offset_dims[-1:] == (len(result) - 1,)
+        and len(result) > 1
     )
 
     def along(x):
@@ -97,7 +101,7 @@ def _gather(equation: JaxprEqn) -> Along | None:
 
 def _dynamic_slice(equation: JaxprEqn) -> Along | None:
     sizes = equation.params["slice_sizes"]
-    if sizes[-1] != equation.invars[0].aval.shape[-1]:
+    if sizes[-1] != _shape(equation.invars[0])[-1]:
         return None
     return lambda x: {"slice_sizes": (*sizes[:-1], x.shape[-1])}
 
@@ -105,14 +109,14 @@ def _dynamic_slice(equation: JaxprEqn) -> Along | None:
 def _slice(equation: JaxprEqn) -> Along | None:
     starts, limits = equation.params["start_indices"], equation.params["limit_indices"]
     strides = equation.params["strides"]
-    is_whole = starts[-1] == 0 and limits[-1] == equation.invars[0].aval.shape[-1]
+    is_whole = starts[-1] == 0 and limits[-1] == _shape(equation.invars[0])[-1]
     if not is_whole or (strides is not None and strides[-1] != 1):
         return None
     return lambda x: {"limit_indices": (*limits[:-1], x.shape[-1])}
 
 
 def _squeeze(equation: JaxprEqn) -> Along | None:
-    if equation.invars[0].aval.ndim - 1 in equation.params["dimensions"]:
+    if len(_shape(equation.invars[0])) - 1 in equation.params["dimensions"]:
         return None
     return lambda x: {}
 
@@ -128,7 +132,7 @@ _ROW_VIEWS: dict[str, Callable[[JaxprEqn], Along | None]] = {
 def takes_rows_only(equation: JaxprEqn, place: int) -> bool:
     """Whether an equation reads no more than some rows of its operand number ``place``."""
     name = equation.primitive.name
-    if place or name not in ("dynamic_slice", "gather") or equation.invars[0].aval.ndim < 2:
+    if place or name not in ("dynamic_slice", "gather") or len(_shape(equation.invars[0])) < 2:
         return False
     smaller = _size(equation.outvars[0]) < _size(equation.invars[0])
     return smaller and _ROW_VIEWS[name](equation) is not None

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from optax_lowbit.zo.directions import directions_of, probe_keys, split
+from optax_lowbit.zo.directions import directions_of, probe_keys
 from optax_lowbit.zo.noise import Probe
 from optax_lowbit.zo.rows import whole
 from optax_lowbit.zo.slices import Slice
@@ -41,7 +41,7 @@ TOKENS = jnp.array([0, 3, 3, 10, 7])
 
 def drawn(opt, params, state, probe=0):
     """The direction of one probe of a step, as a tree."""
-    ours = split(params, opt.trainable, opt.part)
+    ours = opt.split(params)
     run = state.key[0], state.key[1]
     keys = probe_keys(run, state.count, opt.num_probes, ours.paths)[probe : probe + 1]
     prepared = opt.noise.prepare(state.prepared, ours, run, state.count)
@@ -49,6 +49,16 @@ def drawn(opt, params, state, probe=0):
     one = directions_of(opt.noise, origin, keys, ours.leaves)
     rows = [ours.opened(whole(i, leaf)) for i, leaf in enumerate(ours.leaves)]
     return ours.tree([one.sum(jnp.ones(1), each, 0) for each in rows])
+
+
+class Given:
+    """Directions that a test gives: ``draw(slopes, rows, each)`` is what their sum is."""
+
+    def __init__(self, draw):
+        self.draw = draw
+
+    def sum(self, slopes, rows, zero, each=None):
+        return self.draw(slopes, rows, each or (lambda z: z))
 
 
 def moved(params, direction, s):
@@ -64,7 +74,7 @@ def moved(params, direction, s):
 
 def probed(opt, params, state, observe, s=1.0):
     """What ``observe`` gives of the tree that the first probe of a step evaluates at ``s``."""
-    ours = split(params, opt.trainable)
+    ours = opt.split(params)
     run = state.key[0], state.key[1]
     keys = probe_keys(run, state.count, opt.num_probes, ours.paths)
     prepared = opt.noise.prepare(state.prepared, ours, run, state.count)

@@ -40,7 +40,7 @@ def momentum(num_probes=1):
 
     return dataclasses.replace(
         zo.zo_sgd(0.01, num_probes=num_probes, noise=QuickSigns(), trainable=TRAINABLE),
-        rule=Stepped({"trace": Moment(None)}, step),
+        rule=Stepped(moments={"trace": Moment(None)}, step=step),
     )
 
 

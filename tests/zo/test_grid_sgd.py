@@ -17,7 +17,7 @@ from optax_lowbit.zo.grid_sgd import RESIDUAL, DescendOnGrid, GridSteps
 from optax_lowbit.zo.noise import Probe
 from optax_lowbit.zo.rows import whole
 from optax_lowbit.zo.updates import Leaf
-from tests.zo.cases import drawn
+from tests.zo.cases import Given, drawn
 
 spec = functools.partial(QuantSpec, signed=True, scaling="block", block_size=16)
 NF4 = spec(codebook="nf4", bits=4)
@@ -122,7 +122,14 @@ def drift(grid, codes, moments, step, times):
         rows = whole(0, state[0], state[1])
         key = random_bits.fold_in(random_bits.key_words(0), i)
         leaf = Leaf(
-            rows, lambda _, rows: jnp.full_like(rows.values, step), key, i, decays=False, grid=grid
+            rows,
+            Given(lambda slopes, rows, each: jnp.full_like(rows.values, step)),
+            jnp.uint32(0),
+            key,
+            i,
+            decays=False,
+            scalars={},
+            grid=grid,
         )
         return rule.update(jnp.zeros(1), leaf)
 

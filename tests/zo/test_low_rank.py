@@ -52,7 +52,7 @@ def evaluated(shape, fun, has_factors=True):
         own = 0.1 * left.reshape(-1, 2)[rows.numbers[..., 0]]
         return Factors(own, right) if has_factors else None
 
-    return call_perturbed(lambda w: fun(w[0]), [leaf], perturb, None, factors), made
+    return call_perturbed(lambda w: fun(w[0]), [leaf], perturb, jnp.ones(1), None, factors), made
 
 
 def test_products_are_those_with_the_perturbed_leaf():

@@ -12,6 +12,7 @@ from optax_lowbit.zo import updates
 from optax_lowbit.zo.adam import BLOCK_SECOND_MOMENT_4BIT
 from optax_lowbit.zo.rows import whole
 from optax_lowbit.zo.updates import Leaf, update_leaf
+from tests.zo.cases import Given
 
 RATE = 2.0**-5
 POLICY = Policy(min_size=100)
@@ -47,13 +48,14 @@ class Follower:
     def _step(self, leaf, moments, scalars, record, z, count):
         rows = z.reshape(len(z), -1, SHAPE[-1])
 
-        def draw(slopes, part, each=lambda z: z):
+        def draw(slopes, part, each):
             own = each(rows[:, part.numbers[..., 0]])
             return jnp.einsum("i,i...->...", slopes, own, precision="highest")
 
         scalars = self.rule.advance(scalars, record, count)
         key = jnp.uint32(1), jnp.uint32(2)
-        own = Leaf(whole(0, leaf, moments), draw, key, count, self.decay != 0, scalars)
+        rows, zero = whole(0, leaf, moments), jnp.uint32(0)
+        own = Leaf(rows, Given(draw), zero, key, count, self.decay != 0, scalars)
         return *update_leaf(self.rule, record, own), scalars
 
     def take(self, coefficients, z, count):

@@ -12,7 +12,7 @@ from optax_lowbit.zo.directions import split
 from optax_lowbit.zo.rows import whole
 from optax_lowbit.zo.scales import DescendKeepingSign
 from optax_lowbit.zo.updates import Leaf
-from tests.zo.cases import drawn
+from tests.zo.cases import Given, drawn
 
 spec = functools.partial(QuantSpec, bits=4, signed=True, scaling="block", block_size=16)
 NF4 = spec(codebook="nf4")
@@ -96,7 +96,13 @@ def test_no_scale_crosses_zero():
     scales = jnp.array([[0.5, -0.5, 0.5, -0.5, 0.25, 0.0]])
     moved = jnp.array([[-0.25, 0.25, -0.75, 0.75, -0.25, 0.5]])
     leaf = Leaf(
-        whole(0, scales), lambda slopes, rows: moved, (jnp.uint32(0),) * 2, jnp.int32(0), False
+        whole(0, scales),
+        Given(lambda slopes, rows, each: moved),
+        jnp.uint32(0),
+        (jnp.uint32(0),) * 2,
+        jnp.int32(0),
+        False,
+        {},
     )
     new, moments = DescendKeepingSign().update(jnp.zeros(2), leaf)
     np.testing.assert_array_equal(new, jnp.array([[0.25, -0.25, 0.25, -0.25, 0.125, 0.0]]))

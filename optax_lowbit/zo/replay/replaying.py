@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from optax_lowbit.kernels.meshes import on_own_mesh
 from optax_lowbit.kernels.reference import name_hash
-from optax_lowbit.zo.directions import Trainable, split
+from optax_lowbit.zo.directions import Trainable
 from optax_lowbit.zo.noise import Gaussian, Rademacher
 from optax_lowbit.zo.optimizer import ZeroOrderOptimizer, ZeroOrderState
 from optax_lowbit.zo.replay import runs
@@ -152,7 +152,7 @@ def _advancing(opt: ZeroOrderOptimizer, steps: int) -> Callable[..., tuple[Any, 
     one_leaf = jax.jit(functools.partial(_one_leaf, opt, fused), static_argnums=0)
 
     def advanced(params, state, records, stop):
-        ours = split(params, opt.trainable)
+        ours = opt.split(params)
         leaves, states = [], []
         for number, (path, leaf) in enumerate(zip(ours.paths, ours.leaves)):
             moments = {name: (column[number],) for name, column in state.moments.items()}
@@ -172,7 +172,7 @@ def _one_leaf(opt, fused, is_decayed, path, leaf, state, records, stop):
     """A leaf, and its state; its path is given by its hash, so that leaves share a program."""
 
     def apply(leaf, state, record):
-        ours = Trainable((leaf,), (path,), (), (True,), jax.tree.structure(0))
+        ours = Trainable((leaf,), (path,), (None,), (), (True,), jax.tree.structure(0))
         (leaf,), state = opt.apply_to_leaves(ours, [is_decayed], state, record)
         return leaf, state
 

@@ -15,7 +15,6 @@ import numpy as np
 
 from optax_lowbit.kernels.checksums import checksum
 from optax_lowbit.moments.policy import path_name
-from optax_lowbit.zo.directions import split
 from optax_lowbit.zo.optimizer import ZeroOrderOptimizer, ZeroOrderState
 from optax_lowbit.zo.replay.files import VERSION, Log
 
@@ -49,7 +48,7 @@ def _leaves(opt: ZeroOrderOptimizer, params: Any) -> dict[str, Any]:
         (path_name(path), jnp.asarray(leaf))
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     ]
-    trained = set(split(params, opt.trainable).paths)
+    trained = set(opt.split(params).paths)
     # All are computed before the first is waited for.
     sums = jax.device_get([checksum(leaf) for _, leaf in pairs])
     return {
@@ -66,7 +65,7 @@ def _leaves(opt: ZeroOrderOptimizer, params: Any) -> dict[str, Any]:
 
 def digest(opt: ZeroOrderOptimizer, params: Any) -> int:
     """A checksum of all leaves that train: the same on every mesh."""
-    sums = jax.device_get([checksum(leaf) for leaf in split(params, opt.trainable).leaves])
+    sums = jax.device_get([checksum(leaf) for leaf in opt.split(params).leaves])
     return zlib.crc32(struct.pack(f"<{len(sums)}I", *map(int, sums)))
 
 

@@ -48,7 +48,7 @@ def sgd(**options):
 
 def momentum():
     """Momentum in 4 bits, by a kernel where there is one."""
-    rule = Stepped({"trace": Moment(SPEC)}, _momentum, FusedMomentum(0.9, False))
+    rule = Stepped(moments={"trace": Moment(SPEC)}, step=_momentum, fused=FusedMomentum(0.9, False))
     return zo.ZeroOrderOptimizer(rule=rule, learning_rate=1e-3, eps=1e-2, weight_decay=0.5)
 
 
