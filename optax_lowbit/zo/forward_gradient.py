@@ -31,7 +31,7 @@ def forward_grad(
     of ``eps`` is few units in the last place. The loss must have derivatives.
 
     **Memory.** Nothing is kept. A pass has the tangent of each activation beside it.
-    **Passes.** One with tangents a probe, in the time of about two.
+    **Passes.** One with tangents a probe.
 
     Args:
       learning_rate, num_probes: As in :func:`zo_sgd`.

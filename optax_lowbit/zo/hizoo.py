@@ -55,7 +55,7 @@ def hizoo(
 
     **Memory.** 4 bytes an element, or ``1 + 4/256`` in 8 bits with blocks of 256.
     **Passes.** Three a step with ``"difference"`` and one probe; ``"exact"``: one with two levels
-    of tangents a probe, in the time of about four.
+    of tangents a probe.
 
     Args:
       learning_rate, eps, num_probes: As in :func:`zo_sgd`.

@@ -114,8 +114,9 @@ class Rademacher(Noise):
 
     def draw(self, probe, rows):
         """One word of the cipher is 32 signs of a row."""
-        n = columns(rows)
-        return unpack_signs(words_once(probe.key, rows, -(-n // 32)), n).reshape(rows.values.shape)
+        return jax.lax.platform_dependent(
+            probe.key, rows, tpu=_signs_one_by_one, default=_unpacked_signs
+        ).reshape(rows.values.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +160,26 @@ def once(key: random_bits.Key, make: Callable[[], jax.Array]) -> jax.Array:
     start = jnp.broadcast_to(key[0].astype(like.dtype), like.shape)
     start = as_varying(start, varying_axes(like))
     return jax.lax.fori_loop(0, turns, lambda _, old: make(), start)
+
+
+def _unpacked_signs(key: random_bits.Key, rows: Rows) -> jax.Array:
+    n = columns(rows)
+    return unpack_signs(words_once(key, rows, -(-n // 32)), n)
+
+
+def _signs_one_by_one(key: random_bits.Key, rows: Rows) -> jax.Array:
+    """The same signs, for TPUs: an axis of 32 would be padded to 128 there.
+
+    The cipher runs for each element, in the fusion that reads the leaf. So nothing is written to
+    memory, not even what is perturbed: it is an operand of the matmul that uses it.
+    """
+    n = columns(rows)
+    numbers = rows.numbers.reshape(*rows.numbers.shape[:-1], 1)
+    shape = (*numbers.shape[:-1], n)
+    place = jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
+    word, _ = random_bits.threefry2x32(key, jnp.broadcast_to(numbers, shape), place >> 5)
+    bits = (word << (place & 31)) & jnp.uint32(_SIGN) | jnp.uint32(_ONE)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def unpack_signs(words: jax.Array, n: int) -> jax.Array:

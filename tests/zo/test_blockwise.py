@@ -47,15 +47,20 @@ def momentum(num_probes=1):
 def one_after_the_other(opt, params, state, choices, in_turn):
     """The same by optimizers that each train one block alone."""
     start, losses, coefficients = params, [], []
-    for choice in choices:
+    for number, choice in enumerate(choices):
         one = dataclasses.replace(opt, trainable=choice)
         paths = ["a/bias", "a/kernel", "b/kernel", "c"]
         mine = [i for i, path in enumerate(paths) if re.search(choice, path)]
         own = state._replace(
-            moments={name: tuple(kept[i] for i in mine) for name, kept in state.moments.items()}
+            moments={name: tuple(kept[i] for i in mine) for name, kept in state.moments.items()},
+            scalars={name: kept[number] for name, kept in state.scalars.items()},
         )
         info = one.estimate(loss, params if in_turn else start, own)
         params, own = one.apply(params, own, info.record)
+        scalars = {
+            name: kept.at[number].set(own.scalars[name]) for name, kept in state.scalars.items()
+        }
+        state = state._replace(scalars=scalars)
         for name in state.moments:
             kept = list(state.moments[name])
             for i, moment in zip(mine, own.moments[name]):

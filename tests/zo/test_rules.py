@@ -54,8 +54,8 @@ class Follower:
 
         scalars = self.rule.advance(scalars, record, count)
         key = jnp.uint32(1), jnp.uint32(2)
-        rows, zero = whole(0, leaf, moments), jnp.uint32(0)
-        own = Leaf(rows, Given(draw), zero, key, count, self.decay != 0, scalars)
+        whole_leaf, zero = whole(0, leaf, moments), jnp.uint32(0)
+        own = Leaf(whole_leaf, Given(draw), zero, key, count, self.decay != 0, scalars)
         return *update_leaf(self.rule, record, own), scalars
 
     def take(self, coefficients, z, count):
