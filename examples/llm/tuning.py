@@ -1,6 +1,7 @@
 """Which numbers of a decoder train: all of them, or a small tree beside the frozen ones."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +16,8 @@ SCHEMES = ("full", "lora", "prefix", "prompt")
 LORA = adapters.LoRA(rank=8, alpha=16.0, targets=r"(query|value)/kernel$")
 
 
-class TunedModel(NamedTuple):
+@dataclass(frozen=True)
+class TunedModel:
     """A decoder with what was trained beside it, as losses see it.
 
     Attributes:

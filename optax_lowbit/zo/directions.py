@@ -152,8 +152,8 @@ class Directions:
         factors = None if each is not None else self.factors(slopes, rows, zero)
         if factors is not None:
             return outer(factors.left, factors.right)
-        given = (zero, self.keys, slopes, rows.values, rows.numbers)
-        axes = frozenset().union(*map(varying_axes, given))
+        given: Any = (zero, self.keys, slopes, rows.values, rows.numbers)
+        axes = frozenset[str]().union(*map(varying_axes, given))
         start = as_varying(jnp.zeros_like(widened(rows.values)), axes)
         count = len(slopes) if self.active is None else self.active
         return jax.lax.fori_loop(0, count, lambda i, total: total + term(i), start)

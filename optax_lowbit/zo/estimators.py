@@ -69,6 +69,7 @@ class OneSided(Estimator):
 
     def coefficients(self, base, losses, eps):
         """The difference, over ``eps``."""
+        assert base is not None
         return (losses[:, 0] - base) / eps
 
 

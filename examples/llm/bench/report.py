@@ -50,8 +50,9 @@ class Results:
 
 def _plain(value: Any) -> Any:
     """Named tuples as dicts: JSON would make them lists."""
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        value = value._asdict()
+    as_dict = getattr(value, "_asdict", None)
+    if as_dict is not None:
+        value = as_dict()
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list) else value

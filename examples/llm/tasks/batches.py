@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -12,6 +12,10 @@ from examples.llm.tasks.example import Example
 
 # Rows are as long as a multiple of this, so that lengths, each of which compiles, are few.
 _LENGTH_STEP = 16
+
+
+# NumPy's where a batch is made, JAX's where it is traced.
+Array = Any
 
 
 class OptionBatch(NamedTuple):
@@ -27,12 +31,12 @@ class OptionBatch(NamedTuple):
       weights: float32 `(batch,)`: 1 for an example, 0 for one that fills the batch up.
     """
 
-    tokens: np.ndarray
-    positions: np.ndarray
-    targets: np.ndarray
-    mask: np.ndarray
-    labels: np.ndarray
-    weights: np.ndarray
+    tokens: Array
+    positions: Array
+    targets: Array
+    mask: Array
+    labels: Array
+    weights: Array
 
 
 @dataclass(frozen=True)
@@ -105,14 +109,14 @@ class Batches:
         """
         count = len(self.examples)
         places = np.arange(number * self.size, (number + 1) * self.size)
-        chosen = [self._order(place // count, seed)[place % count] for place in places]
+        chosen = [self._order(place // count, seed)[place % count] for place in places.tolist()]
         return self._padded(chosen, max(example.length for example in self.examples))
 
     def all(self) -> Iterator[OptionBatch]:
         """All examples once, those of like length together, so that shapes are few and small."""
         order = np.argsort([example.length for example in self.examples], kind="stable")
         for start in range(0, len(order), self.size):
-            chosen = order[start : start + self.size]
+            chosen = order[start : start + self.size].tolist()
             yield self._padded(chosen, max(self.examples[index].length for index in chosen))
 
     def _order(self, epoch: int, seed: int) -> np.ndarray:
