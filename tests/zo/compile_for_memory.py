@@ -40,8 +40,8 @@ MODELS = {
 OPTIMIZERS = {
     "central": zo.zo_sgd(1e-6),
     "one-sided": zo.zo_sgd(1e-6, estimator=zo.OneSided()),
-    "forward gradient": zo.zo_sgd(1e-6, estimator=zo.ForwardGradient()),
-    "gaussian": zo.zo_sgd(1e-6, noise=zo.Gaussian()),
+    "momentum in 4 bits": zo.zo_sgd_momentum(1e-6),
+    "forward gradient": zo.forward_grad(1e-6),
 }
 
 
