@@ -99,7 +99,7 @@ def hybrid(
     if first_order is None:
         raise TypeError("first_order must choose leaves, got None")
     checks.check_choice("first_order", first_order)
-    value_estimator(opt.estimator)
+    _ = opt.evaluations  # raises where values of the loss are not enough
     if opt.probe_batch != 1:
         raise ValueError(
             f"probe_batch must be 1, as each probe has a gradient of its own; got {opt.probe_batch}"
@@ -175,7 +175,8 @@ class HybridOptimizer:
         """The tree of first-order leaves, as optax's transforms are given a part of a tree."""
 
         def masked(path, leaf):
-            is_ours = _is_float(leaf) and chooses(self.first_order, path_name(path), leaf)
+            is_ours = _is_float(leaf) and jnp.size(leaf) > 0
+            is_ours = is_ours and chooses(self.first_order, path_name(path), leaf)
             return leaf if is_ours else optax.MaskedNode()
 
         return jax.tree_util.tree_map_with_path(masked, params)

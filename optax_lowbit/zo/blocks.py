@@ -10,9 +10,10 @@ import jax.numpy as jnp
 
 from optax_lowbit.zo import checks
 from optax_lowbit.zo.directions import Choice, Trainable, chooses
-from optax_lowbit.zo.noise import Noise
+from optax_lowbit.zo.noise import Noise, Probe
 from optax_lowbit.zo.optimizer import Loss, StepInfo, ZeroOrderOptimizer, ZeroOrderState
-from optax_lowbit.zo.updates import Rule, is_taken, update_leaf
+from optax_lowbit.zo.rows import Rows
+from optax_lowbit.zo.updates import Rule, is_taken
 
 Blocks = Sequence[Choice] | Callable[[str], Hashable]
 
@@ -118,7 +119,8 @@ class BlockwiseOptimizer:
         numbers, state = _numbers(ours, self.blocks), self._prepared(ours, state)
 
         def turn(block):
-            return self._of_block(block, numbers).estimate(loss_fn, params, state, *args)
+            own = state._replace(prepared=(block, state.prepared))
+            return self._of_block(block, numbers).estimate(loss_fn, params, own, *args)
 
         return _merged(jax.lax.map(turn, _turns(numbers)))
 
@@ -137,7 +139,11 @@ class BlockwiseOptimizer:
         def turn(carry, block):
             leaves, moments, scalars = carry
             now = ours.tree(leaves)
-            own = state._replace(moments=moments, scalars=jax.tree.map(lambda x: x[block], scalars))
+            own = state._replace(
+                moments=moments,
+                scalars=jax.tree.map(lambda x: x[block], scalars),
+                prepared=(block, state.prepared),
+            )
             opt = self._of_block(block, numbers)
             info = opt.estimate(loss_fn, now, own, *args)
             now, new = opt.apply(now, own, info.record)
@@ -161,18 +167,20 @@ class BlockwiseOptimizer:
     def _of_block(self, block: jax.Array, numbers: tuple[int, ...]) -> ZeroOrderOptimizer:
         return dataclasses.replace(
             self.opt,
-            noise=_NoiseOfBlock(self.opt.noise, numbers, block),
+            noise=_NoiseOfBlock(self.opt.noise, numbers),
             rule=_RuleOfBlock(self.opt.rule, numbers, block),
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class _NoiseOfBlock(Noise):
-    """Zero outside of a block, whose number is known only when the program runs."""
+    """Zero outside of a block, whose number comes first in what is prepared.
+
+    There because it is traced: derivative rules may not close over it.
+    """
 
     noise: Noise
     numbers: tuple[int, ...]
-    block: jax.Array
 
     @property
     def uses(self):
@@ -184,23 +192,29 @@ class _NoiseOfBlock(Noise):
 
     def scale(self, probe, keys, leaves):
         """That of the whole direction, of which the block's is a part."""
-        return self.noise.scale(probe, keys, leaves)
+        return self.noise.scale(_inner(probe), keys, leaves)
 
     def factors(self, probe, rows):
         """Zero outside of the block."""
-        found = self.noise.factors(probe, rows)
+        found = self.noise.factors(_inner(probe), rows)
         if found is None:
             return None
-        is_inside = (self.block == self.numbers[rows.leaf]).astype(jnp.float32)
-        return found._replace(left=is_inside * found.left)
+        return found._replace(left=self._is_inside(probe, rows).astype(jnp.float32) * found.left)
 
     def draw(self, probe, rows):
         """Leaves outside of the block cost no random numbers."""
         return jax.lax.cond(
-            self.block == self.numbers[rows.leaf],
-            lambda: self.noise.draw(probe, rows),
+            self._is_inside(probe, rows),
+            lambda: self.noise.draw(_inner(probe), rows),
             lambda: jnp.zeros(rows.values.shape, jnp.float32),
         )
+
+    def _is_inside(self, probe: Probe, rows: Rows) -> jax.Array:
+        return probe.prepared[0] == self.numbers[rows.leaf]
+
+
+def _inner(probe: Probe) -> Probe:
+    return probe._replace(prepared=probe.prepared[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +245,7 @@ class _RuleOfBlock(_OtherRule):
         return jax.lax.cond(
             self.block == self.numbers[leaf.rows.leaf],
             lambda: self.rule.update(record, leaf),
-            lambda: (leaf.rows.values, leaf.rows.companions),
+            lambda: (leaf.rows.values, leaf.rows.companions if self.moments else {}),
         )
 
 
@@ -249,7 +263,12 @@ class _RuleOfEach(_OtherRule):
     def update(self, record, leaf):
         block = self.numbers[leaf.rows.leaf]
         own = jax.tree.map(lambda x: x[block], dict(leaf.scalars))
-        return update_leaf(self.rule, record[block], dataclasses.replace(leaf, scalars=own))
+        own_leaf = dataclasses.replace(leaf, scalars=own)
+        return jax.lax.cond(
+            is_taken(record[block]),
+            lambda: self.rule.update(record[block], own_leaf),
+            lambda: (leaf.rows.values, leaf.rows.companions if self.moments else {}),
+        )
 
 
 def _turns(numbers: tuple[int, ...]) -> jax.Array:

@@ -9,6 +9,9 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from optax_lowbit.zo.estimators import Estimator, ForwardGradient
+from optax_lowbit.zo.noise import Noise
+
 
 def check_optimizer(optimizer: Any) -> None:
     """Raises TypeError or ValueError if a field is impossible."""
@@ -25,6 +28,17 @@ def check_optimizer(optimizer: Any) -> None:
         raise TypeError(
             f"active_probes must be a schedule or None, got {optimizer.active_probes!r}; a fixed "
             f"number of probes is num_probes"
+        )
+    if not isinstance(optimizer.noise, Noise):
+        raise TypeError(f"noise must be a Noise, such as Rademacher(), got {optimizer.noise!r}")
+    if not isinstance(optimizer.estimator, Estimator | ForwardGradient):
+        raise TypeError(
+            f"estimator must be an Estimator, such as Central(), got {optimizer.estimator!r}"
+        )
+    is_joint = getattr(optimizer.estimator, "is_joint", False) or not optimizer.spreads_probes
+    if optimizer.probe_axis is not None and is_joint:
+        raise ValueError(
+            "probe_axis must be None where coefficients depend on all probes, as in fzoo, hizoo"
         )
     if optimizer.active_probes is not None and optimizer.probe_axis is not None:
         raise ValueError(

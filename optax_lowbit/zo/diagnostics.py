@@ -82,6 +82,10 @@ def diagnose(
     """
     if not isinstance(opt, ZeroOrderOptimizer):
         raise TypeError(f"opt must be a ZeroOrderOptimizer, got {type(opt).__name__}")
+    if opt.part == "codes" or not opt.spreads_probes:
+        raise TypeError(
+            f"opt must take steps along slopes of float leaves, as zo_sgd does; got {opt}"
+        )
     estimator = value_estimator(opt.estimator)
     record = opt.estimate(loss_fn, params, state, *args).record
     difference = Central() if -1.0 in estimator.signs else OneSided()
@@ -92,7 +96,8 @@ def diagnose(
     moved, to_nearest = _moved(opt, params, state, record)
     return Diagnosis(
         _cosines(opt, params, state), moved, to_nearest,
-        jnp.linalg.norm(exact) / jnp.linalg.norm(found - exact), opt.evaluations,
+        jnp.linalg.norm(exact) / jnp.linalg.norm(found - exact),
+        estimator.evaluations(opt.num_probes),
     )  # fmt: skip
 
 

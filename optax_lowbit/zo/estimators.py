@@ -6,7 +6,7 @@ the gradient.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,8 @@ class Estimator:
 
     signs: tuple[float, ...] = (1.0, -1.0)
     uses_base: bool = False
+    # Whether a probe's coefficient depends on the losses of others.
+    is_joint: ClassVar[bool] = False
 
     def evaluations(self, num_probes: int) -> int:
         """How often the loss is evaluated."""

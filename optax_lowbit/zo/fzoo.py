@@ -1,6 +1,7 @@
 """FZOO: several one-sided probes, and a step size from how much their losses differ."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 import optax
@@ -77,6 +78,8 @@ def fzoo(
 @dataclasses.dataclass(frozen=True)
 class Normalized(OneSided):
     """``(phi_i(eps) - phi(0)) / std``, with the standard deviation over probes."""
+
+    is_joint: ClassVar[bool] = True
 
     def coefficients(self, base, losses, eps):
         """In units of the spread; 0 where there is none."""

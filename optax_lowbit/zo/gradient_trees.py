@@ -77,8 +77,10 @@ def gradient(
     .. seealso:: :func:`estimate_gradient`
     """
     opt = _probing(eps, num_probes, noise, estimator, trainable, probe_batch)
-    words = jnp.stack(random_bits.key_words(key))
-    return _estimated(opt, loss_fn, params, ZeroOrderState(jnp.int32(0), words, (), {}, {}), args)
+    words = random_bits.key_words(key)
+    prepared = opt.noise.prepare((), opt.split(params), words, jnp.int32(0))
+    state = ZeroOrderState(jnp.int32(0), jnp.stack(words), prepared, {}, {})
+    return _estimated(opt, loss_fn, params, state, args)
 
 
 class EstimateGradientState(NamedTuple):

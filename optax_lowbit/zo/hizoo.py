@@ -16,8 +16,8 @@ from optax_lowbit.zo import checks
 from optax_lowbit.zo.directions import Choice
 from optax_lowbit.zo.estimators import Central, curvature, losses_along, over_probes
 from optax_lowbit.zo.noise import Gaussian, Noise
-from optax_lowbit.zo.optimizer import ZeroOrderOptimizer, finite_or_none, value_at
-from optax_lowbit.zo.updates import Descend, is_taken, moved
+from optax_lowbit.zo.optimizer import ZeroOrderOptimizer, value_at
+from optax_lowbit.zo.updates import Descend, moved
 
 Curvature = Literal["exact", "difference"]
 
@@ -164,6 +164,7 @@ class HessianOptimizer(ZeroOrderOptimizer):
 
     smoothing: optax.ScalarOrSchedule
     curvature: Curvature
+    spreads_probes: ClassVar[bool] = False
 
     @property
     def evaluations(self):
@@ -193,9 +194,10 @@ class HessianOptimizer(ZeroOrderOptimizer):
         info = self._info(state, loss, slopes)
         alpha = jnp.asarray(value_at(self.smoothing, state.count), jnp.float32)
         weights = alpha / (2 * self.num_probes) * jnp.abs(curvatures)
+        # Together: where the learning rate is 0 the Hessian is averaged all the same.
+        is_finite = jnp.all(jnp.isfinite(slopes)) & jnp.all(jnp.isfinite(curvatures))
         record = jnp.concatenate([info.record, alpha[None], weights])
-        record = jnp.where(is_taken(info.record), finite_or_none(record), jnp.zeros_like(record))
-        return info._replace(record=record)
+        return info._replace(record=jnp.where(is_finite, record, jnp.zeros_like(record)))
 
 
 def _floats(hessian: Any) -> jax.Array:

@@ -30,6 +30,9 @@ IN_EACH_TURN = "optax_lowbit.zo.in_each_turn"
 # Gives the perturbed values of rows. The second argument is an element of what the program computed
 # last, a float, for :func:`data_zero`.
 Perturb = Callable[[Rows, jax.Array], jax.Array]
+# By their bytes: integers for the bits of floats.
+_WORDS = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
+
 # Given the same: the factors of what is added to the rows, if it has a low rank.
 LowRank = Callable[[Rows, jax.Array], Factors | None]
 
@@ -81,11 +84,10 @@ def call_perturbed(
 
 
 def data_zero(x: jax.Array) -> jax.Array:
-    """uint32 0, known only when ``x``, a float or a byte ``()``, is; 1 if that is NaN."""
-    if x.dtype == jnp.uint8:
-        return x.astype(jnp.uint32) >> 8
-    # A product with zero would be folded; whether it is NaN can't be.
-    return jnp.isnan(x).astype(jnp.uint32)
+    """uint32 0, known only when ``x``, a float or a byte ``()``, is."""
+    # A product with zero would be folded, and a test for NaN is not always 0.
+    bits = x if x.dtype == jnp.uint8 else jax.lax.bitcast_convert_type(x, _WORDS[x.dtype.itemsize])
+    return bits.astype(jnp.uint8).astype(jnp.uint32) >> 8
 
 
 def first_element(x: jax.Array) -> jax.Array:

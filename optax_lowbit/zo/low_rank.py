@@ -66,9 +66,9 @@ class LowRank(Noise):
         check_count("interval", self.interval)
 
     def prepare(self, prepared, params, run, step):
-        """For each leaf two keys of ``V``: now, and in the step before; None if it has one axis."""
+        """For each leaf two keys of ``V``, now and an interval ago; None if it has one axis."""
         del prepared
-        turns = jnp.stack([step, jnp.maximum(step - 1, 0)]) // self.interval
+        turns = jnp.stack([step, jnp.maximum(step - self.interval, 0)]) // self.interval
         own = random_bits.fold_in(run, name_hash("low rank"))
         keys = leaf_keys(random_bits.fold_in(own, turns[:, None]), params.paths)
         return tuple(keys[:, i] if leaf.ndim > 1 else None for i, leaf in enumerate(params.leaves))

@@ -1,14 +1,18 @@
 """Steps along directions of low rank, with momentum in their factors or without."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_lowbit.kernels.parameters import rounded
 from optax_lowbit.kernels.reference import widened
 from optax_lowbit.moments.storage import Moment
+from optax_lowbit.zo.checks import check_decay_rate
 from optax_lowbit.zo.directions import Choice, outer
 from optax_lowbit.zo.estimators import Central, Estimator
 from optax_lowbit.zo.low_rank import LowRank
@@ -97,17 +101,25 @@ class LowRankMomentum(Rule):
     Attributes:
       noise: The optimizer's.
       decay: From 0 to below 1.
+      scalars: In which interval the last step was, and the one before it.
 
     Raises:
-      ValueError: If ``decay`` is not in that range.
+      TypeError, ValueError: If ``decay`` is not in that range.
     """
 
     noise: LowRank
     decay: float
+    scalars: Mapping[str, Any] = dataclasses.field(
+        default_factory=lambda: {"turn": np.int32(0), "before": np.int32(0)}
+    )
 
     def __post_init__(self):
-        if not isinstance(self.decay, int | float) or not 0 <= self.decay < 1:
-            raise ValueError(f"momentum must be a number from 0 to below 1, got {self.decay!r}")
+        check_decay_rate("momentum", self.decay)
+
+    def advance(self, scalars, record, count):
+        """The interval of this step and of the one that was taken before it."""
+        del record
+        return {"turn": count // self.noise.interval, "before": scalars["turn"]}
 
     def record(self, coefficients, rate, decay):
         """Coefficients, the learning rate, and the share of each parameter that is taken away."""
@@ -121,7 +133,7 @@ class LowRankMomentum(Rule):
         if factors is None:
             estimate = leaf.draw(record[:-2])
         else:
-            trace = trace @ self._turn(factors, leaf.count)
+            trace = trace @ self._turn(factors, leaf.scalars)
             estimate = factors.left
         trace = self.decay * trace + (1 - self.decay) * estimate
         moved = trace if factors is None else outer(trace, factors.right)
@@ -129,10 +141,14 @@ class LowRankMomentum(Rule):
             values = values - uncontracted(decay * values, leaf.count)
         return rounded(values - rate * moved, leaf.rows.values.dtype, leaf.key), {"trace": trace}
 
-    def _turn(self, factors: Factors, count: jax.Array) -> jax.Array:
-        """``(rank, rank)``: takes momentum from the ``V`` of the step before to that of this."""
+    def _turn(self, factors: Factors, scalars: Mapping[str, jax.Array]) -> jax.Array:
+        """``(rank, rank)``: takes momentum from the ``V`` it was left with to that of this step.
+
+        Momentum older than an interval, none of whose steps was taken, is forgotten.
+        """
         assert factors.before is not None
         n, rank = factors.right.shape
         product = jnp.matmul(factors.before.T, factors.right, precision="highest")
-        is_new = (count > 0) & (count % self.noise.interval == 0)
-        return jnp.where(is_new, product / (n / rank**0.5), jnp.eye(rank))
+        age = scalars["turn"] - scalars["before"]
+        projection = jnp.where(age == 1, product / (n / rank**0.5), 0)
+        return jnp.where(age == 0, jnp.eye(rank), projection)

@@ -45,7 +45,7 @@ class Factors(NamedTuple):
     Attributes:
       left: float32 ``(..., rank)``: has the leading axes of the rows.
       right: float32 ``(n, rank)``, for ``n`` columns: the same for all probes of a step.
-      before: ``right`` of the step before, where the noise can tell.
+      before: ``right`` of the interval before, where the noise can tell.
     """
 
     left: jax.Array

@@ -8,9 +8,10 @@ leaf. So a run can be replayed from its records, and the loss may be anything th
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 
@@ -105,6 +106,9 @@ class ZeroOrderOptimizer:
     trainable: Choice | None = None
     part: Part = "floats"
     policy: Policy | None = None
+
+    # Whether devices may evaluate a share of the probes each.
+    spreads_probes: ClassVar[bool] = True
 
     def __post_init__(self):
         checks.check_optimizer(self)
@@ -217,7 +221,7 @@ class ZeroOrderOptimizer:
 
         Raises:
           TypeError: If the estimator differentiates the loss.
-          ValueError: If there is no such candidate.
+          ValueError: If there is no such candidate, as far as that is known.
 
         Examples:
           >>> import jax, jax.numpy as jnp
@@ -234,12 +238,13 @@ class ZeroOrderOptimizer:
           >>> errors(params) < 1
           True
         """
-        if isinstance(number, int) and not 0 <= number < self.evaluations:
-            raise ValueError(f"number must be from 0 to {self.evaluations - 1}, got {number}")
+        last = self.evaluations - 1
+        if not isinstance(number, jax.core.Tracer) and not 0 <= int(number) <= last:
+            raise ValueError(f"number must be from 0 to {last}, got {number}")
         ours = self.split(params)
         probe, sign = value_estimator(self.estimator).point(number)
         keys = probe_keys(_words(state.key), state.count, self.num_probes, ours.paths)[probe]
-        slope = sign * jnp.asarray(value_at(self.eps, state.count), jnp.float32)
+        slope = sign * self._eps(state)
         moves = self._summed(ours, state, keys[None], slope[None])
         return ours.tree(
             [
@@ -300,8 +305,10 @@ class ZeroOrderOptimizer:
             raise ValueError(f"losses must be of shape ({self.evaluations},), got {losses.shape}")
         base = losses[0] if estimator.uses_base else None
         others = losses[estimator.uses_base :].reshape(self.num_probes, -1)
-        eps = jnp.asarray(value_at(self.eps, state.count), jnp.float32)
-        return self._info(state, *reading(estimator, base, others, eps))
+        active = self._active(state)
+        if active is not None:
+            others = jnp.where(jnp.arange(self.num_probes)[:, None] < active, others, 0)
+        return self._info(state, *reading(estimator, base, others, self._eps(state), active))
 
     def _chosen(self, phi: Slice, keys: jax.Array, info: StepInfo) -> StepInfo:
         """What becomes of a step that could be taken; ``keys`` has all directions."""

@@ -20,12 +20,16 @@ def probe_parallel(opt: Optimizer, axis_name: str) -> Optimizer:
     **Memory.** On each device what a step needs with its share of the probes.
 
     Args:
-      opt: Any optimizer of :mod:`optax_lowbit.zo`; the number of devices divides its
-        ``num_probes``.
+      opt: An optimizer whose probes are estimated one by one, so neither :func:`fzoo` nor
+        :func:`hizoo`; the number of devices divides its ``num_probes``.
       axis_name: The mesh axis.
 
     Returns:
       An optimizer with the same state. A log of the one is a log of the other.
+
+    Raises:
+      TypeError: If ``opt`` is no :class:`ZeroOrderOptimizer`.
+      ValueError: If its probes are estimated together.
 
     Examples:
       Probes over one axis, examples over another:
@@ -46,6 +50,8 @@ def probe_parallel(opt: Optimizer, axis_name: str) -> Optimizer:
       >>> info.coefficients.shape
       (4,)
     """
+    if not hasattr(opt, "probe_axis"):
+        raise TypeError(f"opt must be a ZeroOrderOptimizer, got {type(opt).__name__}")
     return dataclasses.replace(opt, probe_axis=axis_name)
 
 

@@ -111,7 +111,9 @@ class Slice:
             return rounded(moved, rows.values.dtype, key, rows.indices())
 
         def factors(rows, latest):
-            return directions.factors(slopes, rows, data_zero(latest))
+            # Rounding is that of the sum, which must be formed then.
+            is_exact = rounding is None
+            return directions.factors(slopes, rows, data_zero(latest)) if is_exact else None
 
         return self._called(perturb, slopes, directions.keys, factors)
 

@@ -29,7 +29,8 @@ NONNEGATIVE_BYTES = ELEMENTS // 2 + 4 * (96 + 128)
 # A row of their own has the direction that they scale: `scale_by_adam`, `trace`, ...
 ALIASES = frozenset(
     "acprop adabelief adadelta adagrad adam adamax adamaxw adamw adan ademamix adopt amsgrad "
-    "galore lion nadam nadamw novograd radam rmsprop sgd signum simplified_ademamix sm3 yogi".split()
+    "galore lion nadam nadamw novograd radam rmsprop sgd signum simplified_ademamix sm3 "
+    "yogi".split()
 )
 working = [case for case in CASES if case.moments and case.name not in ALIASES]
 aliases = [case for case in CASES if case.name in ALIASES]
