@@ -239,7 +239,7 @@ class ZeroOrderOptimizer:
           True
         """
         last = self.evaluations - 1
-        if not isinstance(number, jax.core.Tracer) and not 0 <= int(number) <= last:
+        if not isinstance(number, jax.core.Tracer) and not 0 <= jnp.asarray(number).item() <= last:
             raise ValueError(f"number must be from 0 to {last}, got {number}")
         ours = self.split(params)
         probe, sign = value_estimator(self.estimator).point(number)

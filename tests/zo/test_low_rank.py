@@ -189,5 +189,5 @@ def test_lozo_without_momentum_is_descent_with_low_rank_noise():
 
 @pytest.mark.parametrize("momentum", [1.0, -0.1, "0.9"])
 def test_impossible_momentum_is_refused(momentum):
-    with pytest.raises(ValueError, match="momentum must be a number from 0 to below 1"):
+    with pytest.raises((TypeError, ValueError), match="momentum must be "):
         zo.lozo(0.1, momentum=momentum)
