@@ -9,15 +9,9 @@ import sys
 
 import pytest
 
+from tests.tpu_compiler import ENVIRONMENT
+
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-# What must be set before JAX starts, hence other processes: that nobody looks for TPUs in a cloud.
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 ELEMENTS = 4096 * 4096
 # Seen on a v5p, for leaves of any size; why is not known.
 RESERVED = {"v5p": 2**19}

@@ -9,16 +9,8 @@ import sys
 
 import pytest
 
+from tests.tpu_compiler import ENVIRONMENT
 from tests.zo.compile_for_memory import report
-
-# What must be set before JAX starts, hence another process: that nobody looks for TPUs in a cloud.
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 
 
 @pytest.mark.slow
