@@ -18,7 +18,6 @@ from optax_lowbit.zo.directions import (
     Trainable,
     chooses,
     leaf_keys,
-    probe_keys,
     split,
 )
 from optax_lowbit.zo.estimators import value_estimator
@@ -27,7 +26,6 @@ from optax_lowbit.zo.optimizer import (
     StepInfo,
     ZeroOrderOptimizer,
     ZeroOrderState,
-    value_at,
 )
 
 
@@ -187,16 +185,14 @@ class HybridOptimizer:
         """The losses that a step needs, and the mean gradient of first-order leaves, float32."""
         rest = self._rest
         estimator = value_estimator(rest.estimator)
-        eps = jnp.asarray(value_at(rest.eps, state.count), jnp.float32)
         probes, signs = jax.vmap(estimator.point)(jnp.arange(rest.evaluations))
-        paths = rest.split(first.tree(first.leaves)).paths
-        keys = probe_keys((state.key[0], state.key[1]), state.count, rest.num_probes, paths)
+        keys = rest.keys(rest.split(first.tree(first.leaves)), state)
 
         def loss(leaves, key, slope):
             ours = rest.split(first.tree(leaves))
             return rest._slice(loss_fn, ours, state, args).at(key, slope)
 
-        points = keys[probes], signs * eps
+        points = keys[probes], signs * rest._eps(state)
         leaves = list(first.leaves)
         if estimator.uses_base:
             here = functools.partial(checks.scalar_loss, loss_fn, args)

@@ -8,11 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from optax_lowbit.kernels.reference import widened
-from optax_lowbit.zo.directions import Trainable, directions_of, probe_keys
 from optax_lowbit.zo.estimators import Central, ForwardGradient, OneSided, value_estimator
-from optax_lowbit.zo.noise import Probe
-from optax_lowbit.zo.optimizer import ZeroOrderOptimizer, ZeroOrderState, value_at
-from optax_lowbit.zo.sums import summed
+from optax_lowbit.zo.optimizer import ZeroOrderOptimizer, ZeroOrderState
 
 
 class Diagnosis(NamedTuple):
@@ -102,14 +99,10 @@ def diagnose(
 
 
 def _cosines(opt: ZeroOrderOptimizer, params: Any, state: ZeroOrderState) -> dict[str, jax.Array]:
-    ours, run = _split(opt, params), (state.key[0], state.key[1])
-    prepared = opt.noise.prepare(state.prepared, ours, run, state.count)
-    keys = probe_keys(run, state.count, opt.num_probes, ours.paths)[:1]
-    probe = Probe(run, run, state.count, prepared)
-    companions = opt.companions(ours, state)
-    one = directions_of(opt.noise, probe, keys, ours.leaves)
-    directions = summed(one, ours, jnp.ones(1, jnp.float32), companions)
-    eps = jnp.asarray(value_at(opt.eps, state.count), jnp.float32)
+    ours = opt.split(params)
+    keys = opt.keys(ours, state)[:1]
+    directions = opt._summed(ours, state, keys, jnp.ones(1, jnp.float32))
+    eps = opt._eps(state)
 
     def cosine(leaf, z):
         moved, values = jnp.zeros_like(z), widened(leaf)
@@ -126,18 +119,14 @@ def _moved(
     opt: ZeroOrderOptimizer, params: Any, state: ZeroOrderState, record: jax.Array
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """The shares of weights that an update changes, as it is and if it rounded to nearest."""
-    ours = _split(opt, params)
+    ours = opt.split(params)
     exact = opt.apply(ours.tree([widened(x) for x in ours.leaves]), state, record)[0]
     results = opt.apply(params, state, record)[0], exact
     shares = [
         {
             path: jnp.mean((new.astype(old.dtype) != old).astype(jnp.float32))
-            for path, old, new in zip(ours.paths, ours.leaves, _split(opt, tree).leaves)
+            for path, old, new in zip(ours.paths, ours.leaves, opt.split(tree).leaves)
         }
         for tree in results
     ]
     return shares[0], shares[1]
-
-
-def _split(opt: ZeroOrderOptimizer, params: Any) -> Trainable:
-    return opt.split(params)

@@ -177,7 +177,7 @@ class ZeroOrderOptimizer:
     ) -> tuple[list[jax.Array], ZeroOrderState]:
         """What :meth:`apply` makes of the leaves that train, of which some decay."""
         probe = self._probe(ours, state)
-        keys = probe_keys(_words(state.key), state.count, self.num_probes, ours.paths)
+        keys = self.keys(ours, state)
         rounding = self._rounding(probe, ours)
         directions = directions_of(self.noise, probe, keys, ours.leaves, self._active(state))
         zero, results = data_zero(first_element(record)), []
@@ -243,7 +243,7 @@ class ZeroOrderOptimizer:
             raise ValueError(f"number must be from 0 to {last}, got {number}")
         ours = self.split(params)
         probe, sign = value_estimator(self.estimator).point(number)
-        keys = probe_keys(_words(state.key), state.count, self.num_probes, ours.paths)[probe]
+        keys = self.keys(ours, state)[probe]
         slope = sign * self._eps(state)
         moves = self._summed(ours, state, keys[None], slope[None])
         return ours.tree(
@@ -290,7 +290,7 @@ class ZeroOrderOptimizer:
         if self.part == "codes":
             raise TypeError("combine needs float leaves, and these steps are of codes")
         ours = self.split(params)
-        keys = probe_keys(_words(state.key), state.count, self.num_probes, ours.paths)
+        keys = self.keys(ours, state)
         leaves = self._summed(ours, state, keys, slopes)
         zeros = jax.tree.map(jnp.zeros_like, params)
         return self.split(zeros).tree([x.astype(p.dtype) for x, p in zip(leaves, ours.leaves)])
@@ -319,11 +319,14 @@ class ZeroOrderOptimizer:
         """The leaves that train, and the rest."""
         return split(params, self.trainable, self.part)
 
+    def keys(self, ours: Trainable, state: ZeroOrderState) -> jax.Array:
+        """Of this step's directions: uint32 ``(num_probes, leaves, 2)``."""
+        return probe_keys(_words(state.key), state.count, self.num_probes, ours.paths)
+
     def _probed(self, loss_fn, params, state, args) -> tuple[Slice, jax.Array]:
         """The loss near the parameters, and the keys of this step's directions."""
         ours = self.split(params)
-        keys = probe_keys(_words(state.key), state.count, self.num_probes, ours.paths)
-        return self._slice(loss_fn, ours, state, args), keys
+        return self._slice(loss_fn, ours, state, args), self.keys(ours, state)
 
     def _slice(self, loss_fn, ours, state, args) -> Slice:
         loss = functools.partial(checks.scalar_loss, loss_fn, args)
