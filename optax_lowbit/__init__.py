@@ -3,6 +3,7 @@
 import importlib.metadata
 
 from optax_lowbit import memory as memory
+from optax_lowbit import qlora as qlora
 from optax_lowbit import zo as zo
 from optax_lowbit.checkpoint import convert_state, import_state
 from optax_lowbit.offload import offload

@@ -23,7 +23,13 @@ RUNTIME = {"jax", "numpy", "optax"}
 # Only inside functions, or where `sys.modules` has shown that the user has imported it.
 LAZY = {"flax", "orbax", "safetensors"}
 # Modules that need one of these from their first line; imported only inside functions, too.
-NEEDS = {"optax_lowbit.adapters.nnx_layers": {"flax"}}
+NEEDS = {
+    "optax_lowbit.adapters.nnx_einsum": {"flax"},
+    "optax_lowbit.adapters.nnx_layers": {"flax"},
+    "optax_lowbit.adapters.nnx_models": {"flax"},
+    "optax_lowbit.adapters.linen_layers": {"flax"},
+    "optax_lowbit.qlora.layers": {"flax"},
+}
 NEVER = {"examples", "benchmarks", "tests"}
 
 
@@ -75,7 +81,8 @@ def violations(source, module, is_package=False):
     part = part_of(module)
     for name, lazy, line in imports(source, module, is_package):
         top = name.split(".")[0]
-        if not lazy and any(f"{name}.".startswith(f"{needy}.") for needy in NEEDS):
+        needy = any(f"{name}.".startswith(f"{needy}.") for needy in NEEDS)
+        if needy and not lazy and module not in NEEDS:
             wrong.append(f"{module}:{line}: {name} must be imported inside a function")
         if top == PACKAGE:
             # The package's __init__ only names what the parts offer.
@@ -151,6 +158,7 @@ def test_checker_can_fail(module, source, complaint):
         ("memory", "def f():\n  from flax import nnx"),
         ("adapters.nnx_layers", "from flax import nnx"),
         ("adapters.lora", "def f():\n  from optax_lowbit.adapters import nnx_layers"),
+        ("adapters.nnx_models", "from optax_lowbit.adapters.nnx_layers import LoRALinear"),
         ("memory", "import sys\nif 'flax' in sys.modules:\n  import flax"),
     ],
 )

@@ -103,6 +103,8 @@ def test_name_is_documented(package, name):
     value = getattr(importlib.import_module(package), name)
     doc = inspect.getdoc(value)
     assert doc
+    if isinstance(value, optax_lowbit.QuantSpec):
+        return
     if inspect.isclass(value):
         # What a dataclass or a NamedTuple writes for itself is a signature.
         assert not doc.startswith(f"{name}(")

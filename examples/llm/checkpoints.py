@@ -1,6 +1,5 @@
 """Checkpoints from which a run goes on bit for bit, kept with Orbax."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,8 +10,10 @@ import orbax.checkpoint as ocp
 
 from examples.llm.errors import UsageError
 from examples.llm.events import Job
+from examples.llm.models import content_hash
 from examples.llm.tasks.loading import task_path
 from examples.llm.training import TrainState
+from examples.llm.tuning import base_dtype
 
 
 @dataclass
@@ -41,25 +42,26 @@ def run_identity(job: Job) -> dict[str, Any]:
     return {
         "method": job.method,
         "tuning": settings.tuning,
-        "model": _file_hash(job.model),
-        "task": task if task == "sotu" else _file_hash(task_path(task, settings.data)),
+        "model": content_hash(job.model),
+        "task": task if task == "sotu" else content_hash(task_path(task, settings.data)),
         "template": settings.template,
         "objective": settings.objective,
         "train-examples": settings.train_examples,
         "eval-examples": settings.eval_examples,
         "steps": settings.steps,
         "batch-size": settings.batch_size,
+        "accumulate": settings.accumulate,
+        "train-on-source": settings.train_on_source,
+        "judge": [content_hash(task_path(name, settings.data)) for name in settings.judge],
+        "dtype": base_dtype(settings.tuning, settings.dtype),
+        "schedule": hyperparameters.schedule,
+        "clip-norm": hyperparameters.clip_norm,
         "sequence-length": settings.sequence_length,
         "learning-rate": hyperparameters.learning_rate,
         "eps": hyperparameters.eps,
         "seed": settings.seed,
         "eval-batches": settings.eval_batches,
     }
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 class Checkpoints:
@@ -117,10 +119,13 @@ class Checkpoints:
                 )
 
     def restore(self, like: TrainState) -> tuple[TrainState, Progress]:
-        """Return the newest checkpoint; `like` gives the shapes and dtypes of its state."""
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        """Return the newest checkpoint; `like` gives shapes, dtypes and places of its state.
+
+        An array of no given place is put on the first device.
+        """
+        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or first), like
         )
         restored = self._manager.restore(
             self.newest_step,

@@ -10,21 +10,25 @@ from rich.console import Console
 from examples.llm.comparison import compare
 from examples.llm.errors import UsageError
 from examples.llm.gguf_files import bundled_model_path
-from examples.llm.report import comparison_table, draw_comparison, write_metrics
-from examples.llm.settings import Settings, prepare_output
+from examples.llm.report import comparison_table, draw_comparison, scores_table, write_metrics
+from examples.llm.settings import DEFAULTS, Settings, prepare_output
 
 _USAGE_ERROR = 2
 _RUN_FAILED = 1
 _INTERRUPTED = 130
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, *, recipe: Settings = DEFAULTS) -> int:
     """Run the comparison that `arguments` (by default the process's) ask for.
+
+    Args:
+      arguments: flags.
+      recipe: what holds without them.
 
     Returns:
       The exit code: 0, 1 if a run died, 2 for a mistake of the user's, 130 after Ctrl-C.
     """
-    settings = tyro.cli(Settings, args=arguments)
+    settings = tyro.cli(Settings, args=arguments, default=recipe)
     every = settings.checkpoint_every
     hint = "--resume goes on from the last checkpoint" if every else ""
     return run_and_report(lambda: _run(settings), hint)
@@ -60,10 +64,15 @@ def _run(settings: Settings) -> None:
     picture = settings.output / "comparison.png"
     draw_comparison(results, picture)
     console.print(comparison_table(results))
+    console.print(scores_table(results))
     for result in results:
         if result.continuation:
             console.print(f"{result.method}: {settings.prompt}{result.continuation}", markup=False)
-    console.print(f"Numbers in {settings.output / 'metrics.json'}, picture in {picture}")
+    if settings.tuning in ("lora", "qlora"):
+        where = settings.output / "METHOD" / "adapter"
+        console.print(f"Adapters, in PEFT's files, in {where}", soft_wrap=True)
+    numbers = settings.output / "metrics.json"
+    console.print(f"Numbers in {numbers}, picture in {picture}", soft_wrap=True)
 
 
 def _fail(message: str, exit_code: int) -> int:

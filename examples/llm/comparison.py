@@ -17,7 +17,7 @@ def compare(settings: Settings, model: Path, console: Console) -> list[RunResult
 
     Args:
       settings: checked settings.
-      model: the GGUF file.
+      model: the GGUF file or folder.
       console: where the progress is shown.
 
     Returns:

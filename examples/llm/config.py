@@ -54,3 +54,18 @@ class DecoderConfig:
             )
         if self.head_size % 2:
             raise ValueError(f"head_size must be even, got {self.head_size}")
+
+    def matrix_shapes(self) -> dict[str, tuple[int, int]]:
+        """Return `(in, out)` of a layer's matrices, by their paths in its parameters."""
+        width, inner = self.hidden_size, self.feed_forward_size
+        query = self.num_heads * self.head_size
+        key = self.num_key_value_heads * self.head_size
+        return {
+            "attention/query/kernel": (width, query),
+            "attention/key/kernel": (width, key),
+            "attention/value/kernel": (width, key),
+            "attention/output/kernel": (query, width),
+            "feed_forward/gate/kernel": (width, inner),
+            "feed_forward/up/kernel": (width, inner),
+            "feed_forward/down/kernel": (inner, width),
+        }

@@ -143,6 +143,7 @@ class Decoder(nnx.Module):
 
         self.positions = family.positions(config, rngs)
         self.embedding = nnx.Embed(config.vocabulary_size, config.hidden_size, rngs=rngs)
+        self.embedding.dtype = None  # the table's, which may be other than when it was made
         self.layers = stacked_layers(rngs)
         self.final_norm = family.norm(config, rngs)
         if config.tied_embeddings:

@@ -14,7 +14,7 @@ class Job:
     Attributes:
       method: name in `METHODS`.
       settings: the comparison's settings.
-      model: the GGUF file.
+      model: the GGUF file or folder.
     """
 
     method: str

@@ -6,17 +6,28 @@ import jax
 import jax.numpy as jnp
 from tokenizers import Tokenizer
 
+from examples.llm.tokenizer import NO_SPECIAL_TOKENS, SpecialTokens, plain_tokens
+
 # Gives the logits of `(1, length)` tokens, `(1, length, vocabulary)`; best jitted.
 Logits = Callable[[jax.Array], jax.Array]
 
 
-def continue_greedily(logits: Logits, tokenizer: Tokenizer, text: str, count: int) -> str:
-    """Return the `count` tokens that the model finds likeliest after `text`, as text.
+def continue_greedily(
+    logits: Logits,
+    tokenizer: Tokenizer,
+    text: str,
+    count: int,
+    special: SpecialTokens = NO_SPECIAL_TOKENS,
+) -> str:
+    """Return the tokens that the model finds likeliest after `text`, as text.
+
+    They are `count`, or fewer if the model's token for an end is among them.
 
     The whole sequence goes through the model for every token, padded to its final length so
     that the model compiles once; causal attention never sees the padding.
     """
-    prompt = tokenizer.encode(text).ids
+    begin = [] if special.begin is None else [special.begin]
+    prompt = begin + plain_tokens(tokenizer, text)
     if not prompt:
         raise ValueError("text must hold at least one token, got an empty text")
     tokens = (
@@ -24,7 +35,11 @@ def continue_greedily(logits: Logits, tokenizer: Tokenizer, text: str, count: in
         .at[0, : len(prompt)]
         .set(jnp.array(prompt, jnp.int32))
     )
+    found = []
     for position in range(len(prompt), len(prompt) + count):
-        next_token = jnp.argmax(logits(tokens)[0, position - 1]).astype(jnp.int32)
+        next_token = int(jnp.argmax(logits(tokens)[0, position - 1]))
+        if next_token == special.end:
+            break
+        found.append(next_token)
         tokens = tokens.at[0, position].set(next_token)
-    return tokenizer.decode(tokens[0, len(prompt) :].tolist())
+    return tokenizer.decode(found)

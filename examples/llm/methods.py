@@ -3,16 +3,17 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import optax
 
 import optax_lowbit
+from examples.llm.accumulation import Loss, loss_and_gradients
 from examples.llm.errors import UsageError
 from optax_lowbit import zo
 
-Loss = Callable[..., jax.Array]
+Schedule = Literal["cosine", "constant"]
 
 
 class Optimizer(Protocol):
@@ -50,7 +51,7 @@ class FirstOrder:
 
     def step(self, loss_fn: Loss, params: Any, state: Any, *args: Any) -> tuple[Any, Any, LossInfo]:
         """Backpropagate, transform, add."""
-        loss, gradients = jax.value_and_grad(loss_fn)(params, *args)
+        loss, gradients = loss_and_gradients(loss_fn, params, *args)
         updates, state = self.transformation.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, LossInfo(loss)
 
@@ -64,12 +65,17 @@ class Hyperparameters:
       eps: how far a zeroth-order method probes.
       steps: of the run.
       tuning: scheme of tuning.
+      schedule: of the learning rate of a first-order method.
+      clip_norm: the largest norm of all gradients together that such a method is given; None for
+        any.
     """
 
     learning_rate: Any
     eps: float
     steps: int
     tuning: str = "full"
+    schedule: Schedule = "cosine"
+    clip_norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ class Method:
 
 
 # How far zeroth-order methods probe, by scheme: MeZO's (arXiv 2305.17333, appendix E.3).
-EPS = {"full": 1e-3, "lora": 1e-2, "prefix": 1e-1, "prompt": 1e-1}
+EPS = {"full": 1e-3, "lora": 1e-2, "qlora": 1e-2, "prefix": 1e-1, "prompt": 1e-1}
 
 
 def learning_rate_schedule(peak: Any, steps: int) -> optax.Schedule:
@@ -110,16 +116,36 @@ def learning_rate_schedule(peak: Any, steps: int) -> optax.Schedule:
     return lambda count: peak * share(count)
 
 
-def _first_order(factory: Callable[..., Any], rate: float, **options: Any) -> Method:
-    """An optimizer under the schedule above."""
+def _first_order(
+    factory: Callable[..., Any], rate: float, *, decays: bool = False, **options: Any
+) -> Method:
+    """An optimizer under the schedule above, or a constant rate."""
 
     def build(chosen: Hyperparameters) -> Optimizer:
-        schedule = learning_rate_schedule(chosen.learning_rate, chosen.steps)
-        return FirstOrder(factory(schedule, **options))
+        rate = chosen.learning_rate
+        if chosen.schedule == "cosine":
+            rate = learning_rate_schedule(rate, chosen.steps)
+        # The QLoRA paper's program has no weight decay.
+        decay = {"weight_decay": 0.0} if decays and chosen.tuning == "qlora" else {}
+        transformation = factory(rate, **options, **decay)
+        if chosen.clip_norm is not None:
+            clip = optax.clip_by_global_norm(chosen.clip_norm)
+            transformation = optax.chain(clip, transformation)
+        return FirstOrder(transformation)
 
     # A small tree of new parameters takes, and needs, larger steps.
-    rates = {"full": rate, "lora": 20 * rate, "prefix": 20 * rate, "prompt": 20 * rate}
+    rates = {"full": rate, "lora": 20 * rate, "qlora": _QLORA_RATE * rate / _ADAM_RATE,
+             "prefix": 20 * rate, "prompt": 20 * rate}  # fmt: skip
     return Method(build, rates, dict.fromkeys(rates, 1), derivative="backward")
+
+
+def _paged(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """An optimizer whose state is on the host."""
+
+    def build(rate: Any, **options: Any) -> optax.GradientTransformation:
+        return optax_lowbit.offload(factory(rate, **options))
+
+    return build
 
 
 def _zeroth_order(
@@ -146,6 +172,7 @@ def _forward_gradient(rates: Mapping[str, float]) -> Method:
 _BLOCKS = {
     "full": ("embedding|head|norm", r"attention/", r"feed_forward/"),
     "lora": ("query", "value"),
+    "qlora": ("attention/", "feed_forward/"),
     "prefix": ("keys", "values"),
 }
 
@@ -172,22 +199,26 @@ def _hybrid(rate: float) -> Method:
 
 
 _ADAM_RATE, _SGD_RATE = 5e-5, 5e-3
-_MOMENTUM = {"momentum": 0.9}
-_MEZO_RATES = {"full": 1e-6, "lora": 1e-4, "prefix": 1e-3, "prompt": 1e-3}
+_QLORA_RATE = 2e-4  # of AdamW up to 13B parameters, arXiv 2305.14314, table 9
+_MOMENTUM: dict[str, Any] = {"momentum": 0.9}
+_MEZO_RATES = {"full": 1e-6, "lora": 1e-4, "qlora": 1e-4, "prefix": 1e-3, "prompt": 1e-3}
 # Of methods whose steps are as long as the learning rate, however steep the loss is.
-_SIGN_RATES = {"full": 1e-5, "lora": 1e-3, "prefix": 1e-2, "prompt": 1e-2}
+_SIGN_RATES = {"full": 1e-5, "lora": 1e-3, "qlora": 1e-3, "prefix": 1e-2, "prompt": 1e-2}
 
 METHODS: dict[str, Method] = {
-    "adamw": _first_order(optax.adamw, _ADAM_RATE),
+    "adamw": _first_order(optax.adamw, _ADAM_RATE, decays=True),
     "adam": _first_order(optax.adam, _ADAM_RATE),
     "sgd": _first_order(optax.sgd, _SGD_RATE, **_MOMENTUM),
-    "adamw8bit": _first_order(optax_lowbit.adamw8bit, _ADAM_RATE),
+    "adamw8bit": _first_order(optax_lowbit.adamw8bit, _ADAM_RATE, decays=True),
     "adam8bit": _first_order(optax_lowbit.adam8bit, _ADAM_RATE),
     "sgd8bit": _first_order(optax_lowbit.sgd8bit, _SGD_RATE, **_MOMENTUM),
-    "adamw4bit": _first_order(optax_lowbit.adamw4bit, _ADAM_RATE),
+    "adamw4bit": _first_order(optax_lowbit.adamw4bit, _ADAM_RATE, decays=True),
     "adam4bit": _first_order(optax_lowbit.adam4bit, _ADAM_RATE),
     "factor4bit": _first_order(optax_lowbit.factor4bit, _ADAM_RATE),
     "sgd4bit": _first_order(optax_lowbit.sgd4bit, _SGD_RATE, **_MOMENTUM),
+    "paged-adamw": _first_order(_paged(optax.adamw), _ADAM_RATE, decays=True),
+    "paged-adamw8bit": _first_order(_paged(optax_lowbit.adamw8bit), _ADAM_RATE, decays=True),
+    "paged-adamw4bit": _first_order(_paged(optax_lowbit.adamw4bit), _ADAM_RATE, decays=True),
     "mezo": _zeroth_order(zo.zo_sgd, _MEZO_RATES),
     "zo-momentum": _zeroth_order(zo.zo_sgd_momentum, _MEZO_RATES),
     "zo-sign": _zeroth_order(zo.zo_sgd_sign, _SIGN_RATES),

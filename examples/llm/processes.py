@@ -1,7 +1,9 @@
 """Work in a process of its own, so that its memory is its own."""
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,12 +60,20 @@ def run_in_process(
 
 
 def _serve(work: Callable[[Any, Tell], Any], job: Any, connection: Connection) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         connection.send(_Done(work(job, connection.send)))
     except UsageError as error:
         connection.send(error)
     except BrokenPipeError:
         raise SystemExit(1) from None  # nobody listens any more: the parent was killed
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 @contextmanager

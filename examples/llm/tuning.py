@@ -1,19 +1,27 @@
 """Which numbers of a decoder train: all of them, or a small tree beside the frozen ones."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
+from examples.llm.config import DecoderConfig
 from examples.llm.decoder import Decoder, LanguageModel
+from examples.llm.errors import UsageError
+from examples.llm.huggingface_files import module_names
 from examples.llm.training import build_model
-from optax_lowbit import adapters
+from optax_lowbit import adapters, qlora
 
-SCHEMES = ("full", "lora", "prefix", "prompt")
+SCHEMES = ("full", "lora", "qlora", "prefix", "prompt")
 LORA = adapters.LoRA(rank=8, alpha=16.0, targets=r"(query|value)/kernel$")
+# All linear layers, rank and alpha of the QLoRA paper (arXiv 2305.14314, appendix B.2).
+QLORA = adapters.LoRA(rank=64, alpha=16.0, targets=r"/(attention|feed_forward)/.*kernel$")
+PREFIX, PROMPT = adapters.Prefix(num_tokens=5), adapters.Prompt(num_tokens=10)
 
 
 @dataclass(frozen=True)
@@ -38,11 +46,13 @@ class Tuning(NamedTuple):
       frozen: the rest, to be passed on to `model` untouched.
       model: `(trainable, frozen) -> model`; the model sees no virtual tokens in what it is given
         or gives. A pure function; it holds no arrays.
+      lora: which adapters are in `trainable`, if it is these.
     """
 
     trainable: Any
     frozen: Any
     model: Callable[[Any, Any], LanguageModel]
+    lora: adapters.LoRA | None = None
 
     def logits(self, trainable: Any, frozen: Any, tokens: jax.Array) -> jax.Array:
         """Map int32 `(batch, length)` to float32 `(batch, length, vocabulary_size)`."""
@@ -56,9 +66,9 @@ def tuned(
     parameters: Any,
     key: jax.Array | int,
     *,
-    lora: adapters.LoRA = LORA,
-    prefix_tokens: int = 5,
-    prompt_tokens: int = 10,
+    lora: adapters.LoRA | None = None,
+    prefix: adapters.Prefix = PREFIX,
+    prompt: adapters.Prompt = PROMPT,
 ) -> Tuning:
     """Return what trains under `scheme`, initialized so that training starts from the decoder.
 
@@ -67,56 +77,110 @@ def tuned(
       graph: structure of the decoder.
       parameters: its parameters, a nested dict of arrays.
       key: a `jax.random.key` or a seed.
-      lora: the adapters under "lora".
-      prefix_tokens: virtual tokens under "prefix".
-      prompt_tokens: virtual tokens under "prompt".
+      lora: the adapters under "lora" and "qlora"; by default `LORA` and `QLORA`.
+      prefix: the virtual tokens under "prefix".
+      prompt: the virtual tokens under "prompt".
     """
     if scheme == "full":
         return _full(graph, parameters)
     if scheme == "lora":
-        return _lora(graph, parameters, key, lora)
+        return _lora(build_model(graph, parameters), key, lora or LORA)
+    if scheme == "qlora":
+        base = qlora.quantize_model(build_model(graph, parameters))
+        return _lora(base, key, lora or QLORA)
     if scheme == "prefix":
-        return _prefix(graph, parameters, key, prefix_tokens)
+        return _prefix(graph, parameters, key, prefix)
     if scheme == "prompt":
-        return _prompt(graph, parameters, key, prompt_tokens)
+        return _prompt(graph, parameters, key, prompt)
     raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
+
+
+def base_parameters(parameters: Any, scheme: str, dtype: str | None) -> Any:
+    """Return a decoder's parameters as a scheme of tuning needs them.
+
+    Args:
+      parameters: as files have them: float32 arrays, and matrices in 4 bits.
+      scheme: one of `SCHEMES`.
+      dtype: of the base; None for float32 on CPUs and where all of it trains, else bfloat16.
+
+    Raises:
+      UsageError: matrices are in 4 bits, and the scheme is for floats.
+    """
+    leaves, structure = jax.tree.flatten(parameters, is_leaf=_in_4_bits)
+    if scheme != "qlora" and any(map(_in_4_bits, leaves)):
+        raise UsageError(f"--tuning: the model's matrices are in 4 bits: needs qlora, got {scheme}")
+    own = jnp.dtype(base_dtype(scheme, dtype))
+    return jax.tree.unflatten(structure, [_cast(leaf, own) for leaf in leaves])
+
+
+def base_dtype(scheme: str, dtype: str | None) -> str:
+    """Return the dtype of a base for which `base_parameters` is given this one."""
+    if dtype is not None:
+        return dtype
+    is_float32 = scheme == "full" or jax.default_backend() == "cpu"
+    return "float32" if is_float32 else "bfloat16"
+
+
+def _in_4_bits(x: Any) -> bool:
+    return isinstance(x, qlora.QuantizedMatrix)
+
+
+def _cast(x: Any, dtype: Any) -> Any:
+    if _in_4_bits(x):
+        return replace(x, rows=replace(x.rows, dtype=dtype))
+    return x.astype(dtype)
+
+
+def save_adapter(folder: Path, tuning: Tuning, trainable: Any, config: DecoderConfig) -> None:
+    """Write adapters of a decoder in PEFT's files, for the same model in PyTorch; without, nothing.
+
+    Args:
+      folder: is created.
+      tuning: of the decoder.
+      trainable: what `Tuning.trainable` has become.
+      config: the decoder's shape.
+    """
+    if tuning.lora is None:
+        return
+    leaves = tuning.lora.extract(tuning.model(trainable, tuning.frozen))
+    names = {path: modules for path, modules in module_names(config).items() if path in leaves}
+    qlora.write_adapter(folder, qlora.to_peft(tuning.lora, leaves, names))
 
 
 def _full(graph: nnx.GraphDef[Decoder], parameters: Any) -> Tuning:
     return Tuning(parameters, {}, lambda trainable, frozen: build_model(graph, trainable))
 
 
-def _lora(graph, parameters, key, lora: adapters.LoRA) -> Tuning:
-    wrapped = lora.wrap(build_model(graph, parameters), key)
+def _lora(base: Decoder, key, lora: adapters.LoRA) -> Tuning:
+    if lora.dropout:
+        raise ValueError(f"lora.dropout must be 0: steps have no keys here, got {lora.dropout}")
+    wrapped = lora.wrap(base, key)
     wrapped_graph, trainable, frozen = nnx.split(wrapped, nnx.LoRAParam, ...)
 
     def model(trainable, frozen):
         return nnx.merge(wrapped_graph, nnx.State(trainable), nnx.State(frozen))
 
-    return Tuning(nnx.to_pure_dict(trainable), nnx.to_pure_dict(frozen), model)
+    return Tuning(nnx.to_pure_dict(trainable), nnx.to_pure_dict(frozen), model, lora)
 
 
-def _prefix(graph, parameters, key, num_tokens: int) -> Tuning:
+def _prefix(graph, parameters, key, prefix: adapters.Prefix) -> Tuning:
     decoder = build_model(graph, parameters)
     vocabulary_size = len(parameters["embedding"]["embedding"])
-    prefix = adapters.init_prefix(
-        decoder.keys_and_values, vocabulary_size, key, num_tokens=num_tokens
-    )
+    trainable = prefix.init(decoder.keys_and_values, key, vocabulary_size=vocabulary_size)
 
     def model(trainable, frozen):
         decoder = build_model(graph, frozen)
         return TunedModel(partial(decoder.features, prefix=trainable), decoder.logits)
 
-    return Tuning(prefix, parameters, model)
+    return Tuning(trainable, parameters, model)
 
 
-def _prompt(graph, parameters, key, num_tokens: int) -> Tuning:
-    embedding = parameters["embedding"]["embedding"]
-    prompt = adapters.init_prompt(embedding, key, num_tokens=num_tokens)
+def _prompt(graph, parameters, key, prompt: adapters.Prompt) -> Tuning:
+    trainable = {"prompt": prompt.init(parameters["embedding"]["embedding"], key)}
 
     def model(trainable, frozen):
         decoder = build_model(graph, frozen)
         features = partial(decoder.features, prompt=trainable["prompt"])
         return TunedModel(features, decoder.logits)
 
-    return Tuning({"prompt": prompt}, parameters, model)
+    return Tuning(trainable, parameters, model)

@@ -4,24 +4,26 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
+from examples.llm.accumulation import AccumulatedLoss
 from examples.llm.checkpoints import Checkpoints, Progress, run_identity
 from examples.llm.errors import UsageError
 from examples.llm.events import Job, Report, RunResult, Stage, StepDone
 from examples.llm.generate import continue_greedily
-from examples.llm.gguf_files import GGUFModel
+from examples.llm.judging import Evaluation, make_judge
 from examples.llm.memory import buffer_bytes
 from examples.llm.methods import METHODS
-from examples.llm.problems import Evaluation, build_problem, make_judge
-from examples.llm.tokenizer import read_tokenizer
+from examples.llm.models import open_model
+from examples.llm.problems import build_judges, build_problem
+from examples.llm.tokenizer import plain_tokens
 from examples.llm.training import (
     TrainState,
     abstract_decoder,
     make_train_step,
     measured_step,
 )
-from examples.llm.tuning import tuned
+from examples.llm.tuning import base_parameters, save_adapter, tuned
 
 _CONTINUATION_TOKENS = 24
 
@@ -49,17 +51,27 @@ class _Run:
         settings = job.settings
         report(Stage("reading the model"))
         self.job, self.settings, self.report = job, settings, report
-        self.model = GGUFModel(job.model)
+        self.model = open_model(job.model)
         if settings.sequence_length > self.model.config.context_length:
             raise UsageError(
                 f"--sequence-length: the model takes at most {self.model.config.context_length} "
                 f"tokens, got {settings.sequence_length}"
             )
-        self.tokenizer = read_tokenizer(self.model)
-        self.problem = build_problem(settings, self.tokenizer)
-        graph, _ = abstract_decoder(self.model.config)
-        self.tuning = tuned(settings.tuning, graph, self.model.parameters(), settings.seed)
-        self.judge = make_judge(self.tuning.model, self.problem)
+        self.tokenizer = self.model.tokenizer()
+        self.special = self.model.special_tokens()
+        self.problem = build_problem(settings, self.tokenizer, self.special)
+        self.config = self.model.config
+        begin, context_length = self.special.begin, self.config.context_length
+        judges = build_judges(settings, self.tokenizer, begin, context_length)
+        if settings.prompt and begin is None and not plain_tokens(self.tokenizer, settings.prompt):
+            raise UsageError(f"--prompt: {settings.prompt!r} has no tokens")
+        graph, _ = abstract_decoder(self.config)
+        parameters = base_parameters(self.model.parameters(), settings.tuning, settings.dtype)
+        self.tuning = tuned(settings.tuning, graph, parameters, settings.seed)
+        self.judges = {
+            name: (make_judge(self.tuning.model, problem), problem)
+            for name, problem in {"": self.problem, **judges}.items()
+        }
         self.optimizer = METHODS[job.method].build(settings.hyperparameters_of(job.method))
 
     def start(self) -> tuple[TrainState, Progress]:
@@ -73,7 +85,14 @@ class _Run:
         like = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._take_trainable()
         )
-        state = jax.eval_shape(lambda like: self.optimizer.init(like, self.settings.seed), like)
+        init = jax.jit(self.optimizer.init, static_argnums=1)
+        # Compiled for where its results are: a paged state is on the host.
+        shardings = init.lower(like, self.settings.seed).compile().output_shardings
+        state = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            init.eval_shape(like, self.settings.seed),
+            shardings,
+        )
         return checkpoints.restore(TrainState(like, state))
 
     def _take_trainable(self) -> Any:
@@ -85,14 +104,14 @@ class _Run:
     def train(self, state: TrainState, progress: Progress, checkpoints: Checkpoints) -> TrainState:
         self.report(Stage("compiling the step"))
         del self.model  # its memory map must not count
-        settings = self.settings
-        train_step = make_train_step(self._loss, self.optimizer)
-        arguments = (state, self.tuning.frozen, self.problem.batch(0))
-        train_step = train_step.lower(*arguments).compile()
-        del arguments  # the state is to be consumed
+        settings, compiled = self.settings, {}
+        train_step = make_train_step(self._step_loss(), self.optimizer)
         for step in range(len(progress.losses), settings.steps):
-            batch = jax.tree.map(jnp.asarray, self.problem.batch(step))
-            state, measured = measured_step(train_step, state, self.tuning.frozen, batch)
+            batch = jax.tree.map(jax.numpy.asarray, self._batch(step))
+            shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+            if shapes not in compiled:
+                compiled[shapes] = train_step.lower(state, self.tuning.frozen, batch).compile()
+            state, measured = measured_step(compiled[shapes], state, self.tuning.frozen, batch)
             progress.losses.append(measured.loss)
             progress.step_seconds.append(measured.seconds)
             progress.peak_bytes = max(progress.peak_bytes, measured.peak_bytes)
@@ -104,6 +123,7 @@ class _Run:
 
     def result(self, state: TrainState, progress: Progress) -> RunResult:
         after = self._evaluate(state.parameters)
+        save_adapter(self.job.folder / "adapter", self.tuning, state.parameters, self.config)
         return RunResult(
             method=self.job.method,
             loss_before=progress.loss_before,
@@ -120,9 +140,31 @@ class _Run:
     def _loss(self, trainable: Any, frozen: Any, batch: Any) -> jax.Array:
         return self.problem.loss(self.tuning.model(trainable, frozen), batch)
 
+    def _step_loss(self) -> Any:
+        if self.settings.accumulate == 1:
+            return self._loss
+        return AccumulatedLoss(self._loss, self.problem.weight)
+
+    def _batch(self, step: int) -> Any:
+        count = self.settings.accumulate
+        if count == 1:
+            return self.problem.batch(step)
+        batches = (self.problem.batch(step * count + number) for number in range(count))
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+
     def _evaluate(self, trainable: Any) -> Evaluation:
         self.report(Stage("judging by held-out data"))
-        return self.judge(trainable, self.tuning.frozen, self.problem.held_out())
+        frozen = self.tuning.frozen
+        found = {
+            name: judge(trainable, frozen, problem.held_out())
+            for name, (judge, problem) in self.judges.items()
+        }
+        scores = {
+            f"{name} {score}".strip(): value
+            for name, evaluation in found.items()
+            for score, value in evaluation.scores.items()
+        }
+        return Evaluation(found[""].loss, scores)
 
     def _continuation(self, trainable: Any) -> str:
         prompt = self.settings.prompt
@@ -130,4 +172,4 @@ class _Run:
             return ""
         self.report(Stage("continuing the prompt"))
         logits = partial(jax.jit(self.tuning.logits), trainable, self.tuning.frozen)
-        return continue_greedily(logits, self.tokenizer, prompt, _CONTINUATION_TOKENS)
+        return continue_greedily(logits, self.tokenizer, prompt, _CONTINUATION_TOKENS, self.special)

@@ -1,20 +1,16 @@
 """Low-rank adapters: ``W + (alpha / r) A^T B``; ``W`` is frozen, ``A`` and ``B`` train."""
 
 import dataclasses
-import math
-import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
-from optax_lowbit.kernels.reference import float_dtype, name_hash
-from optax_lowbit.moments.policy import path_name
-from optax_lowbit.quant import random_bits
-
-# The path of an adapted leaf -> "a" and "b".
-Adapters = Mapping[str, Mapping[str, jax.Array]]
+from optax_lowbit.adapters import fields, merging, sites
+from optax_lowbit.adapters.arrays import is_matrix, leaves_by_path
+from optax_lowbit.adapters.entries import changes_base, new_entry
+from optax_lowbit.adapters.merging import Adapters, map_adapted
+from optax_lowbit.kernels.reference import widened
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,12 +26,47 @@ class LoRA:
     its side, as in PEFT's files: with ``r`` numbers in a row the scales of a 4-bit moment would
     cost more than its codes, and the rows would be padded on a TPU.
 
-    There are two ways. For a function of a parameter tree, :meth:`init` makes the adapters, a tree
-    of their own, and :meth:`attach` or :meth:`merge` puts them in. For a Flax NNX model,
-    :meth:`wrap` puts them into its layers, as `nnx.LoRAParam`.
+    The adapters are a tree of float32 arrays, whatever the model's dtype: by the path of each
+    adapted leaf ``{"a": ..., "b": ...}``, with DoRA ``"magnitude"``, too, and ``{"value": ...}``
+    of a leaf that trains itself. Only this tree is differentiated and has optimizer state. The
+    frozen leaves may be a :class:`~optax_lowbit.qlora.QuantizedMatrix`.
 
-    **Memory.** ``r (n + m)`` float32 numbers for a matrix, whatever its own dtype. But for
-    :meth:`merge`, the adapted matrix is never formed.
+    There are two ways. For a function of a parameter tree, :meth:`init` or :meth:`start` makes the
+    adapters and :meth:`attach` or :meth:`merge` puts them in; with :func:`intercept_linen` the
+    function may be a linen model. For a Flax NNX model, :meth:`wrap` puts them into its layers, as
+    `nnx.LoRAParam`.
+
+    **Memory.** ``r (n + m)`` float32 numbers for a matrix. Only :meth:`merge` forms the adapted
+    matrix. DoRA dequantizes a matrix in few bits, one at a time, for its norms.
+
+    Attributes:
+      rank: ``r``. A rank above that of the matrix is allowed, and useless.
+      alpha: The product of the adapters is scaled by ``alpha / r``.
+      targets: A regular expression, searched for in paths such as `layers/query/kernel`. Of the
+        leaves it finds, float ones with two axes or more are adapted; of an NNX model, kernels and
+        tables of layers. Or "all-linear": leaves named `kernel`, as Flax names them, and matrices
+        in few bits.
+      exclude: A regular expression: paths that are no targets. By default none is, but for that of
+        the output layer under "all-linear", if it is named `head` or `lm_head`: Flax marks none.
+      use_rslora: Scale by ``alpha / sqrt(r)`` (`rsLoRA <https://arxiv.org/abs/2312.03732>`_).
+      dropout: Share of the inputs of ``A`` that is dropped in training, if there is a key.
+      rank_pattern: From regular expressions to ranks; the first that is found in a path counts.
+      alpha_pattern: The same for ``alpha``.
+      use_dora: Train the lengths of the columns of ``W + (alpha / r) A^T B`` apart
+        (`DoRA <https://arxiv.org/abs/2402.09353>`_). Unlike in the released code, dropout leaves
+        ``x W`` alone, which saves a second product with ``W``.
+      init_lora_weights: How ``A`` and ``B`` start. "default": as above. "gaussian": ``A`` is normal
+        with deviation ``1 / r``. The others start on another base, see :meth:`start`: "pissa" with
+        the largest singular vectors, "pissa_niter_N" with these by N iterations from a random
+        sketch, which is faster; "olora" with a QR decomposition; "loftq" with what 4 bits leave.
+      loftq_iter: Turns of "loftq" between base and adapters.
+      bias: "none"; "all": leaves named `bias` train, too; "lora_only": those beside adapted ones.
+      modules_to_save: A regular expression: leaves that train themselves, instead of adapters.
+      embeddings: A regular expression: adapted leaves whose rows are looked up. There ``A`` starts
+        at zero and ``B`` is random, because a column of ``A`` is trained by its token alone.
+      kernel_axes: From regular expressions to ``(i, o)``, for kernels of which the last ``i + o``
+        axes are no stack: ``i`` make ``n`` and ``o`` make ``m``. NNX layers need none;
+        :func:`linen_kernel_axes` finds it for a linen model.
 
     Raises:
       TypeError, ValueError: At construction, if a field is impossible.
@@ -56,217 +87,226 @@ class LoRA:
 
     References:
       Hu et al, `LoRA: Low-Rank Adaptation of Large Language Models
-      <https://arxiv.org/abs/2106.09685>`_, 2021, Section 4.1. ``A`` starts as in its released code
-      and in PEFT: Kaiming's uniform distribution with ``a = sqrt(5)``.
+      <https://arxiv.org/abs/2106.09685>`_, 2021, Section 4.1. Names of fields are those of
+      `LoraConfig` in PEFT, without `lora_` where that says nothing.
     """
 
-    # r. A rank above that of the matrix is allowed, and useless.
     rank: int = 8
-    # The product of the adapters is scaled by alpha / rank.
     alpha: float = 16.0
-    # A regular expression, searched for in paths such as `layers/attention/query/kernel`. Of the
-    # leaves it finds, float ones with two axes or more are adapted; of a model, kernels of layers.
     targets: str
+    exclude: str | None = None
+    use_rslora: bool = False
+    dropout: float = 0.0
+    rank_pattern: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
+    alpha_pattern: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
+    use_dora: bool = False
+    init_lora_weights: str = "default"
+    loftq_iter: int = 1
+    bias: Literal["none", "all", "lora_only"] = "none"
+    modules_to_save: str | None = None
+    embeddings: str = r"(^|/)embedding$"
+    kernel_axes: Mapping[str, tuple[int, int]] | tuple[tuple[str, tuple[int, int]], ...] = ()
 
     def __post_init__(self):
-        if type(self.rank) is not int or self.rank < 1:
-            raise ValueError(f"rank must be an int of at least 1, got {self.rank!r}")
-        is_number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
-        if not is_number or not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"alpha must be a finite number above 0, got {self.alpha!r}")
-        if not isinstance(self.targets, str):
-            raise TypeError(f"targets must be a regular expression, got {self.targets!r}")
-        try:
-            re.compile(self.targets)
-        except re.error as error:
-            raise ValueError(
-                f"targets={self.targets!r} is no regular expression: {error}"
-            ) from error
+        fields.check_fields(self)
+        for name in ("rank_pattern", "alpha_pattern", "kernel_axes"):
+            pairs = fields.hashable_patterns(name, getattr(self, name))
+            object.__setattr__(self, name, pairs)
 
-    @property
-    def scale(self) -> float:
-        """What the product of the adapters is multiplied with."""
-        return self.alpha / self.rank
+    def rank_of(self, path: str) -> int:
+        """The rank of the adapters at a path."""
+        return sites.rank_of(self, path)
+
+    def scale_of(self, path: str) -> float:
+        """What the product of the adapters at a path is multiplied with."""
+        return sites.scale_of(self, path)
 
     def init(self, params: Any, key: jax.Array | int) -> dict[str, dict[str, jax.Array]]:
-        """Adapters of a tree: by the path of each adapted leaf, ``{"a": ..., "b": ...}``.
+        """Adapters of a tree that change nothing, by the path of each adapted leaf.
 
         Args:
           params: Pytree of arrays.
-          key: A `jax.random.key` of Threefry, its data, or a seed. Each ``a`` follows from it and
+          key: A `jax.random.key` of Threefry, its data, or a seed. Each entry follows from it and
             from the leaf's path alone.
 
         Raises:
           TypeError: If ``key`` is no key.
-          ValueError: If no leaf is a target, or ``key`` is not one of Threefry.
+          ValueError: If no leaf is a target, ``key`` is not one of Threefry, or the adapters
+            start on another base, so that :meth:`start` is needed.
         """
-        pairs, _ = jax.tree_util.tree_flatten_with_path(params)
-        matrices = {path_name(path): leaf for path, leaf in pairs if is_matrix(leaf)}
-        return {path: self.init_pair(path, matrices[path], key) for path in self.chosen(matrices)}
+        if changes_base(self):
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights!r} starts on another base than params: "
+                "frozen, adapters = lora.start(params, key)"
+            )
+        return self.start(params, key)[1]
 
-    def attach(self, params: Any, adapters: Adapters) -> Any:
+    def start(
+        self, params: Any, key: jax.Array | int, *, weights: Any = None
+    ) -> tuple[Any, dict[str, dict[str, jax.Array]]]:
+        r"""The tree to freeze and its adapters, for every ``init_lora_weights``.
+
+        "default" and "gaussian" freeze ``params`` as they are. "pissa" and "olora" freeze
+        ``W - (alpha / r) A^T B``, computed in float32: the sum is ``W`` but for rounding, once, to
+        the dtype of ``W``, or to few bits if ``W`` is in these. "loftq" freezes matrices in few
+        bits, and the sum is nearer to ``weights`` than they were.
+
+        **Memory.** In float32, one leaf and its singular vectors at a time.
+
+        Args:
+          params: Pytree of arrays. For "loftq" its targets are in few bits.
+          key: As in :meth:`init`.
+          weights: The tree that ``params`` was quantized from. Needed for "loftq"; without it
+            "pissa" and "olora" start from what ``params`` dequantizes to.
+
+        Raises:
+          TypeError: If ``key`` is no key.
+          ValueError: If no leaf is a target, ``key`` is not one of Threefry, or ``weights`` are
+            missing or of other shapes.
+        """
+        leaves = leaves_by_path(params)
+        matrices = {path: leaf for path, leaf in leaves.items() if is_matrix(leaf)}
+        originals = {} if weights is None else leaves_by_path(weights)
+        bases, adapters = {}, {}
+        for path in sites.chosen_matrices(self, matrices):
+            site = sites.site_of(self, path, matrices[path])
+            original = originals.get(path)
+            bases[path], adapters[path] = new_entry(self, site, matrices[path], key, original)
+        for path in sites.chosen_values(self, leaves, list(adapters)):
+            adapters[path] = {"value": widened(leaves[path])}
+        if not changes_base(self):
+            return params, adapters
+        return map_adapted(lambda path, leaf, base: base, params, bases), adapters
+
+    def attach(self, params: Any, adapters: Adapters, *, key: jax.Array | int | None = None) -> Any:
         """The tree with a :class:`LoRAMatrix` for each adapted leaf.
 
         For functions that use these leaves as ``x @ w`` alone, directly or as slices of a stack in
-        `jax.lax.scan`.
+        `jax.lax.scan`; or as ``w[tokens]`` and ``x @ w.T``, if they are embeddings.
 
         Args:
           params: The frozen tree.
-          adapters: What :meth:`init` gave, trained.
+          adapters: What :meth:`init` or :meth:`start` gave, trained; or :func:`mix` of several.
+          key: For dropout, another one for every step; None for none. The mask of a matrix follows
+            from it, from the matrix's path and from the shape of ``x``; `jax.vmap` over ``x`` has
+            the same mask for all.
 
         Raises:
+          TypeError: If ``key`` is no key.
           ValueError: If an adapter has no leaf, or its shape is not the leaf's.
         """
-        return self._map_adapted(lambda matrix: matrix, params, adapters)
+        return merging.attach(self, params, adapters, key)
 
     def merge(self, params: Any, adapters: Adapters) -> Any:
         """The tree with ``W + (alpha / r) A^T B`` for each adapted leaf, in the leaf's dtype.
 
-        For any function, and for a model that is done. Trained through, it holds the merged
-        leaves and their gradients.
+        For any function, and for a model that is done. Matrices in few bits become floats. Trained
+        through, it holds the merged leaves and their gradients.
 
         Args:
           params: The frozen tree.
-          adapters: What :meth:`init` gave, trained.
+          adapters: As in :meth:`attach`.
 
         Raises:
           ValueError: If an adapter has no leaf, or its shape is not the leaf's.
         """
-        return self._map_adapted(LoRAMatrix.merged, params, adapters)
+        return merging.merge(self, params, adapters)
 
-    def wrap(self, model: Any, key: jax.Array | int) -> Any:
-        """A Flax NNX model with a `LoRALinear` around each `nnx.Linear` whose kernel is a target.
+    def requantize(self, params: Any, adapters: Adapters) -> tuple[Any, dict[str, jax.Array]]:
+        """:meth:`merge`, with what was in few bits in few bits again, and the error of that.
 
-        Layers that `nnx.vmap` has stacked have stacked adapters, and run in `nnx.scan` as before.
-        Only the adapters are `nnx.LoRAParam`. What they start as is what :meth:`init` gives.
+        Returns:
+          The tree, and by the path of each requantized leaf the Frobenius norm of what its few
+          bits leave of the merged matrix, relative to that of the merged matrix.
+
+        Raises:
+          ValueError: If an adapter has no leaf, or its shape is not the leaf's.
+        """
+        return merging.requantize(self, params, adapters)
+
+    def unmerge(self, params: Any, adapters: Adapters) -> Any:
+        """The tree without what :meth:`merge` added: ``W' - (alpha / r) A^T B``.
+
+        Where ``W`` and what was added were multiples of one power of two and the sum was exact,
+        these are the bits of ``W``. Otherwise each number differs by at most half a unit in the
+        last place of the merged one, and half of its own. The tree that was merged is untouched;
+        whoever still has it needs no unmerging.
+
+        Args:
+          params: A merged tree.
+          adapters: The same adapters.
+
+        Raises:
+          ValueError: If an adapter has no leaf, its shape is not the leaf's, or merging wrote over
+            what it replaced: values of leaves, and matrices with DoRA.
+        """
+        return merging.unmerge(self, params, adapters)
+
+    def wrap(self, model: Any, key: jax.Array | int, *, weights: Any = None) -> Any:
+        """A Flax NNX model with adapters around each layer whose kernel or table is a target.
+
+        Layers are `nnx.Linear`, `nnx.LinearGeneral` without batch axes, `nnx.Einsum`, `nnx.Embed`,
+        and `nnx.Conv` without groups and mask, but not under "all-linear". Axes of a kernel that
+        are summed over make ``n``, a convolution's size among them. Layers that `nnx.vmap` has
+        stacked have stacked adapters, and run in `nnx.scan` as before. Only what trains is
+        `nnx.LoRAParam`: adapters, biases and ``modules_to_save``. What they start as is what
+        :meth:`start` gives. Unlike `nnx.Dropout`, dropout is off until `model.train()` turns it on;
+        `model.eval()` turns it off.
 
         Args:
           model: An `nnx.Module`. It is left as it is; the new model shares its variables.
           key: As in :meth:`init`.
+          weights: The model that ``model`` was quantized from, as in :meth:`start`.
 
         Raises:
           TypeError: If ``key`` is no key.
-          ValueError: If no layer is a target, or ``key`` is not one of Threefry.
+          ValueError: If no layer is a target, ``key`` is not one of Threefry, or ``weights`` are
+            missing or of other shapes.
         """
-        from optax_lowbit.adapters import nnx_layers
+        from optax_lowbit.adapters import nnx_models
 
-        return nnx_layers.wrap_layers(self, model, key)
+        return nnx_models.wrap_layers(self, model, key, weights)
 
     def unwrap(self, model: Any) -> Any:
         """The model that :meth:`wrap` gave with its adapters merged: plain layers again.
+
+        Layers in few bits become layers of floats.
 
         Args:
           model: An `nnx.Module`. It is left as it is; the variables of layers without
             adapters are shared.
         """
-        from optax_lowbit.adapters import nnx_layers
+        from optax_lowbit.adapters import nnx_models
 
-        return nnx_layers.unwrap_layers(model)
+        return nnx_models.unwrap_layers(model)
 
-    def chosen(self, matrices: Mapping[str, Any]) -> list[str]:
-        """The paths that ``targets`` finds."""
-        paths = [path for path in matrices if re.search(self.targets, path)]
-        if not paths:
-            raise ValueError(
-                f"targets={self.targets!r} must be found in the path of a matrix, and there are "
-                f"{sorted(matrices)}"
-            )
-        return paths
+    def requantized(self, model: Any) -> tuple[Any, dict[str, jax.Array]]:
+        """:meth:`unwrap`, with what was in few bits in few bits again.
 
-    def init_pair(self, path: str, matrix: Any, key: jax.Array | int) -> dict[str, jax.Array]:
-        """The adapters of one matrix, or of a stack."""
-        shapes = self._shapes(matrix)
-        words = random_bits.fold_in(random_bits.key_words(key), name_hash(path))
-        uniform = random_bits.uniform(words, *random_bits.element_indices(shapes["a"]))
-        bound = jnp.float32(1 / math.sqrt(matrix.shape[-2]))
-        return {"a": (2 * uniform - 1) * bound, "b": jnp.zeros(shapes["b"], jnp.float32)}
+        Returns:
+          The model, and errors by path as of :meth:`requantize`.
+        """
+        from optax_lowbit.adapters import nnx_models
 
-    def _shapes(self, matrix: Any) -> dict[str, tuple[int, ...]]:
-        *stack, n, m = matrix.shape
-        return {"a": (*stack, self.rank, n), "b": (*stack, self.rank, m)}
+        return nnx_models.requantize_layers(model)
 
-    def _map_adapted(
-        self, fun: Callable[["LoRAMatrix"], Any], params: Any, adapters: Adapters
-    ) -> Any:
-        left = dict(adapters)
+    def extract(self, model: Any) -> dict[str, dict[str, jax.Array]]:
+        """The adapters of a model that :meth:`wrap` gave, as :meth:`init` gives them for a tree."""
+        from optax_lowbit.adapters import nnx_models
 
-        def visit(path, leaf):
-            pair = left.pop(path_name(path), None)
-            if pair is None:
-                return leaf
-            self._check_pair(path_name(path), leaf, pair)
-            return fun(LoRAMatrix(leaf, pair["a"], pair["b"], self.scale))
+        return nnx_models.extract_adapters(model)
 
-        tree = jax.tree_util.tree_map_with_path(visit, params)
-        if left:
-            raise ValueError(f"adapters must be of leaves of params, which has no {sorted(left)}")
-        return tree
+    def update(self, model: Any, adapters: Adapters) -> None:
+        """Puts adapters into a model that :meth:`wrap` gave, in place.
 
-    def _check_pair(self, path: str, matrix: Any, pair: Mapping[str, jax.Array]) -> None:
-        expected = self._shapes(matrix) if is_matrix(matrix) else {}
-        shapes = {name: jnp.shape(x) for name, x in pair.items()}
-        if shapes != expected:
-            raise ValueError(
-                f"adapters[{path!r}] must have shapes {expected}, as params has {path!r} of shape "
-                f"{jnp.shape(matrix)} and the rank is {self.rank}; got {shapes}"
-            )
+        Args:
+          model: An `nnx.Module`.
+          adapters: What :meth:`extract` gave of such a model, :meth:`init` of its parameters, or
+            :func:`mix` of several.
 
+        Raises:
+          ValueError: If these are not the paths or the shapes of the model's adapters.
+        """
+        from optax_lowbit.adapters import nnx_models
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class LoRAMatrix:
-    """A matrix ``W + scale A^T B`` that is not formed: ``x @ w`` is ``x W + scale (x A^T) B``.
-
-    A pytree, so `jax.lax.scan` slices a stack of them. It can't be used as an array otherwise; that
-    raises a TypeError, and :meth:`merged` is the array.
-
-    Attributes:
-      base: ``(..., n, m)``.
-      a: float32 ``(..., r, n)``.
-      b: float32 ``(..., r, m)``.
-      scale: A number.
-    """
-
-    base: Any
-    a: jax.Array
-    b: jax.Array
-    scale: float = dataclasses.field(metadata={"static": True})
-
-    # NumPy arrays, too, leave `x @ w` to this class.
-    __array_ufunc__ = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That of ``base``."""
-        return self.base.shape
-
-    @property
-    def ndim(self) -> int:
-        """That of ``base``."""
-        return self.base.ndim
-
-    @property
-    def dtype(self) -> Any:
-        """That of ``base``."""
-        return self.base.dtype
-
-    def __rmatmul__(self, x: jax.Array) -> jax.Array:
-        return add_low_rank(x @ self.base, x, self.a, self.b, self.scale)
-
-    def merged(self) -> jax.Array:
-        """The matrix, in the dtype of ``base``, rounded once."""
-        dtype = float_dtype(self.base.dtype)
-        moved = self.scale * (self.a.mT.astype(dtype) @ self.b.astype(dtype))
-        return (self.base.astype(dtype) + moved).astype(self.base.dtype)
-
-
-def add_low_rank(y: jax.Array, x: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    """``y + scale (x a^T) b`` in the dtype of ``y``, computed in float32 or wider, rounded once."""
-    dtype = float_dtype(y.dtype)
-    moved = scale * (x.astype(dtype) @ a.mT.astype(dtype) @ b.astype(dtype))
-    return (y.astype(dtype) + moved).astype(y.dtype)
-
-
-def is_matrix(leaf: Any) -> bool:
-    """Whether it can have adapters: floats with two axes or more."""
-    return getattr(leaf, "ndim", 0) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
+        nnx_models.update_adapters(self, model, adapters)

@@ -1,45 +1,32 @@
 """Prefix tuning: keys and values in front of those of every layer."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from optax_lowbit.adapters.fields import check_count
 from optax_lowbit.adapters.virtual_tokens import random_tokens
 from optax_lowbit.kernels.reference import widened
 
 
-def init_prefix(
-    keys_and_values: Callable[[jax.Array], Any],
-    vocabulary_size: int,
-    key: jax.Array | int,
-    *,
-    num_tokens: int = 5,
-) -> Any:
-    """A prefix that starts as what the model itself computes of random tokens.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prefix:
+    """A prefix of keys and values, which go in front of those of every layer. Hashable.
 
-    It trains, and everything else is frozen. In each layer :func:`prepend` puts its keys and values
-    in front of the layer's own, and :func:`prefix_mask` lets every query attend to them. Real
-    tokens then stand at positions ``num_tokens``, ``num_tokens + 1``, ...
+    They train, and everything else is frozen. In each layer :func:`prepend` puts them in front of
+    the layer's own, and :func:`prefix_mask` lets every query attend to them. Real tokens then stand
+    at positions ``num_tokens``, ``num_tokens + 1``, ...
 
     **Memory.** ``2 * layers * num_tokens * key_value_size`` float32 numbers.
 
-    Args:
-      keys_and_values: Gives, of int32 tokens ``(num_tokens,)``, each layer's keys and values as
-        they enter the attention, positions in them: any pytree of arrays, such as a dict of two
-        ``(layers, num_tokens, heads, head_size)``.
-      vocabulary_size: Number of tokens to draw from.
-      key: A `jax.random.key` of Threefry, its data, or a seed.
+    Attributes:
       num_tokens: Length of the prefix.
 
-    Returns:
-      What ``keys_and_values`` gives, in float32.
-
     Raises:
-      TypeError: If ``key`` is no key.
-      ValueError: If ``num_tokens`` or ``vocabulary_size`` is not an int of at least 1, or ``key``
-        is not one of Threefry.
+      ValueError: At construction, if ``num_tokens`` is not an int of at least 1.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -48,8 +35,9 @@ def init_prefix(
       >>> def keys_and_values(tokens):  # of one layer with one head
       ...     heads = embedding[tokens] @ kernel
       ...     return {"keys": heads, "values": 2 * heads}
-      >>> prefix = adapters.init_prefix(keys_and_values, vocabulary_size=1000, key=0)
-      >>> prefix["keys"].shape
+      >>> prefix = adapters.Prefix(num_tokens=5)
+      >>> trainable = prefix.init(keys_and_values, key=0, vocabulary_size=1000)
+      >>> trainable["keys"].shape
       (5, 32)
 
     References:
@@ -59,8 +47,39 @@ def init_prefix(
       <https://arxiv.org/abs/2305.17333>`_, 2023, Appendix E.5, who find that zeroth-order methods
       fail from a random prefix.
     """
-    tokens = random_tokens(num_tokens, vocabulary_size, key)
-    return jax.tree.map(widened, keys_and_values(tokens))
+
+    num_tokens: int = 5
+
+    def __post_init__(self):
+        check_count("num_tokens", self.num_tokens)
+
+    def init(
+        self,
+        keys_and_values: Callable[[jax.Array], Any],
+        key: jax.Array | int,
+        *,
+        vocabulary_size: int,
+    ) -> Any:
+        """What the model itself computes of random tokens.
+
+        Args:
+          keys_and_values: Gives, of int32 tokens ``(num_tokens,)``, each layer's keys and values as
+            they enter the attention, positions in them: any pytree of arrays, such as a dict of two
+            ``(layers, num_tokens, heads, head_size)``.
+          key: A `jax.random.key` of Threefry, its data, or a seed.
+          vocabulary_size: Number of tokens to draw from.
+
+        Returns:
+          What ``keys_and_values`` gives, in float32.
+
+        Raises:
+          TypeError: If ``key`` is no key.
+          ValueError: If ``vocabulary_size`` is not an int of at least 1, or ``key`` is not one of
+            Threefry.
+        """
+        check_count("vocabulary_size", vocabulary_size)
+        tokens = random_tokens(self.num_tokens, vocabulary_size, key)
+        return jax.tree.map(widened, keys_and_values(tokens))
 
 
 def prefix_mask(num_tokens: int, length: int) -> jax.Array:

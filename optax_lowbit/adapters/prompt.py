@@ -1,38 +1,35 @@
 """Prompt tuning: virtual tokens in front of the embedded ones."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
+from optax_lowbit.adapters.fields import check_count
 from optax_lowbit.adapters.virtual_tokens import random_tokens
 from optax_lowbit.kernels.reference import widened
 
 
-def init_prompt(embedding: jax.Array, key: jax.Array | int, *, num_tokens: int = 10) -> jax.Array:
-    """A prompt that starts as random tokens of the vocabulary.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A prompt of vectors, which :func:`prepend` puts in front of embedded tokens. Hashable.
 
-    It trains, and everything else is frozen. :func:`prepend` puts it in front of embedded tokens.
+    They train, and everything else is frozen.
 
     **Memory.** ``num_tokens * hidden`` float32 numbers.
 
-    Args:
-      embedding: ``(vocabulary, hidden)``: the embedding of the model.
-      key: A `jax.random.key` of Threefry, its data, or a seed.
+    Attributes:
       num_tokens: Length of the prompt.
 
-    Returns:
-      float32 ``(num_tokens, hidden)``: rows of ``embedding``.
-
     Raises:
-      TypeError: If ``key`` is no key.
-      ValueError: If ``embedding`` is no matrix, ``num_tokens`` is not an int of at least 1, or
-        ``key`` is not one of Threefry.
+      ValueError: At construction, if ``num_tokens`` is not an int of at least 1.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> from optax_lowbit import adapters
-      >>> prompt = adapters.init_prompt(jnp.ones((1000, 64)), key=0)
+      >>> trainable = adapters.Prompt(num_tokens=10).init(jnp.ones((1000, 64)), key=0)
       >>> embedded = jnp.zeros((2, 7, 64))
-      >>> adapters.prepend(prompt, embedded).shape
+      >>> adapters.prepend(trainable, embedded).shape
       (2, 17, 64)
 
     References:
@@ -41,6 +38,27 @@ def init_prompt(embedding: jax.Array, key: jax.Array | int, *, num_tokens: int =
       commonest tokens; here of all, as in Zhang et al, `Revisiting Zeroth-Order Optimization for
       Memory-Efficient LLM Fine-Tuning <https://arxiv.org/abs/2402.11592>`_, 2024.
     """
-    if jnp.ndim(embedding) != 2:
-        raise ValueError(f"embedding must be (vocabulary, hidden), got {jnp.shape(embedding)}")
-    return widened(embedding[random_tokens(num_tokens, len(embedding), key)])
+
+    num_tokens: int = 10
+
+    def __post_init__(self):
+        check_count("num_tokens", self.num_tokens)
+
+    def init(self, embedding: jax.Array, key: jax.Array | int) -> jax.Array:
+        """Random tokens of the vocabulary.
+
+        Args:
+          embedding: ``(vocabulary, hidden)``: the embedding of the model.
+          key: A `jax.random.key` of Threefry, its data, or a seed.
+
+        Returns:
+          float32 ``(num_tokens, hidden)``: rows of ``embedding``.
+
+        Raises:
+          TypeError: If ``key`` is no key.
+          ValueError: If ``embedding`` is no matrix or has no rows, or ``key`` is not one of
+            Threefry.
+        """
+        if jnp.ndim(embedding) != 2 or not len(embedding):
+            raise ValueError(f"embedding must be (vocabulary, hidden), got {jnp.shape(embedding)}")
+        return widened(embedding[random_tokens(self.num_tokens, len(embedding), key)])

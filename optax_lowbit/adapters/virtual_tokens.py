@@ -37,16 +37,7 @@ def prepend(virtual: jax.Array, real: jax.Array) -> jax.Array:
 
 
 def random_tokens(num_tokens: int, vocabulary_size: int, key: jax.Array | int) -> jax.Array:
-    """Tokens drawn with equal chances, with replacement: int32 ``(num_tokens,)``.
-
-    Raises:
-      TypeError: If ``key`` is no key.
-      ValueError: If ``num_tokens`` or ``vocabulary_size`` is not an int of at least 1, or ``key``
-        is not one of Threefry.
-    """
-    for name, value in {"num_tokens": num_tokens, "vocabulary_size": vocabulary_size}.items():
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+    """Tokens drawn with equal chances, with replacement: int32 ``(num_tokens,)``."""
     indices = random_bits.element_indices((num_tokens,))
     uniform = random_bits.uniform(random_bits.key_words(key), *indices)
     return jnp.floor(uniform * jnp.float32(vocabulary_size)).astype(jnp.int32)

@@ -42,43 +42,72 @@ def why_not(
 
     Args:
       backend: Neither ``"auto"`` nor ``"reference"``.
-      op: ``"adam"``, ``"momentum"``, ``"quantize"`` or ``"dequantize"``.
-      shape: The leaf's.
-      dtype: The gradient's, or that of the array to be quantized.
+      op: ``"adam"``, ``"momentum"``, ``"quantize"``, ``"dequantize"`` or ``"quantized_dot"``.
+      shape: The leaf's; that of a product's matrix, transposed.
+      dtype: The gradient's, or that of the array to be quantized, or multiplied by the matrix.
       specs: Of the op's moments, in their order; None for a factored one.
     """
     return kernels(backend).why_not(op, shape, dtype, *specs)
 
 
-def why_not_spread(backend: str, x: Any) -> str | None:
+def why_not_spread(backend: str, op: str, x: Any) -> str | None:
     """Why a backend's kernel cannot take an array that is spread as ``x`` is; None if it can."""
-    if backend == "pallas_tpu" and not is_shard(x) and not is_explicit(x):
+    if is_shard(x):
+        return None
+    if op == "quantized_dot":
+        return "on several devices a product needs jax.shard_map"
+    if backend == "pallas_tpu" and not is_explicit(x):
         # https://github.com/jax-ml/jax/issues/38196
         return "on several TPUs a kernel needs explicit axes or jax.shard_map"
     return None
 
 
 def platforms(
-    backend: str, op: str, leaf: Any, shape: tuple[int, ...], dtype: Any, *specs: QuantSpec | None
+    backend: str,
+    op: str,
+    leaf: Any,
+    shape: tuple[int, ...],
+    dtype: Any,
+    *specs: QuantSpec | None,
+    task: str,
 ) -> dict[str, str]:
     """The backend of each platform of this process: the one that is named, or the best it has.
 
-    The arguments are those of :func:`why_not`, and ``leaf``, an array that is spread as all are.
-
     To compile for a platform that the process does not have, its backend must be named: tracing
     kernels for every platform there is would take longer than compiling for one.
+
+    Args:
+      backend: A :data:`Backend`.
+      op, shape, dtype, specs: Those of :func:`why_not`.
+      leaf: An array that is spread as all are.
+      task: What is to be done, for the error: ``"quantize this array"``, say.
+
+    Raises:
+      ValueError: If the backend is named and cannot do it.
     """
+    if backend == "reference":
+        return everywhere(backend)
     if backend != "auto":
-        return dict.fromkeys(jax.extend.backend.backends(), backend)
+        if reason := why_not(backend, op, shape, dtype, *specs):
+            raise ValueError(
+                f"backend={backend!r} cannot {task}: {reason}; where no kernel can, "
+                "backend='auto' takes the reference"
+            )
+        return everywhere(backend)
     chosen = {}
     for platform in jax.extend.backend.backends():
         name = KERNELS.get(platform, "reference")
         if name != "reference" and (
-            why_not(name, op, shape, dtype, *specs) or why_not_spread(name, leaf)
+            why_not(name, op, shape, dtype, *specs) or why_not_spread(name, op, leaf)
         ):
             name = "reference"
         chosen[platform] = name
     return chosen
+
+
+def everywhere(backend: str) -> dict[str, str]:
+    """One backend for each platform of this process."""
+    return dict.fromkeys(jax.extend.backend.backends(), backend)
 
 
 def by_platform(

@@ -1,6 +1,17 @@
-"""What all kernels need of how an array is stored."""
+"""What all kernels need of arrays, and of how they are stored."""
+
+from typing import Any
+
+import jax.numpy as jnp
 
 from optax_lowbit.quant import QuantSpec, codebooks
+
+
+def why_not_dtype(dtype: Any) -> str | None:
+    """Why no kernel reads and writes floats of a dtype; None if all do."""
+    if jnp.dtype(dtype) in (jnp.float32, jnp.bfloat16):
+        return None
+    return f"dtype {jnp.dtype(dtype)}, neither float32 nor bfloat16"
 
 
 def why_not_codes(spec: QuantSpec) -> str | None:

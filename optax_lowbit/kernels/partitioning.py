@@ -93,7 +93,9 @@ def _on_explicit_mesh(on_part, coefficients, arrays):
     results = jax.eval_shape(functools.partial(on_part, [None] * len(spec)), *plain)
     specs = _specs(spec, arrays)
     # All are laid out so but those that were just made, of the numbers of rows and columns.
-    arrays = [jax.sharding.reshard(x, s) for x, s in zip(arrays, specs)]
+    arrays = [
+        jax.sharding.reshard(x, NamedSharding(sharding.mesh, s)) for x, s in zip(arrays, specs)
+    ]
     return jax.shard_map(
         functools.partial(on_part, spec),
         mesh=sharding.mesh,

@@ -76,8 +76,7 @@ def _dequantized(backend: str, q: QuantizedArray) -> jax.Array:
 
 def _chosen(op: str, backend: str, array: Any, spec: QuantSpec) -> dict[str, str]:
     backends.checked(backend)
-    if backend not in ("auto", "reference"):
-        if reason := backends.why_not(backend, op, array.shape, array.dtype, spec):
-            raise ValueError(f"backend={backend!r} cannot {op} this array: {reason}")
     leaf = array.codes if is_quantized(array) else array
-    return backends.platforms(backend, op, leaf, array.shape, array.dtype, spec)
+    return backends.platforms(
+        backend, op, leaf, array.shape, array.dtype, spec, task=f"{op} this array"
+    )

@@ -265,4 +265,9 @@ def float_dtype(dtype: Any) -> np.dtype:
 
 def name_hash(name: str) -> jax.Array:
     """A number for a name, to fold into keys."""
-    return jnp.uint32(zlib.crc32(name.encode()))
+    return jnp.uint32(name_number(name))
+
+
+def name_number(name: str) -> int:
+    """The same, known in Python."""
+    return zlib.crc32(name.encode())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_lowbit.kernels import backends
-from optax_lowbit.kernels.adam import Coefficients, coefficients
+from optax_lowbit.kernels.adam import Coefficients, adam_direction, adam_step, coefficients
 from optax_lowbit.kernels.parameters import Descent, descended, noise_operands
 from optax_lowbit.kernels.partitioning import per_device
 from optax_lowbit.kernels.reference import Step, exchanged, scales_stored_like, update_leaf
@@ -45,6 +46,12 @@ class Fused(Protocol):
         descent: Descent | None,
     ) -> tuple[jax.Array, Moments]:
         """The step by a backend's kernel."""
+        ...
+
+    def step(
+        self, scalars: jax.Array, grad: jax.Array, moments: dict[str, jax.Array], factors: Any
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The step in float32."""
         ...
 
 
@@ -97,6 +104,16 @@ class FusedAdam:
             nu = dataclasses.replace(nu, scales=nu_scales)  # with the types of what was exchanged
         return result, {"mu": mu, "nu": nu} if "nu" in moments else {"mu": mu}
 
+    def step(self, scalars, grad, moments, factors):
+        """As :func:`~optax_lowbit.kernels.adam.adam_step`; the factors give the new ``nu``."""
+        c = Coefficients(*scalars)
+        if "nu" in moments:
+            update, mu, nu = adam_step(grad, moments["mu"], moments["nu"], c)
+            return update, {"mu": mu, "nu": nu}
+        row_shares, columns = factors
+        mu = c.one_minus_b1 * grad + c.b1 * moments["mu"]
+        return adam_direction(grad, mu, row_shares * columns, c), {"mu": mu}
+
 
 @dataclasses.dataclass(frozen=True)
 class FusedMomentum:
@@ -130,6 +147,13 @@ class FusedMomentum:
         result, trace = _on_leaves(step, scalars, grad, (trace,), descent, trace.spec.group_size, 1)
         return result, {"trace": trace}
 
+    def step(self, scalars, grad, moments, factors):
+        """As in `optax.trace`."""
+        del factors
+        (decay,) = scalars
+        trace = grad + decay * moments["trace"]
+        return grad + decay * trace if self.nesterov else trace, {"trace": trace}
+
 
 def step_leaf(
     step: Step,
@@ -141,6 +165,7 @@ def step_leaf(
     key: Any,
     factors: Any = None,
     descent: Descent | None = None,
+    name: str = "",
 ) -> tuple[jax.Array, Moments]:
     """One step of one leaf.
 
@@ -155,12 +180,14 @@ def step_leaf(
       factors: Shares of rows and means of columns of a factored second moment; or, without
         ``fused``, any tree of constants of ``step``.
       descent: For a step that writes parameters.
+      name: What errors call the leaf.
 
     Returns:
       The update, or the new parameters if there is a descent; and the new moments.
 
     Raises:
-      ValueError: If gradient, moments and parameters are not of one shape.
+      ValueError: If gradient, moments and parameters are not of one shape, or a backend is named
+        that cannot take them: the gradient may differ from the parameter that `init` saw.
     """
     _check_shapes(grad, moments, descent)
     stored, moments = moments, {name: _with_float_scales(x) for name, x in moments.items()}
@@ -176,11 +203,22 @@ def step_leaf(
         result, moments = run("reference")(*operands)
     else:
         specs = fused.specs(moments)
-        chosen = backends.platforms(backend, fused.op, grad, grad.shape, grad.dtype, *specs)
+        shape, kind = _shape_for_scales(grad.shape, moments), f"{grad.dtype}{[*grad.shape]}"
+        task = " ".join(filter(None, ["step", name, f"by a gradient {kind}"]))
+        chosen = backends.platforms(backend, fused.op, grad, shape, grad.dtype, *specs, task=task)
         result, moments = backends.by_platform(chosen, run, *operands)
     return result, {
         name: scales_stored_like(x, moments[name], name, key) for name, x in stored.items()
     }
+
+
+def _shape_for_scales(shape: tuple[int, ...], moments: Moments) -> tuple[int, ...]:
+    """``shape``, a matrix where rank-1 scales are those of a stack of matrices.
+
+    A shard of the stack would have scales of more axes if it were a leaf of its own.
+    """
+    stacked = any(isinstance(x.scales, tuple) and len(x.scales) == 2 for x in moments.values())
+    return (math.prod(shape[:-1]), shape[-1]) if stacked else shape
 
 
 def _with_float_scales(moment: Any) -> Any:
@@ -205,7 +243,19 @@ def _check_shapes(grad: jax.Array, moments: Moments, descent: Descent | None) ->
             )
 
 
-def _by_kernel(fused, backend, scalars, grad, moments, factors, descent):
+def _by_kernel(fused, backend, *operands):
+    """The kernel's step, whose derivatives are those of its arithmetic in JAX."""
+
+    def differentiable(scalars, grad, moments, factors, descent):
+        step = functools.partial(fused.step, scalars)
+        return _by_reference(step, None, grad, moments, factors, descent)
+
+    run = jax.custom_jvp(functools.partial(_run_kernel, fused, backend))
+    run.defjvp(lambda primals, tangents: jax.jvp(differentiable, primals, tangents))
+    return run(*operands)
+
+
+def _run_kernel(fused, backend, scalars, grad, moments, factors, descent):
     # Kernels know float32 and bfloat16, and those in Pallas round to nearest alone.
     takes_descent = descent is None or (
         descent.params.dtype in (jnp.float32, jnp.bfloat16)

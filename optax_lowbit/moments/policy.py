@@ -82,6 +82,8 @@ class Policy:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             return None, f"dtype {leaf.dtype}"
         size = math.prod(leaf.shape)
+        if not size:
+            return None, "no elements"
         if size <= self.min_size:
             return None, f"{size} elements, min_size {self.min_size}"
         if isinstance(spec, Factored):
@@ -173,6 +175,16 @@ def path_names(path: tuple[Any, ...]) -> tuple[str, ...]:
     names = tuple(_key_name(key) for key in path)
     is_field = bool(path) and isinstance(path[-1], jax.tree_util.GetAttrKey)
     return names[:-1] if is_field and names[-1] in ("value", "raw_value") else names
+
+
+def compiled_pattern(name: str, pattern: Any) -> re.Pattern[str]:
+    """What an argument means that is searched for in paths; raises if it is no pattern."""
+    if not isinstance(pattern, str):
+        raise TypeError(f"{name} must be a regular expression, got {pattern!r}")
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name}={pattern!r} is no regular expression: {error}") from error
 
 
 def _key_name(key: Any) -> str:

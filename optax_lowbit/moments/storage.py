@@ -193,6 +193,8 @@ def checked_policy(
                 f"policy.rules name the moments {sorted(named)}, and there are {sorted(moments)}"
             )
         specs += [spec for _, spec in choice] if isinstance(choice, tuple) else [choice]
+    if any(isinstance(spec, QuantSpec) and spec.double_quant == "offset" for spec in specs):
+        raise ValueError("double_quant='offset' is for weights; moments take double_quant=True")
     if key is None and any(map(is_random, specs)):
         raise ValueError(
             "key must be given (a jax.random.key or a seed) for stochastic rounding, of codes or, "
@@ -206,4 +208,6 @@ def is_random(spec: Any) -> bool:
 
     Scales in 8 bits do: a step may change them by less than rounding to nearest can see.
     """
-    return isinstance(spec, QuantSpec) and (spec.rounding == "stochastic" or spec.double_quant)
+    return isinstance(spec, QuantSpec) and (
+        spec.rounding == "stochastic" or spec.double_quant is True
+    )

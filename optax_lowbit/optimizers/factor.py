@@ -111,7 +111,7 @@ def scale_by_factor4bit(
                 return mu_hat / (jnp.sqrt(nu_hat + eps_root) + eps), {"mu": mu}
 
         def step_one(leaf: Leaf, adam_step, scalars):
-            grad, leaf_moments, key, descent = leaf
+            grad, leaf_moments, key, descent, name = leaf
             nu, factors, step = leaf_moments["nu"], None, adam_step
             if isinstance(nu, FactoredMoment):
                 axes = _manual_axes(grad, nu)
@@ -119,7 +119,7 @@ def scale_by_factor4bit(
                 factors, step = (_shares(nu.rows, axes), nu.columns), factored_step
                 leaf_moments = {"mu": leaf_moments["mu"]}
             result, new = step_leaf(
-                step, fused, backend, scalars, grad, leaf_moments, key, factors, descent
+                step, fused, backend, scalars, grad, leaf_moments, key, factors, descent, name
             )
             return result, new if factors is None else {**new, "nu": nu}
 

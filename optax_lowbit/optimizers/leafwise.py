@@ -80,7 +80,7 @@ def quantize_moments(
 
         return step_leaf(
             restored_step, fused, backend, scalars, leaf.grad, leaf.moments, leaf.key,
-            descent=leaf.descent,
+            descent=leaf.descent, name=leaf.name,
         )  # fmt: skip
 
     def step_all(updates, state, descents=None):
@@ -121,6 +121,7 @@ class Leaf(NamedTuple):
     moments: dict[str, Any]
     key: random_bits.Key | None
     descent: Descent | None
+    name: str
 
 
 def update_state(
@@ -181,6 +182,7 @@ def _leaves(
             {name: x if is_low_bit(x) else unwrapped(x) for name, x in zip(columns, row)},
             fold_in_path(step_key, path),
             descent,
+            f"parameter {path_name(path)!r}",
         )
         for (path, grad), row, descent in zip(
             paths_and_grads, zip(*columns.values()), descents or [None] * len(paths_and_grads)
@@ -257,7 +259,7 @@ def _backend_of(fused, backend, param, moments) -> tuple[str, str]:
     specs = fused.specs({name: x for name, x in moments.items() if not is_factored(x)})
     reason = why_not(wanted, fused.op, tuple(param.shape), param.dtype, *specs)
     if backend == "auto":
-        reason = reason or why_not_spread(wanted, param)
+        reason = reason or why_not_spread(wanted, fused.op, param)
     return ("reference", reason) if reason else (wanted, "")
 
 

@@ -10,8 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_lowbit.quant import codebooks, double_quant, packing, random_bits, rounding, scaling
+from optax_lowbit.quant import (
+    codebooks,
+    double_quant,
+    offset_scales,
+    packing,
+    random_bits,
+    rounding,
+    scaling,
+)
 from optax_lowbit.quant.double_quant import CodedScales
+from optax_lowbit.quant.offset_scales import OffsetScales
 
 Scaling = Literal["tensor", "row", "column", "block", "rank1"]
 Rounding = Literal["nearest", "stochastic"]
@@ -53,8 +62,9 @@ class QuantSpec:
     # code +1, exactly: the dynamic-exponent tables have a +1 and no -1.
     signed_scale: bool = False
     # Keep the scales in 8 bits, and one float32 for each 256 of them down a column of blocks; see
-    # `optax_lowbit.quant.double_quant`. Needs scaling="block".
-    double_quant: bool = False
+    # `optax_lowbit.quant.double_quant`. "offset" is for weights, as in QLoRA: less their mean, in
+    # groups over the whole array; see `optax_lowbit.quant.offset_scales`. Needs scaling="block".
+    double_quant: bool | Literal["offset"] = False
 
     def __post_init__(self):
         if not isinstance(self.codebook, str | tuple):
@@ -63,9 +73,11 @@ class QuantSpec:
             )
         if type(self.bits) is not int or self.bits not in codebooks.BITS:
             raise ValueError(f"bits must be one of {codebooks.BITS}, got {self.bits!r}")
-        for name in ("signed", "signed_scale", "double_quant"):
+        for name in ("signed", "signed_scale"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
+        if not isinstance(self.double_quant, bool) and self.double_quant != "offset":
+            raise TypeError(f"double_quant must be a bool or 'offset', got {self.double_quant!r}")
         if self.scaling not in get_args(Scaling):
             raise ValueError(f"scaling must be one of {get_args(Scaling)}, got {self.scaling!r}")
         if self.rounding not in get_args(Rounding):
@@ -79,8 +91,11 @@ class QuantSpec:
             )
         if self.double_quant and self.scaling != "block":
             raise ValueError(
-                f"double_quant=True needs scaling='block', got scaling={self.scaling!r}"
+                f"double_quant={self.double_quant!r} needs scaling='block', "
+                f"got scaling={self.scaling!r}"
             )
+        if self.double_quant == "offset" and self.signed_scale:
+            raise ValueError("double_quant='offset' needs signed_scale=False, got True")
         self._check_table()
 
     def _check_table(self):
@@ -123,10 +138,12 @@ class QuantizedArray:
     1. ``codes`` is uint8 of shape ``(..., ceil(n * b / 8))``; leading axes are the array's own.
     2. ``scales`` is float32, or a tuple of float32 arrays (``"rank1"``), each of the array's rank;
        axes that it has no scales along are 1. See :mod:`optax_lowbit.quant.scaling`. Under
-       ``spec.double_quant`` it is a :class:`~optax_lowbit.quant.double_quant.CodedScales`.
+       ``spec.double_quant`` it is a :class:`~optax_lowbit.quant.double_quant.CodedScales` or an
+       :class:`~optax_lowbit.quant.offset_scales.OffsetScales`.
     3. The static fields hold for any slice of leading axes and for any slice of the last axis at
        borders of ``spec.group_size``, hence under ``vmap``, ``scan`` and ``shard_map``. Under
-       ``spec.double_quant`` the rows of a slice begin at a multiple of 256.
+       ``spec.double_quant`` the rows of a slice begin at a multiple of 256; where it is "offset",
+       they hold for slices of axes that were mapped over when it was made alone.
     4. A 0-d array has 0-d codes (one byte, not packed) and a 0-d scale.
 
     Attributes:
@@ -281,9 +298,12 @@ def _quantize(x: jax.Array, spec: QuantSpec, key: random_bits.Key | None) -> Qua
 
 def with_float_scales(q: QuantizedArray) -> QuantizedArray:
     """``q`` with scales in float32, of a spec without ``double_quant``; itself if it is so."""
-    if not isinstance(q.scales, CodedScales):
+    if isinstance(q.scales, OffsetScales):
+        scales = offset_scales.float_scales(q.scales)
+    elif isinstance(q.scales, CodedScales):
+        scales = double_quant.float_scales(q.scales, q.spec.signed_scale)
+    else:
         return q
-    scales = double_quant.float_scales(q.scales, q.spec.signed_scale)
     spec = dataclasses.replace(q.spec, double_quant=False)
     return dataclasses.replace(q, scales=scales, spec=spec)
 
@@ -298,7 +318,10 @@ def with_coded_scales(
     if not spec.double_quant or not q.ndim:
         return dataclasses.replace(q, spec=spec)
     scales: Any = q.scales
-    coded = double_quant.code_scales(scales, spec.signed_scale, key)
+    if spec.double_quant == "offset":
+        coded = offset_scales.offset_scales(scales)
+    else:
+        coded = double_quant.code_scales(scales, spec.signed_scale, key)
     return dataclasses.replace(q, scales=coded, spec=spec)
 
 
@@ -379,7 +402,9 @@ def abstract_quantized(shape: tuple[int, ...], dtype: np.dtype, spec: QuantSpec)
     if not shape:
         codes: Any = jax.ShapeDtypeStruct((), jnp.uint8)
         return QuantizedArray(codes, scales, spec, None, np.dtype(dtype))
-    if spec.double_quant:
+    if spec.double_quant == "offset":
+        scales = offset_scales.offset_shapes(scales.shape)
+    elif spec.double_quant:
         scales = double_quant.coded_shapes(scales.shape)
     *lead, n = shape
     codes = jax.ShapeDtypeStruct((*lead, packing.packed_size(n, spec.bits)), jnp.uint8)

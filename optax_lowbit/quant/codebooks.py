@@ -9,14 +9,15 @@ are equal, to the last bit of float32, to those of the systems they come from:
 ``"linear"``                          lpmm ``power-1``, torchao 4-bit (unsigned)
 ``"power2"``, ``"power3"``            lpmm ``power-2``, ``power-3``
 ``"integer"``                         symmetric integers over their largest magnitude
-``"nf4"``, ``"fp4"``                  bitsandbytes
+``"nf4"``, ``"fp4"``, ``"af4"``       bitsandbytes (af4, of blocks of 64: in descending order)
 ====================================  ==============================================================
 
 References:
   Li et al, `Memory Efficient Optimizers with 4-bit States <https://arxiv.org/abs/2309.01507>`_,
   2023, Appendix E; Dettmers et al, `8-bit Optimizers via Block-wise Quantization
   <https://arxiv.org/abs/2110.02861>`_, 2022; Dettmers et al, `QLoRA
-  <https://arxiv.org/abs/2305.14314>`_, 2023, Appendix E.
+  <https://arxiv.org/abs/2305.14314>`_, 2023, Appendix E; Yoshida, `NF4 Isn't Information
+  Theoretically Optimal (and that's Good) <https://arxiv.org/abs/2306.06965>`_, 2023.
 """
 
 import functools
@@ -42,6 +43,25 @@ _NF4 = (
     0.44070982933044434,
     0.5626170039176941,
     0.7229568362236023,
+    1.0,
+)
+
+_AF4 = (
+    -1.0,
+    -0.69441008,
+    -0.51243739,
+    -0.3736951,
+    -0.25607552,
+    -0.14982478,
+    -0.04934812,
+    0.0,
+    0.04273164,
+    0.12934483,
+    0.21961274,
+    0.31675666,
+    0.42563882,
+    0.55496234,
+    0.72424863,
     1.0,
 )
 
@@ -109,7 +129,11 @@ _FAMILIES = {
     "power2": functools.partial(_power, exponent=2),
     "power3": functools.partial(_power, exponent=3),
 }
-_FIXED = {"nf4": lambda: np.asarray(_NF4, np.float32), "fp4": _fp4}
+_FIXED = {
+    "af4": lambda: np.asarray(_AF4, np.float32),
+    "fp4": _fp4,
+    "nf4": lambda: np.asarray(_NF4, np.float32),
+}
 
 NAMES = tuple(sorted([*_FAMILIES, *_FIXED]))
 
@@ -119,9 +143,9 @@ def codebook(name: str, bits: int, signed: bool) -> np.ndarray:
 
     Args:
       name: One of ``"dynamic_exponent"``, ``"dynamic_exponent_nozero"``, ``"linear"``,
-        ``"power2"``, ``"power3"``, ``"integer"``, ``"nf4"``, ``"fp4"``.
-      bits: 2, 3, 4 or 8; 4 for ``"nf4"`` and ``"fp4"``.
-      signed: Whether the table covers [-1, 1] or [0, 1]; True for ``"nf4"`` and ``"fp4"``.
+        ``"power2"``, ``"power3"``, ``"integer"``, ``"nf4"``, ``"fp4"``, ``"af4"``.
+      bits: 2, 3, 4 or 8; 4 for the last three.
+      signed: Whether the table covers [-1, 1] or [0, 1]; True for the last three.
 
     Returns:
       A float32 array of ``2**bits`` values (``2**bits - 1`` for a signed ``"integer"``), ascending

@@ -1,7 +1,7 @@
 """Arguments of zeroth-order optimizers, checked where they are given."""
 
-import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from optax_lowbit.moments.policy import compiled_pattern
 from optax_lowbit.zo.estimators import Estimator, ForwardGradient
 from optax_lowbit.zo.noise import Noise
 
@@ -21,6 +22,10 @@ def check_optimizer(optimizer: Any) -> None:
         check_number(name, getattr(optimizer, name))
     if is_concrete(optimizer.eps) and not optimizer.eps > 0:
         raise ValueError(f"eps must be above 0, got {optimizer.eps!r}")
+    if is_concrete(optimizer.learning_rate) and not np.isfinite(optimizer.learning_rate):
+        raise ValueError(f"learning_rate must be finite, got {optimizer.learning_rate!r}")
+    if is_concrete(optimizer.weight_decay) and not optimizer.weight_decay >= 0:
+        raise ValueError(f"weight_decay must be at least 0, got {optimizer.weight_decay!r}")
     clip = optimizer.clip
     if callable(clip) or (clip is not None and is_concrete(clip) and not clip > 0):
         raise ValueError(f"clip must be a number above 0 or None, got {clip!r}")
@@ -74,15 +79,22 @@ def check_decay_rate(name: str, value: Any) -> None:
 def check_choice(name: str, choice: Any) -> None:
     """Raises unless ``choice`` is a regular expression, a predicate or None."""
     if isinstance(choice, str):
-        try:
-            re.compile(choice)
-        except re.error as error:
-            raise ValueError(f"{name}={choice!r} is no regular expression: {error}") from error
+        compiled_pattern(name, choice)
     elif choice is not None and not callable(choice):
         raise TypeError(
             f"{name} must be a regular expression, a predicate of path and leaf, or None, "
             f"got {type(choice).__name__}"
         )
+
+
+def check_moments(moments: Mapping[str, Any], leaves: int) -> None:
+    """Raises ValueError if moments are of another number of leaves than train."""
+    for name, column in moments.items():
+        if len(column) != leaves:
+            raise ValueError(
+                f"state must be that of these params: its {name} is of {len(column)} leaves, and "
+                f"{leaves} train"
+            )
 
 
 def is_concrete(value: Any) -> bool:
@@ -100,9 +112,23 @@ def scalar_loss(loss_fn: Callable[..., Any], args: tuple[Any, ...], params: Any)
 
     Raises:
       TypeError: If it is not a real scalar.
+
+    Warns:
+      UserWarning: If it has 16 bits, in which most differences between two probes are lost.
     """
     loss = loss_fn(params, *args)
+    kind = type(loss).__name__
+    if not jax.tree_util.all_leaves([loss]):
+        raise TypeError(
+            f"loss_fn must give a float of shape () and nothing beside it, got a {kind}"
+        )
     shape, dtype = jnp.shape(loss), jnp.result_type(loss)
     if shape != () or not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"loss_fn must give a float of shape (), got {dtype} of shape {shape}")
+    if dtype.itemsize < 4:
+        warnings.warn(
+            f"loss_fn gives {dtype}, whose last place may be larger than what probes change: take "
+            f"its mean in float32",
+            stacklevel=2,
+        )
     return jnp.asarray(loss, jnp.float32)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_lowbit.kernels.meshes import as_varying, varying_axes
-from optax_lowbit.kernels.reference import name_hash, widened
+from optax_lowbit.kernels.reference import name_hash, name_number
 from optax_lowbit.moments.policy import path_name
 from optax_lowbit.quant import is_quantized, random_bits
 from optax_lowbit.zo.grid import Grid
@@ -68,7 +68,8 @@ def split(params: Any, trainable: Choice | None = None, part: Part = "floats") -
       part: See :data:`Part`.
 
     Raises:
-      ValueError: If no leaf trains.
+      TypeError: If a leaf is of floats of 8 bits.
+      ValueError: If no leaf trains, or two of them would have the same directions.
     """
     others, ours, chosen = [], [], []
     for path, leaf, node in _leaves_with_nodes(params):
@@ -83,7 +84,24 @@ def split(params: Any, trainable: Choice | None = None, part: Part = "floats") -
         paths = [path for path, *_ in _leaves_with_nodes(params)]
         raise ValueError(f"trainable={trainable!r} must choose {what}, and there are {paths}")
     leaves, paths, grids = zip(*ours)
+    _check_leaves(leaves, paths)
     return Trainable(leaves, paths, grids, tuple(others), tuple(chosen), jax.tree.structure(params))
+
+
+def _check_leaves(leaves: Sequence[jax.Array], paths: Sequence[str]) -> None:
+    owners: dict[int, str] = {}
+    for leaf, path in zip(leaves, paths):
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize == 1:
+            raise TypeError(
+                f"leaf {path!r} must be of floats of 16 bits or more to train, got {leaf.dtype}; "
+                f"trainable= can leave it out"
+            )
+        owner = owners.setdefault(name_number(path), path)
+        if owner is not path:
+            raise ValueError(
+                f"leaves {owner!r} and {path!r} must have other paths: their directions would be "
+                f"the same"
+            )
 
 
 def _leaves_with_nodes(params: Any) -> list[tuple[str, Any, Any]]:
@@ -154,7 +172,9 @@ class Directions:
             return outer(factors.left, factors.right)
         given: Any = (zero, self.keys, slopes, rows.values, rows.numbers)
         axes = frozenset[str]().union(*map(varying_axes, given))
-        start = as_varying(jnp.zeros_like(widened(rows.values)), axes)
+        # Zeros that depend on nothing would be made for all leaves at once.
+        start = jnp.broadcast_to(jnp.uint32(zero).astype(jnp.float32), rows.values.shape)
+        start = as_varying(start, axes)
         count = len(slopes) if self.active is None else self.active
         return jax.lax.fori_loop(0, count, lambda i, total: total + term(i), start)
 

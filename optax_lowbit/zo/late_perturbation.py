@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
-from jax.sharding import PartitionSpec
 
-from optax_lowbit.kernels.meshes import as_varying, is_explicit, varying_axes
+from optax_lowbit.kernels.meshes import as_varying, varying_axes
+from optax_lowbit.kernels.ordering import first_element
 from optax_lowbit.moments.equations import bind, read
 from optax_lowbit.zo.factored_dot import factored_dot
 from optax_lowbit.zo.noise import Factors
@@ -30,8 +30,6 @@ IN_EACH_TURN = "optax_lowbit.zo.in_each_turn"
 # Gives the perturbed values of rows. The second argument is an element of what the program computed
 # last, a float, for :func:`data_zero`.
 Perturb = Callable[[Rows, jax.Array], jax.Array]
-# By their bytes: integers for the bits of floats.
-_WORDS = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 
 # Given the same: the factors of what is added to the rows, if it has a low rank.
 LowRank = Callable[[Rows, jax.Array], Factors | None]
@@ -81,26 +79,6 @@ def call_perturbed(
     evaluation = _Evaluation(perturbed, factors, after)
     results = evaluation.run(closed.jaxpr, closed.consts, pending)
     return jax.tree.unflatten(jax.tree.structure(shapes), evaluation.settled(results))
-
-
-def data_zero(x: jax.Array) -> jax.Array:
-    """uint32 0, known only when ``x``, a float or a byte ``()``, is."""
-    # A product with zero would be folded, and a test for NaN is not always 0.
-    bits = x if x.dtype == jnp.uint8 else jax.lax.bitcast_convert_type(x, _WORDS[x.dtype.itemsize])
-    return bits.astype(jnp.uint8).astype(jnp.uint32) >> 8
-
-
-def first_element(x: jax.Array) -> jax.Array:
-    """An element, to wait for the whole by; on an Explicit mesh, on each device one of its own."""
-    if not is_explicit(x):
-        return x[(0,) * x.ndim]
-    sharding = jax.typeof(x).sharding
-    # To look at the same one all devices would have to be told of it.
-    return jax.shard_map(
-        lambda part: part[(0,) * part.ndim],
-        mesh=sharding.mesh, in_specs=sharding.spec, out_specs=PartitionSpec(),
-        axis_names=set(sharding.mesh.explicit_axes), check_vma=False,
-    )(x)  # fmt: skip
 
 
 class _Evaluation:

@@ -15,6 +15,7 @@ import jax.core
 import jax.numpy as jnp
 import optax
 
+from optax_lowbit.kernels.ordering import data_zero, first_element
 from optax_lowbit.kernels.reference import widened
 from optax_lowbit.moments.policy import Policy
 from optax_lowbit.moments.storage import init_moment
@@ -38,7 +39,6 @@ from optax_lowbit.zo.estimators import (
     reading,
     value_estimator,
 )
-from optax_lowbit.zo.late_perturbation import data_zero, first_element
 from optax_lowbit.zo.noise import Noise, Probe, Rademacher
 from optax_lowbit.zo.parallel import spread_probes
 from optax_lowbit.zo.rows import whole
@@ -180,6 +180,7 @@ class ZeroOrderOptimizer:
         keys = self.keys(ours, state)
         rounding = self._rounding(probe, ours)
         directions = directions_of(self.noise, probe, keys, ours.leaves, self._active(state))
+        checks.check_moments(state.moments, len(ours.leaves))
         zero, results = data_zero(first_element(record)), []
         scalars = self.rule.advance(state.scalars, record, state.count)
         scalars = jax.tree.map(
@@ -359,6 +360,8 @@ class ZeroOrderOptimizer:
         return Probe(run, run, state.count, prepared)
 
     def _info(self, state: ZeroOrderState, loss: jax.Array, coefficients: jax.Array) -> StepInfo:
+        # Before a clip or a sign makes a number of them.
+        is_finite = jnp.isfinite(loss) & jnp.all(jnp.isfinite(coefficients))
         if self.clip is not None:
             coefficients = jnp.clip(coefficients, -self.clip, self.clip)
         rate, decay = (
@@ -368,7 +371,7 @@ class ZeroOrderOptimizer:
         active = self._active(state)
         number = self.num_probes if active is None else active.astype(jnp.float32)
         record = self.rule.record(coefficients / number, rate, decay)
-        return StepInfo(loss, coefficients, finite_or_none(record))
+        return StepInfo(loss, coefficients, finite_or_none(record, is_finite))
 
     def decays(self, path: str, values: jax.Array) -> bool:
         """Whether weight decay applies to a leaf."""
@@ -377,9 +380,10 @@ class ZeroOrderOptimizer:
         return not is_off and (mask is None or chooses(mask, path, values))
 
 
-def finite_or_none(record: jax.Array) -> jax.Array:
+def finite_or_none(record: jax.Array, is_finite: jax.Array) -> jax.Array:
     """The record, or that of no step: a loss that is not finite says nothing of any direction."""
-    return jnp.where(jnp.all(jnp.isfinite(record)), record, jnp.zeros_like(record))
+    is_finite &= jnp.all(jnp.isfinite(record))
+    return jnp.where(is_finite, record, jnp.zeros_like(record))
 
 
 def value_at(x: optax.ScalarOrSchedule, count: jax.Array) -> Any:

@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from optax_lowbit.kernels.meshes import varying_axes
+from optax_lowbit.kernels.ordering import data_zero
 from optax_lowbit.kernels.parameters import rounded
 from optax_lowbit.kernels.reference import widened
 from optax_lowbit.zo.directions import Directions, Trainable, directions_of
-from optax_lowbit.zo.late_perturbation import LowRank, Perturb, call_perturbed, data_zero
+from optax_lowbit.zo.late_perturbation import LowRank, Perturb, call_perturbed
 from optax_lowbit.zo.noise import Noise, Probe
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optax_lowbit.kernels.ordering import data_zero, first_element
 from optax_lowbit.zo.directions import Directions, Trainable
-from optax_lowbit.zo.late_perturbation import data_zero, first_element
 from optax_lowbit.zo.rows import whole
 
 

@@ -196,7 +196,8 @@ def is_taken(record: jax.Array) -> jax.Array:
 def update_leaf(rule: Rule, record: jax.Array, leaf: Leaf) -> tuple[jax.Array, dict[str, Any]]:
     """The rule on a leaf, slice by slice if it is a large stack; nothing if no step is taken."""
     rows = leaf.rows
-    if not rule.moments:
+    # The direction of one probe is made where it is added; the sum of several is held.
+    if not rule.moments and len(leaf.directions.keys) == 1:
         new, _ = rule.update(record, leaf)
         return jnp.where(is_taken(record), new, rows.values), {}
     arrays = jax.tree.leaves((rows.values, rows.companions))

@@ -12,23 +12,23 @@ def embedding(rng):
 
 
 def test_prompt_is_rows_of_the_embedding_in_float32(embedding):
-    prompt = adapters.init_prompt(embedding, key=0, num_tokens=40)
+    prompt = adapters.Prompt(num_tokens=40).init(embedding, key=0)
     assert prompt.shape == (40, 5) and prompt.dtype == jnp.float32
     rows = {row.tobytes() for row in np.asarray(embedding, np.float32)}
     drawn = {row.tobytes() for row in np.asarray(prompt)}
     assert drawn <= rows and len(drawn) > 15
-    assert adapters.init_prompt(embedding, key=0).shape == (10, 5)
+    assert adapters.Prompt().init(embedding, key=0).shape == (10, 5)
 
 
 def test_every_row_can_be_drawn():
-    prompt = adapters.init_prompt(jnp.arange(7.0)[:, None], key=1, num_tokens=7000)
+    prompt = adapters.Prompt(num_tokens=7000).init(jnp.arange(7.0)[:, None], key=1)
     counts = np.bincount(np.asarray(prompt[:, 0], int), minlength=7)
     # Seven binomial counts of mean 1000 and deviation 29.
     assert counts.shape == (7,) and np.all(np.abs(counts - 1000) < 150)
 
 
 def test_keys_decide(embedding):
-    prompts = [adapters.init_prompt(embedding, key) for key in (3, jax.random.key(3), 4)]
+    prompts = [adapters.Prompt().init(embedding, key) for key in (3, jax.random.key(3), 4)]
     np.testing.assert_array_equal(prompts[0], prompts[1])
     assert not np.array_equal(prompts[0], prompts[2])
 
@@ -41,13 +41,14 @@ def test_prefix_is_what_the_model_computes_of_random_tokens():
         heads = tokens[:, None].astype(jnp.bfloat16)
         return [{"keys": heads, "values": -heads}, {"keys": heads + 1, "values": -heads}]
 
-    prefix = adapters.init_prefix(keys_and_values, 100, key=0)
+    prefix = adapters.Prefix().init(keys_and_values, key=0, vocabulary_size=100)
     (tokens,) = seen
     assert tokens.shape == (5,) and tokens.dtype == jnp.int32
     assert np.all((tokens >= 0) & (tokens < 100)) and len(set(tokens.tolist())) > 1
     assert {leaf.dtype for leaf in jax.tree.leaves(prefix)} == {jnp.dtype("float32")}
     np.testing.assert_array_equal(prefix[1]["keys"][:, 0], tokens.astype(jnp.float32) + 1)
-    assert len(adapters.init_prefix(keys_and_values, 100, 0, num_tokens=3)[0]["keys"]) == 3
+    three = adapters.Prefix(num_tokens=3).init(keys_and_values, 0, vocabulary_size=100)
+    assert len(three[0]["keys"]) == 3
 
 
 @pytest.mark.parametrize("rest", [(), (4,), (2, 3)])
@@ -78,16 +79,23 @@ def test_mask_lets_see_the_prefix_and_the_past(n, length):
 
 def test_impossible_arguments_are_refused(embedding):
     with pytest.raises(ValueError, match="num_tokens must be an int of at least 1, got 0"):
-        adapters.init_prompt(embedding, 0, num_tokens=0)
+        adapters.Prompt(num_tokens=0)
     with pytest.raises(ValueError, match=r"num_tokens must be an int of at least 1, got 5\.0"):
-        adapters.init_prefix(lambda tokens: tokens, 10, 0, num_tokens=5.0)
+        adapters.Prefix(num_tokens=5.0)
     with pytest.raises(ValueError, match="vocabulary_size must be an int of at least 1, got 0"):
-        adapters.init_prefix(lambda tokens: tokens, 0, 0)
+        adapters.Prefix().init(lambda tokens: tokens, 0, vocabulary_size=0)
     with pytest.raises(ValueError, match=r"embedding must be \(vocabulary, hidden\), got \(3, 31"):
-        adapters.init_prompt(jnp.stack([embedding] * 3), 0)
+        adapters.Prompt().init(jnp.stack([embedding] * 3), 0)
+    with pytest.raises(ValueError, match=r"embedding must be \(vocabulary, hidden\), got \(0, 4\)"):
+        adapters.Prompt().init(jnp.ones((0, 4)), 0)
     with pytest.raises(TypeError, match="key must be a jax"):
-        adapters.init_prompt(embedding, None)
+        adapters.Prompt().init(embedding, None)
     with pytest.raises(ValueError, match=r"got \(10, 5\) and \(2, 7, 6\)"):
         adapters.prepend(jnp.ones((10, 5)), jnp.ones((2, 7, 6)))
     with pytest.raises(ValueError, match=r"got \(5,\) and \(5,\)"):
         adapters.prepend(jnp.ones(5), jnp.ones(5))
+
+
+def test_settings_are_hashable_and_equal_by_value():
+    settings = {adapters.Prefix(num_tokens=4), adapters.Prefix(num_tokens=4), adapters.Prompt()}
+    assert settings == {adapters.Prefix(num_tokens=4), adapters.Prompt(num_tokens=10)}

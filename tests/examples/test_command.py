@@ -170,8 +170,17 @@ def test_a_mistake_found_by_a_run_is_one_line(tiny_gguf, tmp_path):
         (["--learning-rate", "0"], "--learning-rate: must be a number above 0, got 0"),
         (
             ["--method", "blockwise", "--tuning", "prompt"],
-            "--tuning: blockwise is for full, lora, prefix, not for prompt",
+            "--tuning: blockwise is for full, lora, qlora, prefix, not for prompt",
         ),
+        (["--accumulate", "0"], "--accumulate: must be at least 1, got 0"),
+        (["--clip-norm", "0"], "--clip-norm: must be a number above 0, got 0"),
+        (
+            ["--method", "mezo", "--schedule", "constant"],
+            "--schedule: mezo is without backpropagation",
+        ),
+        (["--method", "mezo", "--clip-norm", "1"], "--clip-norm: mezo is without backpropagation"),
+        (["--dtype", "bfloat16"], "--dtype: full tuning trains float32 weights, got bfloat16"),
+        (["--judge", "nowhere.json"], "--judge: nowhere.json is neither a file nor one of"),
         (["--eps", "-1"], "--eps: must be a number above 0, got -1"),
         (["--task", "rte"], "--task: rte is neither a file nor one of sotu, polarity, sms"),
         (["--task", "sms"], "--data: sms needs SMSSpamCollection.tsv, which is not in data"),
@@ -180,7 +189,7 @@ def test_a_mistake_found_by_a_run_is_one_line(tiny_gguf, tmp_path):
         (["--train-examples", "0"], "--train-examples: must be at least 1, got 0"),
         (["--eval-examples", "0"], "--eval-examples: must be at least 1, got 0"),
         (["--learning-rate", "nan"], "--learning-rate: must be a number above 0, got nan"),
-        (["--model", "nowhere.gguf"], "--model: there is no file nowhere.gguf"),
+        (["--model", "nowhere.gguf"], "--model: there is no file or folder nowhere.gguf"),
     ],
 )
 def test_bad_settings_are_one_line_and_exit_code_two(arguments, message, capsys):

@@ -11,7 +11,7 @@ from examples.llm.decoder import Decoder
 from examples.llm.errors import UsageError
 from examples.llm.generate import continue_greedily
 from examples.llm.gguf_files import GGUFModel, bundled_model_path, half_split_rows
-from examples.llm.tokenizer import read_tokenizer
+from examples.llm.tokenizer import SpecialTokens
 from examples.llm.training import abstract_decoder, build_model
 
 needs_the_model = pytest.mark.skipif(
@@ -40,7 +40,7 @@ def test_shape_and_weights_of_a_file(tiny_gguf):
 
 
 def test_every_byte_survives_the_tokenizer(tiny_gguf):
-    tokenizer = read_tokenizer(GGUFModel(tiny_gguf))
+    tokenizer = GGUFModel(tiny_gguf).tokenizer()
     text = "".join(map(chr, range(1, 300))) + " in 1790, naïve €5\n"
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
@@ -48,12 +48,30 @@ def test_every_byte_survives_the_tokenizer(tiny_gguf):
 def test_continuation_has_as_many_tokens_as_asked(tiny_gguf):
     model = GGUFModel(tiny_gguf)
     graph, _ = abstract_decoder(model.config)
-    decoder, tokenizer = jitted(graph, model.parameters()), read_tokenizer(model)
+    decoder, tokenizer = jitted(graph, model.parameters()), model.tokenizer()
     assert continue_greedily(decoder, tokenizer, "We", 3) == continue_greedily(
         decoder, tokenizer, "We", 3
     )
     with pytest.raises(ValueError, match="at least one token"):
         continue_greedily(decoder, tokenizer, "", 3)
+
+
+def test_a_continuation_stops_at_the_end_token(tiny_gguf):
+    tokenizer = GGUFModel(tiny_gguf).tokenizer()
+    first, *_, end = tokenizer.encode("abcdef").ids
+
+    def next_of_the_alphabet(tokens):
+        return jax.nn.one_hot(tokens + 1, 264)
+
+    assert tokenizer.encode("abcdef").ids == list(range(first, end + 1))
+    assert (
+        continue_greedily(next_of_the_alphabet, tokenizer, "a", 10, SpecialTokens(None, end))
+        == "bcde"
+    )
+    assert (
+        continue_greedily(next_of_the_alphabet, tokenizer, "a", 3, SpecialTokens(None, end))
+        == "bcd"
+    )
 
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path):
@@ -69,7 +87,7 @@ def test_a_file_without_a_shape_is_refused(tmp_path):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(UsageError, match=r"--model: the file has no field llama\.embedding_length"):
+    with pytest.raises(UsageError, match=r"empty\.gguf has no field llama\.embedding_length"):
         _ = GGUFModel(path).config
 
 
@@ -83,7 +101,7 @@ def test_a_missing_package_is_named_with_its_install_command(monkeypatch):
 @pytest.mark.slow
 def test_smollm2_is_the_real_thing():
     model = GGUFModel(bundled_model_path())
-    tokenizer = read_tokenizer(model)
+    tokenizer = model.tokenizer()
     text = (
         "Fellow-Citizens of the Senate: in 1,790 we owed $75.4 million — naïve? 日本 🇺🇸\n\n  Yes."
     )

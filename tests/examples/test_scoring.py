@@ -10,7 +10,8 @@ import pytest
 from examples.llm.decoder import Decoder
 from examples.llm.errors import UsageError
 from examples.llm.gguf_files import GGUFModel
-from examples.llm.problems import OptionProblem, make_judge
+from examples.llm.judging import make_judge
+from examples.llm.problems import OptionProblem
 from examples.llm.tasks.batches import Batches, EncodedExample, OptionBatch, encode
 from examples.llm.tasks.example import Example
 from examples.llm.tasks.scoring import (
@@ -21,7 +22,6 @@ from examples.llm.tasks.scoring import (
     token_log_likelihoods,
 )
 from examples.llm.tiny import TINY
-from examples.llm.tokenizer import read_tokenizer
 from examples.llm.training import abstract_decoder, build_model
 
 VOCABULARY = 7
@@ -211,7 +211,7 @@ def test_examples_with_more_and_fewer_options_are_refused():
 
 
 def test_encoding_cuts_the_beginning_of_a_prompt(tiny_gguf):
-    tokenizer = read_tokenizer(GGUFModel(tiny_gguf))
+    tokenizer = GGUFModel(tiny_gguf).tokenizer()
     example = Example("one two", (" a", " bcd"), 1)
     whole = encode(example, tokenizer, 64)
     assert tokenizer.decode(whole.prompt) == "one two"
@@ -221,7 +221,7 @@ def test_encoding_cuts_the_beginning_of_a_prompt(tiny_gguf):
     assert cut.length == 6 and cut.options == whole.options
     with pytest.raises(UsageError, match="--sequence-length: 3 tokens are too few"):
         encode(example, tokenizer, 3)
-    assert encode(Example("", ("a",), 0), tokenizer, 8, start_token=5).prompt == (5,)
+    assert encode(Example("", ("a",), 0), tokenizer, 8, begin=5).prompt == (5,)
 
 
 def test_batches_hold_what_they_say():
@@ -231,3 +231,17 @@ def test_batches_hold_what_they_say():
     np.testing.assert_array_equal(batch.positions[0], [[2, 3, 4], [2, 0, 0]])
     np.testing.assert_array_equal(batch.targets[0], [[4, 5, 6], [5, 0, 0]])
     np.testing.assert_array_equal(batch.mask[0], [[1, 1, 1], [1, 0, 0]])
+
+
+def test_accumulated_language_model_loss_is_that_of_the_whole_batch():
+    """Options of one and of four tokens: microbatches count by their tokens."""
+    objective = OBJECTIVES["language-model"]
+    whole = Batches([LONG, SHORT], 2).random(0, 0)
+    likelihoods = -jnp.abs(jnp.sin(jnp.arange(whole.mask.size, dtype=jnp.float32)))
+    likelihoods = likelihoods.reshape(whole.mask.shape) * whole.mask
+    parts = [jax.tree.map(lambda x, i=i: x[i : i + 1], whole) for i in range(2)]
+    weights = [objective.weight(part) for part in parts]
+    losses = [objective.loss(likelihoods[i : i + 1], part) for i, part in enumerate(parts)]
+    total = sum(weight * loss for weight, loss in zip(weights, losses, strict=True)) / sum(weights)
+    np.testing.assert_allclose(total, objective.loss(likelihoods, whole), rtol=1e-6)
+    assert weights[0] != weights[1]

@@ -3,13 +3,17 @@ import pytest
 
 from examples.llm.errors import UsageError
 from examples.llm.gguf_files import GGUFModel
-from examples.llm.text import TokenWindows, load_addresses, train_and_held_out_windows
-from examples.llm.tokenizer import read_tokenizer
+from examples.llm.text import (
+    TokenWindows,
+    load_addresses,
+    parts_of_file,
+    train_and_held_out_windows,
+)
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_gguf):
-    return read_tokenizer(GGUFModel(tiny_gguf))
+    return GGUFModel(tiny_gguf).tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +48,9 @@ def test_train_and_held_out_addresses_never_overlap():
 
 
 def test_the_seed_changes_the_training_windows_only(tokenizer):
-    train, held_out = train_and_held_out_windows(tokenizer, 16, seed=0)
-    other_train, other_held_out = train_and_held_out_windows(tokenizer, 16, seed=1)
+    texts = (["one two three " * 50], ["four five six " * 90])
+    train, held_out = train_and_held_out_windows(tokenizer, *texts, 16, seed=0)
+    other_train, other_held_out = train_and_held_out_windows(tokenizer, *texts, 16, seed=1)
     assert not np.array_equal(train.batch(0, 2), other_train.batch(0, 2))
     np.testing.assert_array_equal(held_out.batch(0, 2), other_held_out.batch(0, 2))
     assert train.batch(0, 2).shape == (2, 17)
@@ -54,3 +59,20 @@ def test_the_seed_changes_the_training_windows_only(tokenizer):
 def test_texts_shorter_than_a_window_are_refused(tokenizer):
     with pytest.raises(UsageError, match="too short for 16 tokens"):
         TokenWindows(["so short"], tokenizer, 17, seed=0).batch(0, 1)
+
+
+def test_the_last_tenth_of_a_file_is_held_out(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("".join(chr(ord("a") + i % 26) for i in range(100)))
+    (train,), (held_out,) = parts_of_file(path)
+    assert train + held_out == path.read_text() and len(held_out) == 10
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "too little text"), (b"a" * 5, "too little text"), (b"\xff" * 100, "is not UTF-8")],
+)
+def test_files_without_text_are_refused(content, message, tmp_path):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        parts_of_file(tmp_path / "a.txt")

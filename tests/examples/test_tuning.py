@@ -11,7 +11,7 @@ import optax_lowbit
 from examples.llm.decoder import LLAMA, Decoder, Family, rms_norm
 from examples.llm.tiny import TINY
 from examples.llm.tuning import SCHEMES, tuned
-from optax_lowbit import adapters, zo
+from optax_lowbit import adapters, qlora, zo
 from tests.examples.test_decoder import LearnedPositions, ReluMLP
 
 TOKENS = jnp.array([[5, 9, 2, 7, 1, 8], [3, 3, 6, 0, 4, 250]], jnp.int32)
@@ -26,7 +26,10 @@ def graph_and_parameters():
 
 @pytest.fixture(scope="module")
 def tunings(graph_and_parameters):
-    lengths = {"prefix_tokens": 4, "prompt_tokens": 6}
+    lengths = {
+        "prefix": adapters.Prefix(num_tokens=4),
+        "prompt": adapters.Prompt(num_tokens=6),
+    }
     return {scheme: tuned(scheme, *graph_and_parameters, 0, **lengths) for scheme in SCHEMES}
 
 
@@ -82,12 +85,21 @@ def test_trees_hold_every_parameter_once(scheme, tunings, graph_and_parameters):
     small = {
         "full": sum(leaf.size for leaf in jax.tree.leaves(parameters)),
         "lora": 2 * 8 * (64 + 64 + 64 + 32),
+        "qlora": 2 * 64 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + TINY.feed_forward_size)),
         "prefix": 2 * 2 * 4 * 32,
         "prompt": 6 * 64,
     }
     assert sum(leaf.size for leaf in jax.tree.leaves(tuning.trainable)) == small[scheme]
     held = tuning.trainable if scheme == "full" else tuning.frozen
+    if scheme == "qlora":
+        kernels = jax.tree.leaves(held["layers"], is_leaf=is_matrix)
+        assert sum(map(is_matrix, kernels)) == 7
+        held, parameters = held | {"layers": {}}, parameters | {"layers": {}}
     assert pointers(held) == pointers(parameters)
+
+
+def is_matrix(x):
+    return isinstance(x, qlora.QuantizedMatrix)
 
 
 def pointers(tree):
@@ -104,7 +116,12 @@ def likelihood_loss(tuning):
 
 @pytest.mark.parametrize(
     ("scheme", "factory"),
-    [("lora", optax_lowbit.adamw4bit), ("prefix", optax.adam), ("prompt", optax.adam)],
+    [
+        ("lora", optax_lowbit.adamw4bit),
+        ("qlora", optax_lowbit.adamw4bit),
+        ("prefix", optax.adam),
+        ("prompt", optax.adam),
+    ],
 )
 def test_optax_trains_the_small_tree(scheme, factory, tunings):
     tuning, tx = tunings[scheme], factory(0.03)
@@ -125,7 +142,7 @@ def test_optax_trains_the_small_tree(scheme, factory, tunings):
     assert losses[-1] < losses[0] - 0.3
 
 
-@pytest.mark.parametrize("scheme", ["lora", "prefix", "prompt"])
+@pytest.mark.parametrize("scheme", ["lora", "qlora", "prefix", "prompt"])
 def test_zeroth_order_steps_train_the_small_tree(scheme, tunings):
     tuning = tunings[scheme]
     opt, loss = zo.zo_sgd(1e-2), likelihood_loss(tuning)
@@ -140,7 +157,7 @@ def test_zeroth_order_steps_train_the_small_tree(scheme, tunings):
 
 
 def test_unknown_scheme_is_refused(graph_and_parameters):
-    with pytest.raises(ValueError, match="one of full, lora, prefix, prompt, got 'bitfit'"):
+    with pytest.raises(ValueError, match="one of full, lora, qlora, prefix, prompt, got 'bitfit'"):
         tuned("bitfit", *graph_and_parameters, 0)
 
 

@@ -1,6 +1,7 @@
 """Compiles the kernels for the TPU topology given and prints a JSON report: a program, no test."""
 
 import dataclasses
+import functools
 import json
 import sys
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from jax.sharding import SingleDeviceSharding
 
 from optax_lowbit.kernels import pallas_tpu as kernels
 from optax_lowbit.kernels.adam import Coefficients, adam_step
+from optax_lowbit.kernels.quantized_matrix import NF4
 from optax_lowbit.moments.presets import (
     FIRST_MOMENT_4BIT,
     FIRST_MOMENT_8BIT,
@@ -77,6 +79,13 @@ def momentum_arguments(shape, spec):
     return floats(*shape), moment(shape, spec), floats()
 
 
+def product(batch, shape, dtype=jnp.bfloat16, block_size=64, is_transposed=False):
+    spec = dataclasses.replace(NF4, block_size=block_size, double_quant=False)
+    x = floats(batch, shape[0] if is_transposed else shape[1], dtype=dtype)
+    kernel = functools.partial(kernels.quantized_dot, is_transposed=is_transposed)
+    return kernel, (x, moment(shape, spec))
+
+
 BFLOAT16 = {"dtype": jnp.bfloat16, "params_dtype": jnp.bfloat16}
 CASES = {
     "block": (adam, adam_arguments(LARGE, BLOCKS)),
@@ -95,6 +104,13 @@ CASES = {
         (floats(1000, 1300, dtype=jnp.bfloat16),),
     ),
     "dequantize": (kernels.dequantize, (moment((1000, 1300), FIRST_MOMENT_4BIT),)),
+    "product": product(2048, LARGE),
+    "product, transposed": product(2048, LARGE, is_transposed=True),
+    # The widths of Llama-7B, whose tiles are the smallest.
+    "product in float32": product(999, (4096, 11008), jnp.float32, 128),
+    "product in float32, transposed": product(999, (4096, 11008), jnp.float32, 128, True),
+    "product of a row": product(1, (384, 768), block_size=32),
+    "product of a row, transposed": product(1, (384, 768), block_size=256, is_transposed=True),
     "plain": (plain_adam, adam_arguments(LARGE, BLOCKS)),
 }
 # What is written in place: the gradient or the parameters, and the moments.

@@ -5,6 +5,7 @@ jax-cuda12-pjrt and nvidia-{cuda-nvcc,cuda-runtime,cuda-cupti,cuda-nvrtc,nvjitli
 in a process of its own, this file as a program, as JAX may start its CUDA plugin only there.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -24,6 +25,7 @@ from jax.experimental import topologies
 from optax_lowbit.kernels import pallas_gpu
 from optax_lowbit.kernels.adam import Coefficients
 from optax_lowbit.kernels.parameters import Descent
+from optax_lowbit.kernels.quantized_matrix import NF4
 from optax_lowbit.memory.targets import H100
 from optax_lowbit.moments.presets import (
     FIRST_MOMENT_4BIT,
@@ -77,6 +79,13 @@ def momentum(shape, spec, **options):
     return Program(function, (floats(shape), trace, floats(())), (0, 1))
 
 
+def product(batch, shape, *, is_transposed):
+    rows = abstract_quantized(shape, jnp.float32, dataclasses.replace(NF4, double_quant=False))
+    x = floats((batch, shape[0] if is_transposed else shape[1]), jnp.bfloat16)
+    function = functools.partial(pallas_gpu.quantized_dot, is_transposed=is_transposed)
+    return Program(function, (x, rows), ())
+
+
 def programs():
     four, eight = FIRST_MOMENT_4BIT, FIRST_MOMENT_8BIT
     square, odd, vector = (2048, 2048), (3, 500, 1001), (100_001,)
@@ -99,6 +108,10 @@ def programs():
             functools.partial(pallas_gpu.quantize, spec=four), (floats(square),), ()
         ),
         "dequantize": Program(pallas_gpu.dequantize, (quantized,), ()),
+        "quantized_dot": product(2048, (4096, 4096), is_transposed=False),
+        "quantized_dot-transposed": product(2048, (4096, 4096), is_transposed=True),
+        "quantized_dot-odd": product(7, (25, 192), is_transposed=False),
+        "quantized_dot-odd-transposed": product(7, (25, 192), is_transposed=True),
     }
 
 
@@ -127,7 +140,8 @@ def test_lowered_for_cuda(name):
     calls = [line for line in text.splitlines() if "xla.gpu.triton" in line]
     results = calls[-1].split(") -> ")[-1].count("tensor<")
     aliases = calls[-1].count("output_operand_alias<")
-    assert aliases == (0 if name in ("quantize", "dequantize") else results)
+    is_step = not name.startswith(("quantize", "dequantize"))
+    assert aliases == (results if is_step else 0)
 
 
 # --- compiled ---

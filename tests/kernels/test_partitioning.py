@@ -13,6 +13,7 @@ import optax_lowbit
 from optax_lowbit import Policy
 from optax_lowbit.kernels import backends
 from optax_lowbit.kernels.cpu import library
+from optax_lowbit.quant.scaling import rank1_axes
 
 MAKERS = {
     "adam4bit": optax_lowbit.scale_by_adam4bit,
@@ -69,6 +70,22 @@ def test_examples_of_a_batch_are_stepped_one_by_one():
             np.testing.assert_allclose(a[i], b, rtol=1e-6)
 
 
+def test_a_named_kernel_takes_shards_whose_own_scales_would_have_more_axes():
+    tx = optax_lowbit.scale_by_adam4bit(backend="interpret")
+    stack = jax.ShapeDtypeStruct((8, 512, 256), jnp.float32)
+    state = jax.eval_shape(tx.init, stack)
+    assert len(state.nu.scales) == 2
+    assert rank1_axes((8, 64, 256), state.nu.spec.block_size) == 3
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    rows, whole = PartitionSpec(None, "x"), PartitionSpec()
+    specs = jax.tree.map(lambda x: rows if x.ndim == 3 and x.shape[1] > 1 else whole, state)
+    update = jax.shard_map(
+        tx.update, mesh=mesh, in_specs=(rows, specs), out_specs=(rows, specs), check_vma=False
+    )
+    updates, _ = jax.eval_shape(update, stack, state)
+    assert updates.shape == stack.shape
+
+
 @pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_on_several_tpus_kernels_need_explicit_axes(axes, monkeypatch):
     """The compiler would fail, so the reference is chosen, and `describe` says why."""
@@ -80,7 +97,9 @@ def test_on_several_tpus_kernels_need_explicit_axes(axes, monkeypatch):
     )
     with jax.set_mesh(mesh):
         leaf = jax.device_put(jnp.ones((4096, 1024)), NamedSharding(mesh, PartitionSpec("x")))
-        chosen = backends.platforms("auto", "momentum", leaf, leaf.shape, leaf.dtype, spec)
+        chosen = backends.platforms(
+            "auto", "momentum", leaf, leaf.shape, leaf.dtype, spec, task="step this leaf"
+        )
         tx = optax_lowbit.sgd4bit(0.1, momentum=0.9)
         (kernel,) = optax_lowbit.describe(tx, leaf).kernels
     if axes == AxisType.Explicit:

@@ -169,3 +169,10 @@ def test_a_scalar_stays_in_float32_whatever_the_least_size():
     params = {"scale": jnp.float32(1), "w": jnp.ones((64, 256))}
     assert tx.init(params)[0].mu["scale"].dtype == jnp.float32
     assert "a scalar" in str(optax_lowbit.describe(tx, params))
+
+
+@pytest.mark.parametrize("min_size", [0, 4096])
+def test_an_empty_leaf_is_said_to_be_empty(min_size):
+    tx = optax_lowbit.adamw4bit(1e-3, policy=Policy(min_size=min_size))
+    decisions = describe(tx, {"empty": jnp.zeros((0, 256))}).decisions
+    assert [decision.reason for decision in decisions] == ["no elements"] * 2

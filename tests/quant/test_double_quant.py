@@ -121,5 +121,5 @@ def test_under_vmap():
 def test_needs_blocks(scaling):
     with pytest.raises(ValueError, match=f"needs scaling='block', got scaling='{scaling}'"):
         dataclasses.replace(SPEC, scaling=scaling)
-    with pytest.raises(TypeError, match="double_quant must be a bool, got 1"):
+    with pytest.raises(TypeError, match="double_quant must be a bool or 'offset', got 1"):
         dataclasses.replace(SPEC, double_quant=1)

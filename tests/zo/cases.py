@@ -54,6 +54,8 @@ def drawn(opt, params, state, probe=0):
 class Given:
     """Directions that a test gives: ``draw(slopes, rows, each)`` is what their sum is."""
 
+    keys = (None,)  # made where they are added, as that of one probe
+
     def __init__(self, draw):
         self.draw = draw
 

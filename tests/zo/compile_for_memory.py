@@ -36,6 +36,7 @@ def scanned(params, x):
 OPTIMIZERS = {
     "central": zo.zo_sgd(1e-6),
     "one-sided": zo.zo_sgd(1e-6, estimator=zo.OneSided()),
+    "four probes": zo.zo_sgd(1e-6, num_probes=4),
     "momentum in 4 bits": zo.zo_sgd_momentum(1e-6),
     "forward gradient": zo.forward_grad(1e-6),
 }

@@ -15,11 +15,11 @@ from tests.zo.compile_for_memory import report
 
 @pytest.mark.slow
 def test_no_direction_and_no_perturbed_tree_is_held():
-    shares = report(["central", "momentum in 4 bits", "forward gradient"])
+    names = ["central", "one-sided", "four probes", "momentum in 4 bits"]
+    shares = report([*names, "forward gradient"])
     # A layer is 1/24 = 0.042 of the parameters.
     for model in ("unrolled", "scanned"):
-        assert shares[f"{model}, central"] <= 0.15
-        assert shares[f"{model}, momentum in 4 bits"] <= 0.15
+        assert max(shares[f"{model}, {name}"] for name in names) <= 0.15
         assert shares[f"{model}, forward gradient"] <= 0.35
     # The measure sees it where they are.
     assert shares["unrolled, perturbed tree"] > 1

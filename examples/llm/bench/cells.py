@@ -13,14 +13,14 @@ from examples.llm.bench.search import SEARCH_SEED, FinalRun, Trial, search
 from examples.llm.bench.settings import BenchSettings
 from examples.llm.errors import UsageError
 from examples.llm.events import Stage
-from examples.llm.gguf_files import GGUFModel
+from examples.llm.judging import Evaluation, make_judge
 from examples.llm.memory import buffer_bytes
 from examples.llm.methods import EPS, METHODS, Hyperparameters, Optimizer
-from examples.llm.problems import Evaluation, OptionProblem, encoded_parts, make_judge
+from examples.llm.models import open_model
+from examples.llm.problems import OptionProblem, encoded_parts
 from examples.llm.processes import Tell
 from examples.llm.tasks.loading import load_task, task_path
 from examples.llm.tasks.scoring import option_scores, token_log_likelihoods
-from examples.llm.tokenizer import read_tokenizer
 from examples.llm.training import (
     StepMeasurement,
     TrainState,
@@ -44,7 +44,7 @@ class Cell:
       tuning: scheme of tuning.
       method: name in `METHODS` or `UNTRAINED`.
       settings: the benchmark's.
-      model: the GGUF file.
+      model: the GGUF file or folder.
     """
 
     task: str
@@ -133,7 +133,7 @@ class Bench:
     def __init__(self, cell: Cell):
         settings = self.settings = cell.settings
         self.cell = cell
-        model = GGUFModel(cell.model)
+        model = open_model(cell.model)
         if settings.sequence_length > model.config.context_length:
             raise UsageError(
                 f"--sequence-length: the model takes at most {model.config.context_length} "
@@ -144,7 +144,11 @@ class Bench:
         path = task_path(cell.task, settings.data)
         task = load_task(path, sizes, aligned=settings.template)
         train, dev, test = encoded_parts(
-            task, read_tokenizer(model), settings.sequence_length, settings.batch_size
+            task,
+            model.tokenizer(),
+            model.special_tokens().begin,
+            settings.sequence_length,
+            settings.batch_size,
         )
         self.train_batches, self.parts = train, {"dev": dev, "test": test}
         objective = settings.objective or task.format.objective
@@ -157,7 +161,7 @@ class Bench:
     def tuned(self, seed: int) -> Tuning:
         """The model as it is, for a run with this seed."""
         # Read again for every run: a copy to start from would count as memory of the method.
-        parameters = GGUFModel(self.cell.model).parameters()
+        parameters = open_model(self.cell.model).parameters()
         return tuned(self.cell.tuning, self.graph, parameters, seed)
 
     def judge(self, tuning: Tuning, part: str) -> Evaluation:

@@ -76,7 +76,10 @@ def _row(fields) -> str:
 
 def _fields(cell: Mapping[str, Any]) -> list[str]:
     name = Path(cell["task"]).stem
-    scores = [_with_spread(*spread(cell, score)) for score in ("accuracy", "f1")]
+    known = cell["runs"][0]["test"]["scores"]
+    scores = [
+        _with_spread(*spread(cell, score)) if score in known else "" for score in ("accuracy", "f1")
+    ]
     cost = cell["cost"]
     if cost is None:
         return [name, "", cell["method"], "", "", *scores, *[""] * 6]

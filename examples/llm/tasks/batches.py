@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ from tokenizers import Tokenizer
 
 from examples.llm.errors import UsageError
 from examples.llm.tasks.example import Example
+from examples.llm.tokenizer import plain_tokens
 
 # Rows are as long as a multiple of this, so that lengths, each of which compiles, are few.
 _LENGTH_STEP = 16
@@ -29,6 +31,7 @@ class OptionBatch(NamedTuple):
       mask: float32, the same shape: 1 for a token, 0 for padding.
       labels: int32 `(batch,)`: number of the right option.
       weights: float32 `(batch,)`: 1 for an example, 0 for one that fills the batch up.
+      subjects: int32 `(batch,)`: number of the part of the task that an example belongs to.
     """
 
     tokens: Array
@@ -37,6 +40,7 @@ class OptionBatch(NamedTuple):
     mask: Array
     labels: Array
     weights: Array
+    subjects: Array
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,13 @@ class EncodedExample:
       prompt: at least one.
       options: each at least one.
       label: number of the right option.
+      subject: the part of the task that it belongs to.
     """
 
     prompt: tuple[int, ...]
     options: tuple[tuple[int, ...], ...]
     label: int
+    subject: str = ""
 
     @property
     def length(self) -> int:
@@ -60,7 +66,7 @@ class EncodedExample:
 
 
 def encode(
-    example: Example, tokenizer: Tokenizer, max_length: int, start_token: int = 0
+    example: Example, tokenizer: Tokenizer, max_length: int, begin: int | None = None
 ) -> EncodedExample:
     """Turn an example into tokens; a prompt that is too long loses its beginning.
 
@@ -68,21 +74,22 @@ def encode(
       example: to be encoded.
       tokenizer: of the model.
       max_length: tokens that the model reads at most.
-      start_token: stands for an empty prompt.
+      begin: the token in front of a prompt; None: none, and 0 stands for an empty prompt.
 
     Raises:
       UsageError: an option alone is too long, or has no token.
     """
-    options = tuple(tuple(tokenizer.encode(option).ids) for option in example.options)
+    options = tuple(tuple(plain_tokens(tokenizer, option)) for option in example.options)
     if not all(options):
         raise UsageError(f"--task: an option of {example.options} is empty")
-    room = max_length + 1 - max(map(len, options))
+    front = [] if begin is None else [begin]
+    room = max_length + 1 - max(map(len, options)) - len(front)
     if room < 1:
         raise UsageError(
             f"--sequence-length: {max_length} tokens are too few for the options {example.options}"
         )
-    prompt = tokenizer.encode(example.prompt).ids[-room:] or [start_token]
-    return EncodedExample(tuple(prompt), options, example.label)
+    prompt = [*front, *plain_tokens(tokenizer, example.prompt)[-room:]] or [0]
+    return EncodedExample(tuple(prompt), options, example.label, example.subject)
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,16 @@ class Batches:
         numbers = {len(example.options) for example in self.examples}
         if len(numbers) != 1:
             raise ValueError(f"examples must have the same number of options, got {numbers}")
+
+    @property
+    def num_options(self) -> int:
+        """Options of every example."""
+        return len(self.examples[0].options)
+
+    @cached_property
+    def subjects(self) -> tuple[str, ...]:
+        """The parts of the task, by their numbers."""
+        return tuple(sorted({example.subject for example in self.examples}))
 
     def random(self, number: int, seed: int) -> OptionBatch:
         """Batch `number` of an endless sequence that `seed` chooses; all have one shape.
@@ -125,7 +142,7 @@ class Batches:
     def _padded(self, chosen: Sequence[int], length: int) -> OptionBatch:
         length = -(-length // _LENGTH_STEP) * _LENGTH_STEP
         sizes = [len(option) for example in self.examples for option in example.options]
-        width, options = max(sizes), len(self.examples[0].options)
+        width, options = max(sizes), self.num_options
         rows = 1 if width == 1 else options
         batch = OptionBatch(
             tokens=np.zeros((self.size, rows, length), np.int32),
@@ -134,10 +151,13 @@ class Batches:
             mask=np.zeros((self.size, options, width), np.float32),
             labels=np.zeros(self.size, np.int32),
             weights=(np.arange(self.size) < len(chosen)).astype(np.float32),
+            subjects=np.zeros(self.size, np.int32),
         )
         for row in range(self.size):
             # The last example fills the batch up, with no weight.
-            _write(batch, row, self.examples[chosen[min(row, len(chosen) - 1)]])
+            example = self.examples[chosen[min(row, len(chosen) - 1)]]
+            _write(batch, row, example)
+            batch.subjects[row] = self.subjects.index(example.subject)
         return batch
 
 

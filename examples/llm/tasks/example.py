@@ -12,11 +12,13 @@ class Record:
       fields: texts by name, for a `Template`.
       label: number of the right option.
       keys: what the record is about; records that share a key are never split up.
+      subject: the part of the task that it belongs to, if that has any.
     """
 
     fields: Mapping[str, str]
     label: int
     keys: tuple[str, ...]
+    subject: str = ""
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,13 @@ class Example:
       prompt: the text; empty if there is nothing before the options.
       options: the continuations, each with the space before it.
       label: number of the right option.
+      subject: the part of the task that it belongs to, if that has any.
     """
 
     prompt: str
     options: tuple[str, ...]
     label: int
+    subject: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,4 +53,5 @@ class Template:
     def example(self, record: Record) -> Example:
         """Word a record."""
         options = tuple(option.format_map(record.fields) for option in self.options)
-        return Example(self.prompt.format_map(record.fields), options, record.label)
+        prompt = self.prompt.format_map(record.fields)
+        return Example(prompt, options, record.label, record.subject)

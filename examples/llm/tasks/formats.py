@@ -8,7 +8,7 @@ from pathlib import Path
 from examples.llm.errors import UsageError
 from examples.llm.tasks import templates
 from examples.llm.tasks.example import Record
-from examples.llm.tasks.files import decoded_lines, read_lines
+from examples.llm.tasks.files import decoded_lines, holds_rows, read_lines, read_rows
 from examples.llm.tasks.templates import Wording
 
 
@@ -37,24 +37,32 @@ def format_of(path: Path) -> Format:
     """
     if path.suffix == ".zip":
         return POLARITY
+    if holds_rows(path):
+        return _format_of_rows(path)
     line = next(read_lines(path), None)
     if line is None:
         raise UsageError(f"--task: {path} is empty")
-    if line.text.startswith("{"):
-        fields = line.json_object().keys()
-        for format_, names in _JSON_FORMATS:
-            if names <= fields:
-                return format_
-        raise line.error(
-            "these are not the fields of COPA (premise, choice1), WinoGrande (sentence, option1) "
-            "or MultiRC (passage)"
-        )
     columns = line.text.split("\t")
     if "sentence" in columns:
         return SST2
     if len(columns) > 1 and columns[0] in _SMS_LABELS:
         return SMS
     raise line.error("neither the columns of SST-2 (sentence, label), nor an SMS, nor JSON")
+
+
+def _format_of_rows(path: Path) -> Format:
+    row = next(read_rows(path), None)
+    if row is None:
+        raise UsageError(f"--task: {path} is empty")
+    for format_, names in _JSON_FORMATS:
+        if names <= row.values.keys():
+            return format_
+    raise row.place.error(
+        "these are not the fields of COPA (premise, choice1), WinoGrande (sentence, option1), "
+        "MultiRC (passage) or MMLU (input, output, subject); instructions to fine-tune on have "
+        "instruction and output or instances, prompt and completion, input and output, chosen, or "
+        "text"
+    )
 
 
 _SMS_LABELS = ("ham", "spam")
@@ -103,8 +111,7 @@ def _sst2(path: Path) -> Iterator[Record]:
 
 def _copa(path: Path) -> Iterator[Record]:
     """SuperGLUE's: which of two is the cause, or the effect, of a premise."""
-    for line in read_lines(path):
-        row = line.json_object()
+    for line, row in read_rows(path):
         premise, *choices = (line.field(row, name) for name in ("premise", "choice1", "choice2"))
         question = line.choice("question", line.field(row, "question"), ("cause", "effect"))
         fields = {
@@ -121,8 +128,7 @@ def _copa(path: Path) -> Iterator[Record]:
 
 def _winogrande(path: Path) -> Iterator[Record]:
     """A sentence with a gap; `qID`s of twin sentences differ after the last hyphen."""
-    for line in read_lines(path):
-        row = line.json_object()
+    for line, row in read_rows(path):
         sentence = line.field(row, "sentence")
         if sentence.count("_") != 1:
             raise line.error(f"sentence must have one gap _, got {sentence!r}")
@@ -143,8 +149,8 @@ def _winogrande(path: Path) -> Iterator[Record]:
 
 def _multirc(path: Path) -> Iterator[Record]:
     """SuperGLUE's: is this an answer to this question on this passage? All of one passage agree."""
-    for line in read_lines(path):
-        passage = line.field(line.json_object(), "passage", dict)
+    for line, row in read_rows(path):
+        passage = line.field(row, "passage", dict)
         text = line.field(passage, "text")
         for question in line.field(passage, "questions", list):
             for answer in line.field(question, "answers", list):
@@ -155,6 +161,15 @@ def _multirc(path: Path) -> Iterator[Record]:
                 }
                 label = line.choice("label", line.field(answer, "label", int), (0, 1))
                 yield Record(fields, label, (text_key(text),))
+
+
+def _mmlu(path: Path) -> Iterator[Record]:
+    """Questions with a letter for an answer, solved ones before them, as the QLoRA paper has it."""
+    for place, row in read_rows(path):
+        text = place.field(row, "input")
+        label = place.choice("output", place.field(row, "output").strip(), ("A", "B", "C", "D"))
+        fields = {"text": text.rstrip()}
+        yield Record(fields, label, (text_key(text),), place.field(row, "subject"))
 
 
 def text_key(text: str) -> str:
@@ -178,9 +193,13 @@ COPA = Format("copa", _copa, templates.COPA, "language-model")
 WINOGRANDE = Format("winogrande", _winogrande, templates.WINOGRANDE, "language-model")
 MULTIRC = Format("multirc", _multirc, templates.MULTIRC, "classification")
 
+MMLU = Format("mmlu", _mmlu, templates.LETTERS, "classification")
+MMLU_FIELDS = frozenset({"input", "output", "subject"})
+
 # Told apart by the fields of their records.
 _JSON_FORMATS: tuple[tuple[Format, frozenset[str]], ...] = (
     (COPA, frozenset({"premise", "choice1"})),
     (WINOGRANDE, frozenset({"sentence", "option1"})),
     (MULTIRC, frozenset({"passage"})),
+    (MMLU, MMLU_FIELDS),
 )

@@ -43,12 +43,22 @@ def classification_loss(log_likelihoods: jax.Array, batch: OptionBatch) -> jax.A
 
 def language_model_loss(log_likelihoods: jax.Array, batch: OptionBatch) -> jax.Array:
     """Cross-entropy of the right options' tokens, the mean over all of them."""
-    right = batch.labels[:, None, None]
-    losses, mask = (
-        jnp.take_along_axis(x, right, axis=1)[:, 0] for x in (-log_likelihoods, batch.mask)
-    )
-    weights = batch.weights[:, None]
-    return jnp.sum(weights * losses) / jnp.sum(weights * mask)
+    losses = -_of_right_options(log_likelihoods, batch)
+    return jnp.sum(batch.weights[:, None] * losses) / right_tokens(batch)
+
+
+def right_tokens(batch: OptionBatch) -> jax.Array:
+    """The number of tokens of the right options, float32 `()`."""
+    return jnp.sum(batch.weights[:, None] * _of_right_options(batch.mask, batch))
+
+
+def _of_right_options(x: jax.Array, batch: OptionBatch) -> jax.Array:
+    return jnp.take_along_axis(x, batch.labels[:, None, None], axis=1)[:, 0]
+
+
+def examples(batch: OptionBatch) -> jax.Array:
+    """The number of examples, float32 `()`."""
+    return jnp.sum(batch.weights)
 
 
 def error_rate(log_likelihoods: jax.Array, batch: OptionBatch) -> jax.Array:
@@ -68,6 +78,14 @@ def accuracy(predictions: jax.Array, labels: jax.Array, weights: jax.Array) -> j
     return jnp.sum(jnp.where(predictions == labels, weights, 0)) / jnp.sum(weights)
 
 
+def accuracy_by_subject(
+    predictions: jax.Array, labels: jax.Array, weights: jax.Array, subjects: jax.Array, count: int
+) -> jax.Array:
+    """The mean of the accuracies of `count` subjects, float32 `()`: MMLU's."""
+    right = jnp.zeros(count).at[subjects].add(jnp.where(predictions == labels, weights, 0))
+    return jnp.mean(right / jnp.zeros(count).at[subjects].add(weights))
+
+
 def f1(predictions: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
     """The F1 score of option 1, float32 `()`: `2 TP / (2 TP + FP + FN)`, and 0 if that is 0/0."""
     claimed, there = predictions == 1, labels == 1
@@ -82,15 +100,17 @@ class Objective:
     Attributes:
       loss: of token log-likelihoods and a batch, float32 `()`.
       has_gradient: whether backpropagation gets anything from it.
+      weight: the number of what it is a mean over, of a batch; None if it is no mean.
     """
 
     loss: Callable[[jax.Array, OptionBatch], jax.Array]
     has_gradient: bool = True
+    weight: Callable[[OptionBatch], jax.Array] | None = examples
 
 
 OBJECTIVES = {
     "classification": Objective(classification_loss),
-    "language-model": Objective(language_model_loss),
+    "language-model": Objective(language_model_loss, weight=right_tokens),
     "accuracy": Objective(error_rate, has_gradient=False),
-    "f1": Objective(f1_loss, has_gradient=False),
+    "f1": Objective(f1_loss, has_gradient=False, weight=None),
 }

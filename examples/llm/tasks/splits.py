@@ -1,15 +1,26 @@
 """Train, development and test examples that share nothing."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from examples.llm.errors import UsageError
-from examples.llm.tasks.example import Record
 
 
-class Splits(NamedTuple):
+class Keyed(Protocol):
+    """A record of what is split."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What it is about."""
+        ...
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Keyed)
+
+
+class Splits(NamedTuple, Generic[AnyRecord]):
     """The parts of a task.
 
     Attributes:
@@ -18,12 +29,14 @@ class Splits(NamedTuple):
       test: what is reported.
     """
 
-    train: list[Record]
-    dev: list[Record]
-    test: list[Record]
+    train: list[AnyRecord]
+    dev: list[AnyRecord]
+    test: list[AnyRecord]
 
 
-def split(records: Sequence[Record], sizes: tuple[int, int, int], seed: int = 0) -> Splits:
+def split(
+    records: Sequence[AnyRecord], sizes: tuple[int, int, int], seed: int = 0
+) -> Splits[AnyRecord]:
     """Deal records out; the same `seed` and records always give the same parts.
 
     Records that share a key are in one part, or in none: a part is not filled beyond its size.
@@ -38,7 +51,7 @@ def split(records: Sequence[Record], sizes: tuple[int, int, int], seed: int = 0)
     """
     groups = _groups(records)
     order = np.random.default_rng(seed).permutation(len(groups))
-    parts: tuple[list[Record], ...] = ([], [], [])
+    parts: tuple[list[AnyRecord], ...] = ([], [], [])
     for number in order:
         group = [records[index] for index in groups[number]]
         # The test part first: it stays the same when another size is changed.
@@ -46,7 +59,7 @@ def split(records: Sequence[Record], sizes: tuple[int, int, int], seed: int = 0)
             if len(parts[part]) + len(group) <= sizes[part]:
                 parts[part].extend(group)
                 break
-    if not all(parts):
+    if not all(part or not size for part, size in zip(parts, sizes, strict=True)):
         raise UsageError(
             f"--task: {len(records)} examples on {len(groups)} subjects are too few "
             f"for training, development and test"
@@ -54,7 +67,7 @@ def split(records: Sequence[Record], sizes: tuple[int, int, int], seed: int = 0)
     return Splits(*parts)
 
 
-def _groups(records: Sequence[Record]) -> list[list[int]]:
+def _groups(records: Sequence[Keyed]) -> list[list[int]]:
     """Numbers of records that hang together by their keys, in the order of the first of each."""
     parents: dict[str, str] = {}
 

@@ -45,3 +45,7 @@ MULTIRC = Wording(
     ),
     bare=Template("{passage} {question} {answer}", (" No", " Yes")),
 )
+LETTERS = Wording(
+    aligned=Template("{text}", (" A", " B", " C", " D")),
+    bare=None,
+)

@@ -1,11 +1,13 @@
-"""The native library: found, registered with JAX, and missed with one warning."""
+"""The native library: found, registered with JAX, or missed with one warning."""
 
 import ctypes
 import functools
 import importlib.util
+import os
 import warnings
 
 import jax
+import jax.extend.backend
 
 # Handlers in native/handlers.cc by the names of their custom calls.
 _HANDLERS = {
@@ -15,20 +17,43 @@ _HANDLERS = {
     "optax_lowbit_quantize": "LowbitQuantize",
     "optax_lowbit_dequantize": "LowbitDequantize",
 }
+# What native/targets.cc is compiled for.
+_TARGETS = ("avx512", "avx2", "generic")
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The library with its custom calls registered; None, after a warning, if it was not built."""
+    """The library with its custom calls registered; None, after a warning, if none can be.
+
+    Raises:
+      ValueError: If the environment variable ``LOWBIT_CPU_TARGET`` is none of its values.
+    """
+    _check_target()
     spec = importlib.util.find_spec("optax_lowbit.kernels.cpu._native")
-    if spec is None or spec.origin is None:
-        warnings.warn(
-            "optax_lowbit was installed without its native CPU kernels, as no C++ compiler was "
-            "found; steps on a CPU are several times slower. Reinstall it with one (g++ or clang).",
-            stacklevel=2,
-        )
-        return None
-    native = ctypes.CDLL(spec.origin)
+    cause = "they were not built when it was installed"
+    if spec is not None and spec.origin is not None:
+        try:
+            return _registered(ctypes.CDLL(spec.origin))
+        # No such file format, no such symbol, or another version of XLA's foreign functions.
+        except (OSError, AttributeError, RuntimeError, ValueError) as error:
+            cause = f"{spec.origin} does not load: {type(error).__name__}: {error}"
+    warnings.warn(
+        "optax_lowbit goes without its native CPU kernels, and steps on a CPU are several times "
+        f"slower: {cause}. Reinstall it, with a C++ compiler (g++ or clang), beside the JAX that "
+        "it is to run with; `pip install -v` shows what goes wrong.",
+        stacklevel=2,
+    )
+    return None
+
+
+def _check_target() -> None:
+    target = os.environ.get("LOWBIT_CPU_TARGET")
+    if target is not None and target not in _TARGETS:
+        raise ValueError(f"LOWBIT_CPU_TARGET must be one of {_TARGETS} or unset, got {target!r}")
+
+
+def _registered(native: ctypes.CDLL) -> ctypes.CDLL:
+    jax.extend.backend.backends()  # Until there are some, handlers are noted, and not checked.
     for name, symbol in _HANDLERS.items():
         capsule = jax.ffi.pycapsule(getattr(native, symbol))
         jax.ffi.register_ffi_target(name, capsule, platform="cpu")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_lowbit.kernels.adam import Coefficients
-from optax_lowbit.kernels.codable import why_not_codes
+from optax_lowbit.kernels.codable import why_not_codes, why_not_dtype
 from optax_lowbit.kernels.cpu.library import library
 from optax_lowbit.kernels.parameters import Descent
 from optax_lowbit.quant import QuantizedArray, QuantSpec, codebooks
@@ -33,17 +33,20 @@ def why_not(op: str, shape: tuple[int, ...], dtype: Any, *specs: QuantSpec | Non
     """Why the kernel of ``op`` cannot take a leaf; None if it can.
 
     Args:
-      op: ``"adam"``, ``"momentum"``, ``"quantize"``, ``"dequantize"`` or ``"square_sums"``.
+      op: ``"adam"``, ``"momentum"``, ``"quantize"``, ``"dequantize"``, ``"quantized_dot"`` or
+        ``"square_sums"``.
       shape: The leaf's.
       dtype: Of the gradient, or of the array to be quantized.
       specs: Of the op's moments in their order; None for a factored second moment.
     """
+    if op == "quantized_dot":
+        return "a product, which is XLA's"
     if library() is None:
-        return "the native kernels were not built"
+        return "no native library that loads"
     if not shape or 0 in shape:
         return "no elements, or no axes"
-    if dtype not in (jnp.float32, jnp.bfloat16):
-        return f"dtype {dtype}"
+    if reason := why_not_dtype(dtype):
+        return reason
     if op == "square_sums":
         return None if len(shape) > 1 else "no matrix"
     first, *rest = specs

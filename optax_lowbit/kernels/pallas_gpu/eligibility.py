@@ -3,25 +3,23 @@
 import math
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
-from optax_lowbit.kernels.codable import why_not_codes
+from optax_lowbit.kernels.codable import why_not_codes, why_not_dtype
+from optax_lowbit.kernels.pallas_gpu.quantized_dot import why_not_matrix
 from optax_lowbit.quant import QuantSpec, scaling
 
-_DTYPES = (np.dtype(jnp.float32), np.dtype(jnp.bfloat16))
 # Half of it are the lanes of a tile, two values of each moment to a lane.
 _LARGEST_BLOCK = 4096
-_OPERANDS = {"adam": 2, "momentum": 1, "quantize": 1, "dequantize": 1}
+_OPERANDS = {"adam": 2, "momentum": 1, "quantize": 1, "dequantize": 1, "quantized_dot": 1}
 
 
 def why_not(op: str, shape: tuple[int, ...], dtype: Any, *specs: QuantSpec | None) -> str | None:
     """Why a kernel does not take a leaf, in a few words; None if it does.
 
     Args:
-      op: ``"adam"``, ``"momentum"``, ``"quantize"`` or ``"dequantize"``.
-      shape: Of the leaf, as it lies on one device.
-      dtype: Of the gradient and parameters, or of the array that is quantized.
+      op: ``"adam"``, ``"momentum"``, ``"quantize"``, ``"dequantize"`` or ``"quantized_dot"``.
+      shape: Of the leaf, as it lies on one device; of a product's matrix, transposed.
+      dtype: Of the gradient and parameters, or of the array that is quantized, or multiplied by the
+        matrix.
       specs: How it is stored: for Adam the first and the second moment (None for a factored second
         moment), otherwise the one array.
 
@@ -35,6 +33,8 @@ def why_not(op: str, shape: tuple[int, ...], dtype: Any, *specs: QuantSpec | Non
     first, *others = specs
     if first is None:
         return "moment that is not quantized"
+    if op == "quantized_dot":
+        return _why_not_leaf(shape, dtype) or why_not_matrix(shape, first)
     reason = _why_not_leaf(shape, dtype) or _why_not_spec(first)
     if reason is None and scaling.effective_scaling(first.scaling, len(shape)) != "block":
         reason = f"{first.scaling} scales"
@@ -44,8 +44,8 @@ def why_not(op: str, shape: tuple[int, ...], dtype: Any, *specs: QuantSpec | Non
 
 
 def _why_not_leaf(shape: tuple[int, ...], dtype: Any) -> str | None:
-    if np.dtype(dtype) not in _DTYPES:
-        return f"dtype {np.dtype(dtype)}"
+    if reason := why_not_dtype(dtype):
+        return reason
     if not shape:
         return "no axes"
     size = math.prod(shape)

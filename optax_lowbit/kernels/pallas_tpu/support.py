@@ -3,14 +3,13 @@
 import math
 from typing import Any, Literal
 
-import jax.numpy as jnp
-
-from optax_lowbit.kernels.codable import why_not_codes
+from optax_lowbit.kernels.codable import why_not_codes, why_not_dtype
 from optax_lowbit.kernels.pallas_tpu.geometry import BLOCK_SIZES
+from optax_lowbit.kernels.pallas_tpu.quantized_dot import why_not_matrix
 from optax_lowbit.quant import QuantSpec
 from optax_lowbit.quant.scaling import effective_scaling, rank1_axes
 
-Op = Literal["adam", "momentum", "quantize", "dequantize"]
+Op = Literal["adam", "momentum", "quantize", "dequantize", "quantized_dot"]
 
 # The maxima of all columns lie in VMEM at once: 4 MiB, and as much again to overlap copies.
 MOST_RANK1_COLUMNS = 2**20
@@ -20,9 +19,9 @@ def why_not(op: Op, shape: tuple[int, ...], dtype: Any, *specs: QuantSpec | None
     """Why the kernels do not take a leaf; None if they do.
 
     Args:
-      op: ``"adam"``, ``"momentum"``, ``"quantize"`` or ``"dequantize"``.
-      shape: The leaf's, as a whole.
-      dtype: The gradient's, or that of the array.
+      op: ``"adam"``, ``"momentum"``, ``"quantize"``, ``"dequantize"`` or ``"quantized_dot"``.
+      shape: The leaf's, as a whole; that of a product's matrix, transposed.
+      dtype: The gradient's, or that of the array; of a product, that of ``x``.
       *specs: Of the moments: for ``"adam"`` of the first and the second (None: factored).
 
     Raises:
@@ -34,13 +33,15 @@ def why_not(op: Op, shape: tuple[int, ...], dtype: Any, *specs: QuantSpec | None
       >>> spec = QuantSpec(codebook="dynamic_exponent", bits=4, signed=True, scaling="block")
       >>> why_not("momentum", (4096, 1000), "bfloat16", spec)
       >>> why_not("momentum", (4096, 1000), "float16", spec)
-      'dtype float16'
+      'dtype float16, neither float32 nor bfloat16'
     """
-    moments = {"adam": 2, "momentum": 1, "quantize": 1, "dequantize": 1}
+    moments = {"adam": 2, "momentum": 1, "quantize": 1, "dequantize": 1, "quantized_dot": 1}
     if op not in moments or len(specs) != moments[op]:
         raise ValueError(f"op must be one of {moments} (with that many specs), got {op!r}, {specs}")
-    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
-        return f"dtype {jnp.dtype(dtype)}"
+    if reason := why_not_dtype(dtype):
+        return reason
+    if op == "quantized_dot" and specs[0] is not None:
+        return why_not_matrix(shape, specs[0])
     if not math.prod(shape):
         return "no elements"
     if not shape:

@@ -1,5 +1,7 @@
 // The custom calls: operands to leaves, leaves to pieces of work for XLA's threads.
 
+#include <sstream>
+#include <string>
 #include <vector>
 
 #include "parallel.h"
@@ -14,8 +16,52 @@ namespace {
 // Elements of one piece of work: some 50 microseconds.
 constexpr int64_t kPiece = 1 << 16;
 
+// Thrown, and returned as an error, before anything is read: what a caller should have refused.
+struct Refused {
+  std::string message;
+};
+
+template <auto kernel>
+struct Refusing {
+  template <class... Args>
+  auto operator()(Args... args) const -> decltype(kernel(args...)) {
+    try {
+      return kernel(args...);
+    } catch (const Refused& refused) {
+      return ffi::Error::InvalidArgument(refused.message);
+    }
+  }
+};
+
+void refuse_unless(bool is_right, const ffi::AnyBuffer& buffer, const char* right) {
+  if (is_right) return;
+  std::ostringstream message;
+  message << "the native kernels of optax_lowbit take " << right << " here, not "
+          << buffer.element_type();
+  throw Refused{message.str()};
+}
+
 Array array(const ffi::AnyBuffer& buffer) {
-  return {buffer.untyped_data(), buffer.element_type() == ffi::DataType::BF16};
+  const bool is_bf16 = buffer.element_type() == ffi::DataType::BF16;
+  refuse_unless(is_bf16 || buffer.element_type() == ffi::DataType::F32, buffer, "F32 or BF16");
+  return {buffer.untyped_data(), is_bf16};
+}
+
+template <class T> T* data(const ffi::AnyBuffer& buffer);
+
+template <> float* data(const ffi::AnyBuffer& buffer) {
+  refuse_unless(buffer.element_type() == ffi::DataType::F32, buffer, "F32");
+  return static_cast<float*>(buffer.untyped_data());
+}
+
+template <> uint8_t* data(const ffi::AnyBuffer& buffer) {
+  refuse_unless(buffer.element_type() == ffi::DataType::U8, buffer, "U8");
+  return static_cast<uint8_t*>(buffer.untyped_data());
+}
+
+template <> uint32_t* data(const ffi::AnyBuffer& buffer) {
+  refuse_unless(buffer.element_type() == ffi::DataType::U32, buffer, "U32");
+  return static_cast<uint32_t*>(buffer.untyped_data());
 }
 
 int64_t last_dimension(const ffi::AnyBuffer& buffer) {
@@ -35,8 +81,8 @@ class Arguments {
   Arguments(ffi::RemainingArgs args, ffi::RemainingRets rets) : args_(args), rets_(rets) {}
   ffi::AnyBuffer in() { return *args_.get<ffi::AnyBuffer>(next_in_++); }
   ffi::AnyBuffer out() { return **rets_.get<ffi::AnyBuffer>(next_out_++); }
-  template <class T> const T* read() { return static_cast<const T*>(in().untyped_data()); }
-  template <class T> T* write() { return static_cast<T*>(out().untyped_data()); }
+  template <class T> const T* read() { return data<T>(in()); }
+  template <class T> T* write() { return data<T>(out()); }
 
  private:
   ffi::RemainingArgs args_;
@@ -56,12 +102,12 @@ Moment moment(int64_t bits, int64_t block, Table values, Table boundaries) {
 }
 
 void take_codes(Moment& moment, const ffi::AnyBuffer& codes) {
-  moment.codes = static_cast<const uint8_t*>(codes.untyped_data());
+  moment.codes = data<uint8_t>(codes);
   moment.bytes_in_row = last_dimension(codes);
 }
 
 void take_scales(Moment& moment, const ffi::AnyBuffer& scales) {
-  moment.scales = static_cast<const float*>(scales.untyped_data());
+  moment.scales = data<float>(scales);
   moment.scales_in_row = last_dimension(scales);
 }
 
@@ -74,8 +120,8 @@ void take_shape(Step& step, const ffi::AnyBuffer& grad) {
 
 // Scales, shares or means: one for each row, and one for each column of each batch of rows.
 void take_factors(Step& step, const ffi::AnyBuffer& rows, const ffi::AnyBuffer& columns) {
-  step.nu_rows = static_cast<const float*>(rows.untyped_data());
-  step.nu_columns = static_cast<const float*>(columns.untyped_data());
+  step.nu_rows = data<float>(rows);
+  step.nu_columns = data<float>(columns);
   step.rows = step.all_rows / std::max<int64_t>(rows_of(columns, 1), 1);
 }
 
@@ -181,8 +227,9 @@ ffi::Error square_sums(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::
   const int64_t columns = last_dimension(x), row_parts = last_dimension(*by_row);
   const int64_t bands = rows_of(*by_column, 1), band = rows_of(x, 1) / bands;
   const int64_t chunks = (band + kChunk - 1) / kChunk, n = columns / row_parts;
-  float* row_sums = static_cast<float*>(by_row->untyped_data());
-  float* column_sums = static_cast<float*>(by_column->untyped_data());
+  float* row_sums = data<float>(*by_row);
+  float* column_sums = data<float>(*by_column);
+  const Array values = array(x);
   std::vector<float> sums(chunks > 1 ? bands * chunks * columns : 0);
   float* sums_of_chunks = chunks > 1 ? sums.data() : column_sums;
   run_all(pool, bands * chunks, [&](int64_t i) {
@@ -191,7 +238,7 @@ ffi::Error square_sums(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::
     std::vector<float> squares(columns + 32);  // 32: whole vectors are added, zeros at the end
     for (int64_t row = first; row < last; row++)
       for (int64_t part = 0; part < row_parts; part++)
-        target().square_sums(array(x), row * columns + part * n, n,
+        target().square_sums(values, row * columns + part * n, n,
                              row_sums + row * row_parts + part, squares.data() + part * n);
     std::memcpy(sums_of_chunks + i * columns, squares.data(), columns * sizeof(float));
   });
@@ -214,8 +261,9 @@ ffi::Error quantize(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::Any
   to.new_codes = const_cast<uint8_t*>(to.codes);
   to.new_scales = const_cast<float*>(to.scales);
   const int64_t columns = last_dimension(x);
+  const Array from = array(x);
   in_pieces(pool, rows_of(x, 1) * to.scales_in_row, block, [&](int64_t first, int64_t last) {
-    target().quantize(array(x), to, columns, first, last);
+    target().quantize(from, to, columns, first, last);
   });
   return ffi::Error::Success();
 }
@@ -228,8 +276,9 @@ ffi::Error dequantize(ffi::ThreadPool pool, ffi::AnyBuffer codes, ffi::AnyBuffer
   take_codes(from, codes);
   take_scales(from, scales);
   const int64_t columns = last_dimension(*x);
+  const Array to = array(*x);
   in_pieces(pool, rows_of(*x, 1) * from.scales_in_row, block, [&](int64_t first, int64_t last) {
-    target().dequantize(from, array(*x), columns, first, last);
+    target().dequantize(from, to, columns, first, last);
   });
   return ffi::Error::Success();
 }
@@ -243,7 +292,7 @@ ffi::Error dequantize(ffi::ThreadPool pool, ffi::AnyBuffer codes, ffi::AnyBuffer
       .Attr<ffi::Span<const float>>(name "_boundaries")
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    LowbitStep, lowbit::step,
+    LowbitStep, lowbit::Refusing<lowbit::step>(),
     LOWBIT_CODES(LOWBIT_CODES(ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .RemainingArgs()
@@ -254,22 +303,22 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
                               "mu"),
                  "nu"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    LowbitRank1Maxima, lowbit::rank1_maxima,
+    LowbitRank1Maxima, lowbit::Refusing<lowbit::rank1_maxima>(),
     LOWBIT_CODES(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets(), "nu"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(LowbitSquareSums, lowbit::square_sums,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LowbitSquareSums, lowbit::Refusing<lowbit::square_sums>(),
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(LowbitQuantize, lowbit::quantize,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LowbitQuantize, lowbit::Refusing<lowbit::quantize>(),
                               LOWBIT_CODES(ffi::Ffi::Bind()
                                                .Ctx<ffi::ThreadPool>()
                                                .Arg<ffi::AnyBuffer>()
                                                .Ret<ffi::AnyBuffer>()
                                                .Ret<ffi::AnyBuffer>(),
                                            "x"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(LowbitDequantize, lowbit::dequantize,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LowbitDequantize, lowbit::Refusing<lowbit::dequantize>(),
                               LOWBIT_CODES(ffi::Ffi::Bind()
                                                .Ctx<ffi::ThreadPool>()
                                                .Arg<ffi::AnyBuffer>()

@@ -1,0 +1,1 @@
+"""Instructions and answers: files of them, their tokens, and how they are learnt."""

@@ -1,0 +1,56 @@
+"""Learning to answer instructions."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
+
+from examples.llm.decoder import LanguageModel
+from examples.llm.instructions.batches import PairBatch, PairBatches
+from examples.llm.judging import Evaluation, text_evaluation
+
+
+@dataclass(frozen=True)
+class InstructionProblem:
+    """The tokens of answers, given those before them.
+
+    Attributes:
+      train: texts to learn from.
+      judged: texts to judge by.
+    """
+
+    train: PairBatches
+    judged: PairBatches
+
+    def batch(self, number: int) -> PairBatch:
+        """Random texts of like length."""
+        return self.train.random(number)
+
+    def loss(self, model: LanguageModel, batch: PairBatch) -> jax.Array:
+        """The mean over the tokens that are to be predicted."""
+        return _summed_loss(model, batch) / self.weight(batch)
+
+    def weight(self, batch: PairBatch) -> jax.Array:
+        """The number of these tokens."""
+        return jnp.sum(batch.weights)
+
+    def held_out(self) -> Iterable[PairBatch]:
+        """All texts to judge by."""
+        return self.judged.all()
+
+    def measure(self, model: LanguageModel, batch: PairBatch) -> tuple[jax.Array, jax.Array]:
+        """The summed loss, and the number of its tokens."""
+        return _summed_loss(model, batch), self.weight(batch)
+
+    def evaluation(self, measured: Sequence[tuple[jax.Array, jax.Array]]) -> Evaluation:
+        """The mean loss over all tokens, and its exponential."""
+        losses, counts = zip(*measured, strict=True)
+        loss = sum(map(float, losses)) / sum(map(float, counts))
+        return text_evaluation(loss)
+
+
+def _summed_loss(model: LanguageModel, batch: PairBatch) -> jax.Array:
+    logits = model.logits(model.features(batch.tokens[:, :-1]))
+    return jnp.sum(batch.weights * cross_entropy(logits, batch.tokens[:, 1:]))

@@ -1,0 +1,69 @@
+"""What a kind of data must offer, and how a model is judged by it."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from examples.llm.decoder import LanguageModel
+
+
+class Evaluation(NamedTuple):
+    """How well a model does.
+
+    Attributes:
+      loss: mean cross-entropy, of tokens or of options.
+      scores: by name: `perplexity` of texts, `accuracy` and `f1` of a task with options.
+    """
+
+    loss: float
+    scores: dict[str, float]
+
+
+class Problem(Protocol):
+    """A kind of data."""
+
+    def batch(self, number: int) -> Any:
+        """A batch to train on, which depends on its number alone."""
+        ...
+
+    def loss(self, model: LanguageModel, batch: Any) -> jax.Array:
+        """What training makes small: float32 `()`, a mean."""
+        ...
+
+    def weight(self, batch: Any) -> jax.Array:
+        """What a batch counts beside others, float32 `()`: the number its loss is a mean of."""
+        ...
+
+    def held_out(self) -> Iterable[Any]:
+        """The batches that a model is judged by."""
+        ...
+
+    def measure(self, model: LanguageModel, batch: Any) -> Any:
+        """What a held-out batch tells of a model, as arrays."""
+        ...
+
+    def evaluation(self, measured: Sequence[Any]) -> Evaluation:
+        """Sum up what all batches tell."""
+        ...
+
+
+def text_evaluation(loss: float) -> Evaluation:
+    """Of texts: their mean loss, and its exponential, the perplexity."""
+    return Evaluation(loss, {"perplexity": math.exp(min(loss, 700))})
+
+
+def make_judge(
+    model: Callable[[Any, Any], LanguageModel], problem: Problem
+) -> Callable[[Any, Any, Iterable[Any]], Evaluation]:
+    """Return `judge(trainable, frozen, batches)`, which compiles once for each shape of batch."""
+
+    @jax.jit
+    def measure(trainable, frozen, batch):
+        return problem.measure(model(trainable, frozen), batch)
+
+    def judge(trainable: Any, frozen: Any, batches: Iterable[Any]) -> Evaluation:
+        return problem.evaluation([measure(trainable, frozen, batch) for batch in batches])
+
+    return judge

@@ -1,0 +1,242 @@
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from examples.llm.decoder import LLAMA, Decoder
+from examples.llm.errors import UsageError
+from examples.llm.huggingface_files import LAYER_MATRICES, HuggingFaceModel, module_names
+from examples.llm.positions import RotaryPositions
+from examples.llm.training import abstract_decoder
+from optax_lowbit import qlora
+
+pytest.importorskip("safetensors", reason="safetensors is missing")
+
+CONFIG = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "max_position_embeddings": 32,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500.0,
+    "tie_word_embeddings": True,
+    "vocab_size": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def models(shared_dir):
+    return shared_dir / "golden" / "models"
+
+
+@nnx.jit
+def forward(decoder, tokens):
+    return decoder(tokens)
+
+
+@jax.jit
+def in_floats(parameters):
+    is_matrix = lambda x: isinstance(x, qlora.QuantizedMatrix)  # noqa: E731
+    return jax.tree.map(
+        lambda x: x.dequantize() if is_matrix(x) else x, parameters, is_leaf=is_matrix
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundedRotaryPositions(RotaryPositions):
+    """Of a PyTorch model that was cast to bfloat16, and its frequencies with it."""
+
+    def turn(self, heads, first):
+        angles = 1.0 / self.base ** (np.arange(0, heads.shape[3], 2) / heads.shape[3])
+        rounded = angles.astype(jnp.bfloat16).astype(np.float32)
+        angles = np.outer(np.arange(first, first + heads.shape[1], dtype=np.float32), rounded)
+        turned = (
+            jax.lax.complex(*jnp.split(heads, 2, axis=-1))
+            * np.exp(1j * angles).astype(np.complex64)[None, :, None]
+        )
+        return jnp.concatenate([turned.real, turned.imag], axis=-1).astype(heads.dtype)
+
+
+ROUNDED = dataclasses.replace(
+    LLAMA, positions=lambda config, rngs: RoundedRotaryPositions(config.rotary_base)
+)
+
+
+def assert_logits(model, parameters, recorded, name):
+    """Of the row that is not padded."""
+    family = ROUNDED if name == "llama_bf16" else LLAMA
+    graph, _ = nnx.split(
+        nnx.eval_shape(lambda: Decoder(model.config, family=family, rngs=nnx.Rngs(0)))
+    )
+    decoder = nnx.merge(graph, nnx.State(parameters))
+    tokens, mask = recorded[f"{name}/input_ids"], recorded[f"{name}/attention_mask"]
+    assert mask[0].all()
+    logits = forward(decoder, jnp.asarray(tokens[:1]))
+    np.testing.assert_allclose(logits[0], recorded[f"{name}/logits"][0], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_bf16", "llama_sharded_fp16"])
+def test_logits_of_floats_are_those_recorded(models, name):
+    model = HuggingFaceModel(models / name)
+    parameters = model.parameters()
+    _, expected = abstract_decoder(model.config)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), parameters) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), expected
+    )
+    assert_logits(model, parameters, np.load(models / "io.npz"), name)
+
+
+def test_logits_of_4_bits_are_those_recorded(models):
+    model = HuggingFaceModel(models / "llama_bnb_nf4_dq")
+    parameters = model.parameters()
+    down = parameters["layers"]["feed_forward"]["down"]["kernel"]
+    assert down.shape == (2, 172, 64)
+    x = jnp.ones((3, 172))
+    first = jax.tree.map(lambda leaf: leaf[0], down)
+    np.testing.assert_allclose(x @ first, x @ first.dequantize(), rtol=1e-5, atol=1e-5)
+    name = "llama_bnb_nf4_dq"
+    assert_logits(model, in_floats(parameters), np.load(models / "io_bnb.npz"), name)
+
+
+def test_a_checkpoint_quantized_on_the_way(models):
+    folder = models / "llama"
+    spec = dataclasses.replace(qlora.NF4, double_quant=False)
+    tensors = qlora.quantize_checkpoint(folder, spec, targets=LAYER_MATRICES)
+    layers = HuggingFaceModel(folder, tensors).parameters()["layers"]
+    shapes = {("attention", "key"): (2, 64, 32), ("feed_forward", "up"): (2, 64, 172)}
+    for (block, name), shape in shapes.items():
+        kernel = layers[block][name]["kernel"]
+        assert isinstance(kernel, qlora.QuantizedMatrix)
+        assert (kernel.shape, kernel.spec) == (shape, spec)
+
+
+@pytest.mark.parametrize("name", ["lora_qv", "lora_all_linear", "rslora_qv", "dora_all_linear"])
+def test_logits_with_adapters_are_those_recorded(models, name):
+    model = HuggingFaceModel(models / "llama")
+    parameters, adapter = model.parameters(), qlora.read_adapter(models / name)
+    leaves = qlora.adapter_leaves(adapter.matrices, module_names(model.config))
+    scaling = adapter.config.scaling(next(iter(adapter.matrices)))
+
+    def merged(path, w):
+        arrays = leaves.pop("/".join(key.key for key in path), None)
+        if arrays is None:
+            return w
+        w = w + scaling * arrays["a"].mT @ arrays["b"]
+        if "magnitude" in arrays:
+            # DoRA, equation 5: each column has a length of its own.
+            length = jnp.linalg.norm(w, axis=1, keepdims=True)
+            w = w * (arrays["magnitude"][:, None] / length)
+        return w
+
+    parameters = jax.tree_util.tree_map_with_path(merged, parameters)
+    assert not leaves
+    recorded = np.load(models / "io_peft.npz")
+    if f"{name}/merged_q_proj_layer0" in recorded:
+        query = parameters["layers"]["attention"]["query"]["kernel"][0]
+        expected = recorded[f"{name}/merged_q_proj_layer0"]
+        np.testing.assert_allclose(query.T, expected, rtol=1e-5, atol=1e-6)
+    assert_logits(model, parameters, recorded, name)
+
+
+def write_model(folder, change_tensors=lambda tensors: None, **fields):
+    tensors = {
+        "model.embed_tokens.weight": np.ones((16, 8), np.float32),
+        "model.norm.weight": np.ones(8, np.float16),
+    }
+    shapes = {
+        "self_attn.q_proj": (8, 8),
+        "self_attn.k_proj": (4, 8),
+        "self_attn.v_proj": (4, 8),
+        "self_attn.o_proj": (8, 8),
+        "mlp.gate_proj": (12, 8),
+        "mlp.up_proj": (12, 8),
+        "mlp.down_proj": (8, 12),
+        "input_layernorm": (8,),
+        "post_attention_layernorm": (8,),
+    }
+    for layer in range(2):
+        for name, shape in shapes.items():
+            tensors[f"model.layers.{layer}.{name}.weight"] = np.ones(shape, jnp.bfloat16)
+    change_tensors(tensors)
+    qlora.write_bitsandbytes(folder, tensors, config={**CONFIG, **fields})
+    return folder
+
+
+def test_older_fields_and_tied_embeddings(tmp_path):
+    model = HuggingFaceModel(write_model(tmp_path))
+    assert model.config.rotary_base == 500.0
+    assert model.config.head_size == 4
+    assert "head" not in model.parameters()
+    assert module_names(model.config)["layers/attention/query/kernel"] == (
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1.self_attn.q_proj",
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"model_type": "mistral"}, 'model_type must be "llama", is "mistral"'),
+        ({"model_type": None}, 'model_type must be "llama", is null'),
+        ({"hidden_act": "gelu"}, 'hidden_act must be "silu"'),
+        ({"attention_bias": True}, "attention_bias must be false"),
+        ({"mlp_bias": True}, "mlp_bias must be false"),
+        ({"rope_scaling": {"factor": 8.0}}, "rope_scaling must be null"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters must be"),
+        ({"rope_parameters": [1]}, "rope_parameters must be"),
+        ({"rope_theta": "x"}, "rope_theta must be a positive number"),
+        ({"hidden_size": -1}, "hidden_size must be a positive int, is -1"),
+        ({"hidden_size": None}, "hidden_size must be a positive int, is null"),
+        ({"num_hidden_layers": 2**30}, "num_hidden_layers must be at most 20"),
+        ({"num_hidden_layers": 3}, r"has no tensor model\.layers\.2\.self_attn\.q_proj\.weight"),
+        ({"num_attention_heads": 3, "num_key_value_heads": 2}, "num_heads must be a multiple"),
+        ({"intermediate_size": 2**30}, r"gate_proj\.weight must be for \(8, 1073741824\)"),
+        ({"tie_word_embeddings": False}, "has no tensor lm_head.weight"),
+    ],
+)
+def test_fields_that_the_decoder_has_not(tmp_path, fields, complaint):
+    write_model(tmp_path, **fields)
+    with pytest.raises(UsageError, match=complaint) as error:
+        HuggingFaceModel(tmp_path).parameters()
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (
+            lambda t: t.update({"model.norm.weight": np.ones(9)}),
+            r"model\.norm\.weight must be for \(8,\)",
+        ),
+        (
+            lambda t: t.update(
+                {"model.layers.1.self_attn.q_proj.weight": qlora.quantize_matrix(jnp.ones((8, 8)))}
+            ),
+            r"self_attn\.q_proj must be stored in the same way in all layers",
+        ),
+    ],
+)
+def test_tensors_that_the_decoder_has_not(tmp_path, change, complaint):
+    write_model(tmp_path, change)
+    with pytest.raises(UsageError, match=complaint):
+        HuggingFaceModel(tmp_path).parameters()
+
+
+def test_a_folder_that_is_no_model(tmp_path):
+    with pytest.raises(UsageError, match="--model: cannot read"):
+        HuggingFaceModel(tmp_path)
+    write_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps([1]))
+    with pytest.raises(UsageError, match="must be a JSON object"):
+        HuggingFaceModel(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UsageError, match="model_type must be"):
+        HuggingFaceModel(tmp_path)

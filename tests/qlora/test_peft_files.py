@@ -1,0 +1,357 @@
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from optax_lowbit import adapters, qlora
+
+safetensors_numpy = pytest.importorskip("safetensors.numpy", reason="safetensors is missing")
+
+GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "golden" / "lora_qv"
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def pair(rank=2, n=6, m=4, seed=0, **more):
+    rng = np.random.default_rng(seed)
+    arrays = {"a": rng.random((rank, n), np.float32), "b": rng.random((rank, m), np.float32)}
+    return arrays | more
+
+
+def write(folder, matrices, others=None, **config):
+    config = qlora.AdapterConfig(**{"r": 2, **config})
+    adapter = qlora.Adapter(config=config, matrices=matrices, others=others or {})
+    qlora.write_adapter(folder, adapter)
+    return adapter
+
+
+def edit(folder, **fields):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def test_what_peft_wrote_is_read_and_written_again(tmp_path):
+    adapter = qlora.read_adapter(GOLDEN)
+    assert (adapter.config.r, adapter.config.lora_alpha) == (8, 16)
+    assert adapter.config.target_modules == ("q_proj", "v_proj")
+    assert adapter.config.lora_dropout == 0.05
+    assert adapter.config.others["base_model_name_or_path"] == "llama"
+    assert sorted(adapter.matrices) == [
+        f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in ("q_proj", "v_proj")
+    ]
+    tensors = safetensors_numpy.load_file(GOLDEN / "adapter_model.safetensors")
+    for module, arrays in adapter.matrices.items():
+        key = f"base_model.model.{module}"
+        np.testing.assert_array_equal(arrays["a"], tensors[f"{key}.lora_A.weight"])
+        np.testing.assert_array_equal(arrays["b"].T, tensors[f"{key}.lora_B.weight"])
+    qlora.write_adapter(tmp_path, adapter)
+    for name in FILES:
+        assert (tmp_path / name).read_bytes() == (GOLDEN / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["lora_qv", "lora_all_linear", "rslora_qv", "dora_all_linear"])
+def test_every_real_adapter_is_written_again(shared_dir, tmp_path, name):
+    folder = shared_dir / "golden" / "models" / name
+    adapter = qlora.read_adapter(folder)
+    qlora.write_adapter(tmp_path, adapter)
+    for file in FILES:
+        assert (tmp_path / file).read_bytes() == (folder / file).read_bytes()
+    assert adapter.config.use_dora == name.startswith("dora")
+    module = "model.layers.0.self_attn.q_proj"
+    assert adapter.config.scaling(module) == (16 / 8**0.5 if name == "rslora_qv" else 2)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
+def test_dtypes_and_tensors_of_their_own(tmp_path, dtype):
+    matrices = {"x.q": jax.tree.map(lambda x: x.astype(dtype), pair())}
+    others = {"head.weight": jnp.ones((3, 2), dtype), "x.q.bias": np.zeros(4, np.float32)}
+    write(tmp_path, matrices, others, bias="all", modules_to_save=("head",), target_modules=("q",))
+    adapter = qlora.read_adapter(tmp_path)
+    assert adapter.config.modules_to_save == ("head",)
+    assert adapter.config.target_modules == ("q",)
+    for tree, read in ((matrices, adapter.matrices), (others, adapter.others)):
+        assert jax.tree.structure(tree) == jax.tree.structure(dict(read))
+        for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(dict(read))):
+            assert x.dtype == y.dtype
+            np.testing.assert_array_equal(x, y)
+
+
+def test_ranks_and_scalings_follow_patterns_as_in_peft():
+    config = qlora.AdapterConfig(
+        r=8,
+        lora_alpha=16,
+        rank_pattern={"q_proj": 4, r"^model\.layers\.1\.mlp": 2, r"layers\.\d+\.k_proj": 16},
+        alpha_pattern={"0.q_proj": 1},
+    )
+    assert config.rank("model.layers.0.q_proj") == 4
+    assert config.rank("model.layers.0.xq_proj") == 8
+    assert config.rank("model.layers.1.mlp") == 2
+    assert config.rank("big.model.layers.1.mlp") == 8
+    assert config.rank("model.layers.11.k_proj") == 16
+    assert config.scaling("model.layers.0.q_proj") == 1 / 4
+    assert config.scaling("model.layers.1.q_proj") == 16 / 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"r": 0}, "impossible r: 0"),
+        ({"r": True}, "impossible r: True"),
+        ({"lora_alpha": float("inf")}, "impossible lora_alpha: inf"),
+        ({"lora_alpha": "16"}, "impossible lora_alpha: '16'"),
+        ({"use_rslora": 1}, "impossible use_rslora"),
+        ({"use_dora": None}, "impossible use_dora"),
+        ({"bias": "some"}, "impossible bias: 'some'"),
+        ({"lora_dropout": 1.0}, "impossible lora_dropout: 1.0"),
+        ({"target_modules": 5}, "impossible target_modules: 5"),
+        ({"target_modules": ("",)}, "impossible target_modules"),
+        ({"exclude_modules": 5}, "impossible exclude_modules: 5"),
+        ({"layers_to_transform": "0"}, "impossible layers_to_transform: .0."),
+        ({"layers_to_transform": (0, -1)}, "impossible layers_to_transform"),
+        ({"layers_to_transform": 0, "target_modules": "q"}, "impossible layers_to_transform: 0"),
+        ({"layers_pattern": "h"}, "impossible layers_pattern: .h."),
+        ({"layers_pattern": (1,), "layers_to_transform": 0}, "impossible layers_pattern"),
+        ({"modules_to_save": "head"}, "impossible modules_to_save"),
+        ({"rank_pattern": {"(a+)+": 2}}, "impossible rank_pattern"),
+        ({"rank_pattern": {"a.*b.*c": 2}}, "impossible rank_pattern"),
+        ({"rank_pattern": {"a": 0}}, "impossible rank_pattern"),
+        ({"alpha_pattern": {"": 2}}, "impossible alpha_pattern"),
+        ({"alpha_pattern": ["a"]}, "impossible alpha_pattern"),
+        ({"others": {"r": 2}}, "impossible others"),
+        ({"others": {"use_qalora": True}}, "use_qalora must be unset, got True"),
+    ],
+)
+def test_impossible_configs(fields, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        qlora.AdapterConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"peft_type": "IA3"}, "peft_type must be 'LORA', got 'IA3'"),
+        ({"r": 3}, r"'x.q' must have shapes a \(3, n\)"),
+        ({"use_dora": True}, r"'x.q' must have \['a', 'b', 'magnitude'\] for use_dora=True"),
+        ({"rank_pattern": {"q": 1}}, r"'x.q' must have shapes a \(1, n\)"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication must be unset"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices must be unset"),
+        ({"target_modules": [1]}, "impossible target_modules"),
+    ],
+)
+def test_a_config_that_does_not_fit(tmp_path, fields, complaint):
+    write(tmp_path, {"x.q": pair()})
+    edit(tmp_path, **fields)
+    with pytest.raises(ValueError, match=complaint) as error:
+        qlora.read_adapter(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (
+            lambda t: t.pop("base_model.model.x.q.lora_A.weight"),
+            r"must have \['a', 'b'\] .* \['b'\]",
+        ),
+        (
+            lambda t: t.update({"x.lora_A.weight": np.ones(1)}),
+            "names must begin with",
+        ),
+        (
+            lambda t: t.update({"base_model.model.e.lora_embedding_A": np.ones((2, 9))}),
+            "'base_model.model.e.lora_embedding_A' is none of",
+        ),
+        (
+            lambda t: t.update({"base_model.model.x.q.lora_B.weight": np.ones((2, 4, 1, 1))}),
+            "must have shapes",
+        ),
+        (
+            lambda t: t.update({"base_model.model.x.q.lora_magnitude_vector": np.ones(4)}),
+            "for use_dora=False",
+        ),
+        (lambda t: t.update({"base_model.model." + "x" * 600: np.ones(4)}), "at most 512 letters"),
+    ],
+)
+def test_tensors_that_do_not_fit(tmp_path, change, complaint):
+    write(tmp_path, {"x.q": pair()})
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = safetensors_numpy.load_file(path)
+    change(tensors)
+    safetensors_numpy.save_file(tensors, path)
+    with pytest.raises(ValueError, match=complaint) as error:
+        qlora.read_adapter(tmp_path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("matrices", "others", "config", "complaint"),
+    [
+        ({"x.q": pair(rank=3)}, {}, {}, r"'x.q' must have shapes a \(2, n\)"),
+        ({"x.q": pair(magnitude=np.ones(3))}, {}, {"use_dora": True}, "'x.q' must have shapes"),
+        ({"x.q": {"a": np.ones((2, 6))}}, {}, {}, r"'x.q' must have \['a', 'b'\]"),
+        ({"x.q": pair()}, {}, {"target_modules": ("v",)}, "target_modules must name 'x.q'"),
+        ({"x.q": pair()}, {}, {"target_modules": r".*\.v"}, "target_modules must name 'x.q'"),
+        (
+            {"x.q": pair()},
+            {},
+            {"exclude_modules": ("q",)},
+            "must name .x.q., got .*exclude_modules",
+        ),
+        (
+            {"m.h.0.q": pair(), "m.h.1.q": pair()},
+            {},
+            {"target_modules": ("q",), "layers_to_transform": 1},
+            "must name .m.h.0.q., got .*layers_to_transform",
+        ),
+        ({"x.q": pair()}, {"y.lora_A.weight": np.ones(1)}, {}, "which is an adapter's"),
+    ],
+)
+def test_what_peft_would_not_find_is_not_written(tmp_path, matrices, others, config, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        write(tmp_path, matrices, others, **config)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({}, "m.h.0.q m.h.1.q m.h.1.mlp.0.q h.1.q head"),
+        ({"target_modules": "all-linear"}, "m.h.0.q m.h.1.q m.h.1.mlp.0.q h.1.q head"),
+        ({"target_modules": ("q",)}, "m.h.0.q m.h.1.q m.h.1.mlp.0.q h.1.q"),
+        ({"exclude_modules": ("h.1.q",)}, "m.h.0.q m.h.1.mlp.0.q head"),
+        ({"exclude_modules": r"m\.h\.1.*"}, "m.h.0.q h.1.q head"),
+        # The first number counts, after two names, and not that of an expert.
+        ({"target_modules": ("q",), "layers_to_transform": 1}, "m.h.1.q m.h.1.mlp.0.q"),
+        ({"target_modules": ("q",), "layers_to_transform": (0,)}, "m.h.0.q"),
+        (
+            {"target_modules": ("q",), "layers_to_transform": (), "layers_pattern": "h"},
+            "m.h.0.q m.h.1.q m.h.1.mlp.0.q h.1.q",
+        ),
+        (
+            {"target_modules": ("q",), "layers_to_transform": (0, 2), "layers_pattern": ("mlp",)},
+            "m.h.1.mlp.0.q",
+        ),
+        (
+            {"target_modules": ("q",), "layers_to_transform": 1, "layers_pattern": "h"},
+            "m.h.1.q m.h.1.mlp.0.q h.1.q",
+        ),
+        # A whole name is found in every layer.
+        (
+            {"target_modules": ("q", "m.h.0.q", "head"), "layers_to_transform": 1},
+            "m.h.0.q m.h.1.q m.h.1.mlp.0.q head",
+        ),
+    ],
+)
+def test_modules_that_have_adapters_in_peft(fields, found):
+    config = qlora.AdapterConfig(**fields)
+    modules = "m.h.0.q m.h.1.q m.h.1.mlp.0.q h.1.q head".split()
+    assert [module for module in modules if config.targets(module)] == found.split()
+
+
+def test_what_says_which_modules_have_adapters_comes_back(tmp_path):
+    fields = {
+        "target_modules": ("q", "v"),
+        "exclude_modules": ("h.0.v",),
+        "layers_to_transform": (1, 3),
+        "layers_pattern": ("h",),
+    }
+    matrices = {"m.h.1.q": pair(), "m.h.3.v": pair()}
+    write(tmp_path, matrices, **fields)
+    config = qlora.read_adapter(tmp_path).config
+    assert {name: getattr(config, name) for name in fields} == fields
+    # The adapters themselves say it of a tree, and their whole names of a file.
+    lora, trained = qlora.from_peft(
+        qlora.read_adapter(tmp_path), {"1/q/kernel": "m.h.1.q", "3/v/kernel": "m.h.3.v"}
+    )
+    assert trained.keys() == {"1/q/kernel", "3/v/kernel"}
+    again = qlora.to_peft(lora, trained, {"1/q/kernel": "m.h.1.q", "3/v/kernel": "m.h.3.v"})
+    assert again.config.layers_to_transform is again.config.exclude_modules is None
+    qlora.write_adapter(tmp_path / "again", again)
+    assert qlora.read_adapter(tmp_path / "again").config.target_modules == tuple(matrices)
+
+
+@pytest.mark.parametrize("targets", [("q",), ("x.q",), r"x\..", "all-linear"])
+def test_targets_that_peft_finds(tmp_path, targets):
+    write(tmp_path, {"x.q": pair()}, target_modules=targets)
+    assert qlora.read_adapter(tmp_path).config.target_modules == targets
+
+
+def test_an_adapter_that_is_there_stays(tmp_path):
+    write(tmp_path, {"x.q": pair()})
+    with pytest.raises(ValueError, match=r"must have no adapter_config\.json yet"):
+        write(tmp_path, {"x.v": pair()})
+    assert [*qlora.read_adapter(tmp_path).matrices] == ["x.q"]
+    with pytest.raises(ValueError, match=r"adapter_config\.json: is no file"):
+        qlora.read_adapter(tmp_path / "missing")
+
+
+NAMES = {
+    "layers/query/kernel": ["layers.0.q", "layers.1.q", "layers.2.q"],
+    "layers/value/kernel": ["layers.0.v", "layers.1.v", "layers.2.v"],
+    "head/kernel": "head",
+}
+
+
+def test_leaves_of_stacks_and_back(tmp_path):
+    params = {
+        "layers": {
+            "query": {"kernel": jnp.ones((3, 6, 4))},
+            "value": {"kernel": jnp.ones((3, 6, 4))},
+        },
+        "head": {"kernel": jnp.ones((6, 5))},
+    }
+    lora = adapters.LoRA(rank=2, alpha=4, targets="query|head")
+    rng = np.random.default_rng(0)
+    leaves = {
+        "layers/query/kernel": {
+            "a": rng.random((3, 2, 6), np.float32),
+            "b": rng.random((3, 2, 4), np.float32),
+        },
+        "head/kernel": pair(m=5),
+    }
+    matrices = qlora.adapter_matrices(leaves, NAMES)
+    write(tmp_path, matrices, lora_alpha=4)
+    read = qlora.adapter_leaves(qlora.read_adapter(tmp_path).matrices, NAMES)
+    assert jax.tree.structure(read) == jax.tree.structure(leaves)
+    for x, y in zip(jax.tree.leaves(leaves), jax.tree.leaves(read)):
+        np.testing.assert_array_equal(x, y)
+    tensors = safetensors_numpy.load_file(tmp_path / "adapter_model.safetensors")
+    b = leaves["layers/query/kernel"]["b"]
+    np.testing.assert_array_equal(tensors["base_model.model.layers.2.q.lora_B.weight"], b[2].T)
+    lora.attach(params, read)
+
+
+@pytest.mark.parametrize(
+    ("matrices", "complaint"),
+    [
+        ({"layers.0.q": pair(), "layers.2.q": pair()}, r"\['layers.1.q'\] have no adapters"),
+        ({f"layers.{i}.q": pair(rank=1 + i // 2) for i in range(3)}, "differ in their ranks"),
+        ({"head": pair(), "tail": pair()}, r"and not \['tail'\]"),
+    ],
+)
+def test_adapters_that_are_no_leaves(matrices, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        qlora.adapter_leaves(matrices, NAMES)
+
+
+@pytest.mark.parametrize(
+    ("leaves", "complaint"),
+    [
+        ({"body/kernel": pair()}, "and not 'body/kernel'"),
+        (
+            {"layers/query/kernel": {"a": np.ones((2, 2, 6))}},
+            r"'a' must be a stack of 3, got",
+        ),
+    ],
+)
+def test_leaves_that_are_no_modules(leaves, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        qlora.adapter_matrices(leaves, NAMES)
+
+
+def test_no_adapters_at_all(tmp_path):
+    write(tmp_path, {})
+    assert qlora.read_adapter(tmp_path).matrices == {}
+    assert qlora.adapter_leaves({}, NAMES) == {}
