@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from examples.llm.gguf_files import GGUFModel, bundled_model_path
+from examples.llm.models.gguf_files import GGUFModel, bundled_model_path
 from optax_lowbit import QuantSpec, qlora
 
 _E2M1 = [value / 6 for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]

@@ -24,10 +24,10 @@ from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 from benchmarks.qlora_errors import TYPES
 from benchmarks.quality.report import markdown_table
 from benchmarks.records import run_record
-from examples.llm.decoder import Decoder
-from examples.llm.gguf_files import GGUFModel, bundled_model_path
+from examples.llm.models.decoder import Decoder
+from examples.llm.models.gguf_files import GGUFModel, bundled_model_path
 from examples.llm.text import load_addresses, train_and_held_out_windows
-from examples.llm.training import abstract_decoder, build_model
+from examples.llm.training.steps import abstract_decoder, build_model
 from optax_lowbit import qlora
 
 RESULTS = Path(__file__).parent / "results" / "qlora_perplexity.json"

@@ -22,19 +22,19 @@ import numpy as np
 import optax_lowbit
 from benchmarks.quality.report import markdown_table
 from benchmarks.records import run_record
-from examples.llm.gguf_files import GGUFModel, bundled_model_path
-from examples.llm.memory import buffer_bytes
-from examples.llm.methods import FirstOrder
-from examples.llm.processes import Tell, run_in_process
+from examples.llm.models.gguf_files import GGUFModel, bundled_model_path
+from examples.llm.program.processes import Tell, run_in_process
 from examples.llm.text import load_addresses, train_and_held_out_windows
-from examples.llm.training import (
+from examples.llm.training.memory import buffer_bytes
+from examples.llm.training.methods import FirstOrder
+from examples.llm.training.steps import (
     TrainState,
     abstract_decoder,
     make_train_step,
     measured_step,
     next_token_loss,
 )
-from examples.llm.tuning import QLORA, tuned
+from examples.llm.training.tuning import QLORA, tuned
 from optax_lowbit import adapters
 
 RESULTS = Path(__file__).parent / "results" / "qlora_training.json"

@@ -11,8 +11,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-from examples.llm.config import DecoderConfig
-from examples.llm.training import abstract_decoder, build_model, next_token_loss
+from examples.llm.models.config import DecoderConfig
+from examples.llm.training.steps import abstract_decoder, build_model, next_token_loss
 from optax_lowbit import zo
 
 SMOLLM2 = DecoderConfig(

@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from examples.llm.errors import UsageError
-from examples.llm.tokenizer import plain_tokens
+from examples.llm.models.tokenizer import plain_tokens
 
 # Enough characters for one token of English in all but the densest passages.
 _CHARACTERS_PER_TOKEN = 8

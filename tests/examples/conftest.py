@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.llm.tiny import write_tiny_gguf
+from examples.llm.models.tiny import write_tiny_gguf
 
 
 @pytest.fixture(scope="session")

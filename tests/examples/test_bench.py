@@ -12,9 +12,9 @@ from examples.llm.bench.command import cells_of, main
 from examples.llm.bench.report import Results, draw, markdown_table
 from examples.llm.bench.search import SEARCH_SEED, FinalRun, Trial, best_trial, search
 from examples.llm.bench.settings import BenchSettings
-from examples.llm.judging import Evaluation
-from examples.llm.methods import METHODS
 from examples.llm.tasks.scoring import option_scores, token_log_likelihoods
+from examples.llm.training.judging import Evaluation
+from examples.llm.training.methods import METHODS
 
 
 def evaluation(accuracy, loss=1.0):

@@ -12,11 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from examples.llm.checkpoints import Checkpoints
-from examples.llm.command import main
-from examples.llm.methods import METHODS, Hyperparameters
-from examples.llm.tiny import TINY
-from examples.llm.training import TrainState, abstract_decoder
+from examples.llm.models.tiny import TINY
+from examples.llm.program.command import main
+from examples.llm.training.checkpoints import Checkpoints
+from examples.llm.training.methods import METHODS, Hyperparameters
+from examples.llm.training.steps import TrainState, abstract_decoder
 from optax_lowbit import is_quantized
 
 PROGRAM = Path(__file__).parents[2] / "examples" / "finetune.py"

@@ -10,18 +10,18 @@ import pytest
 from flax import nnx
 from tokenizers import processors
 
-from examples.llm.command import main
 from examples.llm.errors import UsageError
-from examples.llm.events import Job, StepDone
-from examples.llm.gguf_files import GGUFModel
-from examples.llm.huggingface_files import HuggingFaceModel, module_names
-from examples.llm.problems import build_judges, build_problem
-from examples.llm.settings import DEFAULTS, QLORA_RECIPE
+from examples.llm.models.gguf_files import GGUFModel
+from examples.llm.models.huggingface_files import HuggingFaceModel, module_names
+from examples.llm.models.tiny import TINY
+from examples.llm.program.command import main
+from examples.llm.program.events import Job, StepDone
+from examples.llm.program.settings import DEFAULTS, QLORA_RECIPE
+from examples.llm.program.worker import fine_tune
 from examples.llm.tasks.scoring import accuracy_by_subject
-from examples.llm.tiny import TINY
-from examples.llm.training import abstract_decoder, build_model
-from examples.llm.tuning import base_parameters, tuned
-from examples.llm.worker import fine_tune
+from examples.llm.training.problems import build_judges, build_problem
+from examples.llm.training.steps import abstract_decoder, build_model
+from examples.llm.training.tuning import base_parameters, tuned
 from optax_lowbit import qlora
 
 pytest.importorskip("safetensors", reason="safetensors is missing")

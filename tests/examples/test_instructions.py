@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from tokenizers import processors
 
-from examples.llm.accumulation import AccumulatedLoss, loss_and_gradients
 from examples.llm.errors import UsageError
-from examples.llm.gguf_files import GGUFModel
 from examples.llm.instructions.batches import LengthGroups, PairBatch, PairBatches
 from examples.llm.instructions.encoding import EncodedPair, encode_pair
 from examples.llm.instructions.formats import Pair, read_pairs, reader_of
 from examples.llm.instructions.problem import InstructionProblem
+from examples.llm.models.gguf_files import GGUFModel
+from examples.llm.models.tokenizer import SpecialTokens
 from examples.llm.tasks.batches import encode
 from examples.llm.tasks.example import Example
 from examples.llm.text import TokenWindows
-from examples.llm.tokenizer import SpecialTokens
+from examples.llm.training.accumulation import AccumulatedLoss, loss_and_gradients
 from optax_lowbit import zo
 
 FORMATS = {

@@ -9,7 +9,7 @@ import time
 
 PROGRAM = """
 import os, time
-from examples.llm.processes import run_in_process
+from examples.llm.program.processes import run_in_process
 
 def work(job, tell):
     tell(os.getpid())

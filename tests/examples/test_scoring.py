@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from examples.llm.decoder import Decoder
 from examples.llm.errors import UsageError
-from examples.llm.gguf_files import GGUFModel
-from examples.llm.judging import make_judge
-from examples.llm.problems import OptionProblem
+from examples.llm.models.decoder import Decoder
+from examples.llm.models.gguf_files import GGUFModel
+from examples.llm.models.tiny import TINY
 from examples.llm.tasks.batches import Batches, EncodedExample, OptionBatch, encode
 from examples.llm.tasks.example import Example
 from examples.llm.tasks.scoring import (
@@ -21,8 +20,9 @@ from examples.llm.tasks.scoring import (
     option_scores,
     token_log_likelihoods,
 )
-from examples.llm.tiny import TINY
-from examples.llm.training import abstract_decoder, build_model
+from examples.llm.training.judging import make_judge
+from examples.llm.training.problems import OptionProblem
+from examples.llm.training.steps import abstract_decoder, build_model
 
 VOCABULARY = 7
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from examples.llm.errors import UsageError
-from examples.llm.gguf_files import GGUFModel
+from examples.llm.models.gguf_files import GGUFModel
 from examples.llm.text import (
     TokenWindows,
     load_addresses,

@@ -8,19 +8,25 @@ import orbax.checkpoint as ocp
 import pytest
 
 from examples.llm.errors import UsageError
-from examples.llm.events import Job, StepDone
-from examples.llm.memory import buffer_bytes, peak_memory_bytes, reset_peak_memory
-from examples.llm.methods import EPS, METHODS, FirstOrder, Hyperparameters, learning_rate_schedule
-from examples.llm.settings import Settings
-from examples.llm.tiny import TINY
-from examples.llm.training import (
+from examples.llm.models.tiny import TINY
+from examples.llm.program.events import Job, StepDone
+from examples.llm.program.settings import Settings
+from examples.llm.program.worker import fine_tune
+from examples.llm.training.memory import buffer_bytes, peak_memory_bytes, reset_peak_memory
+from examples.llm.training.methods import (
+    EPS,
+    METHODS,
+    FirstOrder,
+    Hyperparameters,
+    learning_rate_schedule,
+)
+from examples.llm.training.steps import (
     TrainState,
     abstract_decoder,
     build_model,
     make_train_step,
     next_token_loss,
 )
-from examples.llm.worker import fine_tune
 
 
 @pytest.fixture(autouse=True)

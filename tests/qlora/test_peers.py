@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from examples.llm.huggingface_files import HuggingFaceModel, module_names
-from examples.llm.training import abstract_decoder
+from examples.llm.models.huggingface_files import HuggingFaceModel, module_names
+from examples.llm.training.steps import abstract_decoder
 from optax_lowbit import QuantSpec, adapters, qlora
 
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6]

@@ -12,23 +12,23 @@ import numpy as np
 from examples.llm.bench.search import SEARCH_SEED, FinalRun, Trial, search
 from examples.llm.bench.settings import BenchSettings
 from examples.llm.errors import UsageError
-from examples.llm.events import Stage
-from examples.llm.judging import Evaluation, make_judge
-from examples.llm.memory import buffer_bytes
-from examples.llm.methods import EPS, METHODS, Hyperparameters, Optimizer
-from examples.llm.models import open_model
-from examples.llm.problems import OptionProblem, encoded_parts
-from examples.llm.processes import Tell
+from examples.llm.models.opening import open_model
+from examples.llm.program.events import Stage
+from examples.llm.program.processes import Tell
 from examples.llm.tasks.loading import load_task, task_path
 from examples.llm.tasks.scoring import option_scores, token_log_likelihoods
-from examples.llm.training import (
+from examples.llm.training.judging import Evaluation, make_judge
+from examples.llm.training.memory import buffer_bytes
+from examples.llm.training.methods import EPS, METHODS, Hyperparameters, Optimizer
+from examples.llm.training.problems import OptionProblem, encoded_parts
+from examples.llm.training.steps import (
     StepMeasurement,
     TrainState,
     abstract_decoder,
     measured_step,
     take_step,
 )
-from examples.llm.tuning import Tuning, tuned
+from examples.llm.training.tuning import Tuning, tuned
 
 # The model as it is; and with each option's mean score on the development examples, whose labels
 # are not looked at, taken away from its score: a bias that training would first of all remove.

@@ -11,13 +11,13 @@ import tyro
 from examples.llm.bench.cells import UNTRAINED, Cell, run_cell
 from examples.llm.bench.report import Results, draw, markdown_table
 from examples.llm.bench.settings import BenchSettings
-from examples.llm.command import run_and_report
-from examples.llm.events import Stage
-from examples.llm.gguf_files import bundled_model_path
-from examples.llm.methods import METHODS
-from examples.llm.processes import run_in_process
-from examples.llm.settings import prepare_output
-from examples.llm.tiny import write_tiny_gguf
+from examples.llm.models.gguf_files import bundled_model_path
+from examples.llm.models.tiny import write_tiny_gguf
+from examples.llm.program.command import run_and_report
+from examples.llm.program.events import Stage
+from examples.llm.program.processes import run_in_process
+from examples.llm.program.settings import prepare_output
+from examples.llm.training.methods import METHODS
 
 _VERSIONS = ("jax", "optax", "flax", "optax-lowbit")
 

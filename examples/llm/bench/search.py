@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from examples.llm.judging import Evaluation
+from examples.llm.training.judging import Evaluation
 
 # Training batches and directions of trials are not those of any final run.
 SEARCH_SEED = 1_000_000

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Literal
 
 from examples.llm.errors import UsageError
-from examples.llm.methods import METHODS, check_method_names
-from examples.llm.settings import (
+from examples.llm.program.settings import (
     check_above_zero,
     check_at_least,
     check_model,
     check_objective,
 )
 from examples.llm.tasks.loading import task_path
+from examples.llm.training.methods import METHODS, check_method_names
 
 Scheme = Literal["full", "lora", "qlora", "prefix", "prompt"]
 

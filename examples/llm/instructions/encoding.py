@@ -6,7 +6,7 @@ from tokenizers import Tokenizer
 
 from examples.llm.errors import UsageError
 from examples.llm.instructions.formats import Pair
-from examples.llm.tokenizer import SpecialTokens, plain_tokens
+from examples.llm.models.tokenizer import SpecialTokens, plain_tokens
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
-from examples.llm.decoder import LanguageModel
 from examples.llm.instructions.batches import PairBatch, PairBatches
-from examples.llm.judging import Evaluation, text_evaluation
+from examples.llm.models.decoder import LanguageModel
+from examples.llm.training.judging import Evaluation, text_evaluation
 
 
 @dataclass(frozen=True)

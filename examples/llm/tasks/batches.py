@@ -9,8 +9,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from examples.llm.errors import UsageError
+from examples.llm.models.tokenizer import plain_tokens
 from examples.llm.tasks.example import Example
-from examples.llm.tokenizer import plain_tokens
 
 # Rows are as long as a multiple of this, so that lengths, each of which compiles, are few.
 _LENGTH_STEP = 16

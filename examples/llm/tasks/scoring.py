@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from examples.llm.decoder import LanguageModel
+from examples.llm.models.decoder import LanguageModel
 from examples.llm.tasks.batches import OptionBatch
 
 

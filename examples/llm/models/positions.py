@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from examples.llm.config import DecoderConfig
+from examples.llm.models.config import DecoderConfig
 
 
 class Positions(Protocol):

@@ -4,8 +4,8 @@ import hashlib
 from pathlib import Path
 
 from examples.llm.errors import UsageError
-from examples.llm.gguf_files import GGUFModel
-from examples.llm.huggingface_files import HuggingFaceModel
+from examples.llm.models.gguf_files import GGUFModel
+from examples.llm.models.huggingface_files import HuggingFaceModel
 
 
 def open_model(path: Path) -> GGUFModel | HuggingFaceModel:

@@ -6,24 +6,24 @@ from typing import Any
 import jax
 import numpy as np
 
-from examples.llm.accumulation import AccumulatedLoss
-from examples.llm.checkpoints import Checkpoints, Progress, run_identity
 from examples.llm.errors import UsageError
-from examples.llm.events import Job, Report, RunResult, Stage, StepDone
-from examples.llm.generate import continue_greedily
-from examples.llm.judging import Evaluation, make_judge
-from examples.llm.memory import buffer_bytes
-from examples.llm.methods import METHODS
-from examples.llm.models import open_model
-from examples.llm.problems import build_judges, build_problem
-from examples.llm.tokenizer import plain_tokens
-from examples.llm.training import (
+from examples.llm.models.generation import continue_greedily
+from examples.llm.models.opening import open_model
+from examples.llm.models.tokenizer import plain_tokens
+from examples.llm.program.events import Job, Report, RunResult, Stage, StepDone
+from examples.llm.training.accumulation import AccumulatedLoss
+from examples.llm.training.checkpoints import Checkpoints, Progress, run_identity
+from examples.llm.training.judging import Evaluation, make_judge
+from examples.llm.training.memory import buffer_bytes
+from examples.llm.training.methods import METHODS
+from examples.llm.training.problems import build_judges, build_problem
+from examples.llm.training.steps import (
     TrainState,
     abstract_decoder,
     make_train_step,
     measured_step,
 )
-from examples.llm.tuning import base_parameters, save_adapter, tuned
+from examples.llm.training.tuning import base_parameters, save_adapter, tuned
 
 _CONTINUATION_TOKENS = 24
 

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from examples.llm.config import DecoderConfig
-from examples.llm.decoder import Decoder, LanguageModel
 from examples.llm.errors import UsageError
-from examples.llm.huggingface_files import module_names
-from examples.llm.training import build_model
+from examples.llm.models.config import DecoderConfig
+from examples.llm.models.decoder import Decoder, LanguageModel
+from examples.llm.models.huggingface_files import module_names
+from examples.llm.training.steps import build_model
 from optax_lowbit import adapters, qlora
 
 SCHEMES = ("full", "lora", "qlora", "prefix", "prompt")

@@ -13,8 +13,8 @@ import jax
 import pytest
 
 from examples.llm.errors import UsageError
-from examples.llm.gguf_files import GGUFModel
-from examples.llm.tokenizer import read_tokenizer
+from examples.llm.models.gguf_files import GGUFModel
+from examples.llm.models.tokenizer import read_tokenizer
 
 MIB = 2**20
 UINT8, INT32, UINT32, FLOAT32, STRING, ARRAY, UINT64 = 0, 5, 4, 6, 8, 9, 10

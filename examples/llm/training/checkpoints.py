@@ -9,11 +9,11 @@ import jax
 import orbax.checkpoint as ocp
 
 from examples.llm.errors import UsageError
-from examples.llm.events import Job
-from examples.llm.models import content_hash
+from examples.llm.models.opening import content_hash
+from examples.llm.program.events import Job
 from examples.llm.tasks.loading import task_path
-from examples.llm.training import TrainState
-from examples.llm.tuning import base_dtype
+from examples.llm.training.steps import TrainState
+from examples.llm.training.tuning import base_dtype
 
 
 @dataclass

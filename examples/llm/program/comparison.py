@@ -5,11 +5,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from examples.llm.events import Job, Report, RunResult, Stage
-from examples.llm.processes import run_in_process
-from examples.llm.report import write_run_metrics
-from examples.llm.settings import Settings
-from examples.llm.worker import fine_tune
+from examples.llm.program.events import Job, Report, RunResult, Stage
+from examples.llm.program.processes import run_in_process
+from examples.llm.program.report import write_run_metrics
+from examples.llm.program.settings import Settings
+from examples.llm.program.worker import fine_tune
 
 
 def compare(settings: Settings, model: Path, console: Console) -> list[RunResult]:

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from examples.llm.config import DecoderConfig
 from examples.llm.errors import UsageError
-from examples.llm.tokenizer import SpecialTokens
+from examples.llm.models.config import DecoderConfig
+from examples.llm.models.tokenizer import SpecialTokens
 from optax_lowbit import qlora
 
 # Path in the decoder's parameters -> module of a layer. Matrices are (out, in) in the file.

@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 from tokenizers import pre_tokenizers
 
-from examples.llm.config import DecoderConfig
+from examples.llm.models.config import DecoderConfig
 
 # Large enough for the low-bit optimizers to quantize the layers' moments.
 TINY = DecoderConfig(

@@ -8,10 +8,10 @@ import jax
 import optax
 from flax import nnx
 
-from examples.llm.config import DecoderConfig
-from examples.llm.decoder import Decoder, LanguageModel
-from examples.llm.memory import peak_memory_bytes, reset_peak_memory
-from examples.llm.methods import Loss, Optimizer
+from examples.llm.models.config import DecoderConfig
+from examples.llm.models.decoder import Decoder, LanguageModel
+from examples.llm.training.memory import peak_memory_bytes, reset_peak_memory
+from examples.llm.training.methods import Loss, Optimizer
 
 
 class TrainState(NamedTuple):

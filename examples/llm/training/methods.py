@@ -9,8 +9,8 @@ import jax
 import optax
 
 import optax_lowbit
-from examples.llm.accumulation import Loss, loss_and_gradients
 from examples.llm.errors import UsageError
+from examples.llm.training.accumulation import Loss, loss_and_gradients
 from optax_lowbit import zo
 
 Schedule = Literal["cosine", "constant"]

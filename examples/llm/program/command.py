@@ -7,11 +7,16 @@ from collections.abc import Callable
 import tyro
 from rich.console import Console
 
-from examples.llm.comparison import compare
 from examples.llm.errors import UsageError
-from examples.llm.gguf_files import bundled_model_path
-from examples.llm.report import comparison_table, draw_comparison, scores_table, write_metrics
-from examples.llm.settings import DEFAULTS, Settings, prepare_output
+from examples.llm.models.gguf_files import bundled_model_path
+from examples.llm.program.comparison import compare
+from examples.llm.program.report import (
+    comparison_table,
+    draw_comparison,
+    scores_table,
+    write_metrics,
+)
+from examples.llm.program.settings import DEFAULTS, Settings, prepare_output
 
 _USAGE_ERROR = 2
 _RUN_FAILED = 1

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 if TYPE_CHECKING:
-    from examples.llm.gguf_files import GGUFModel
+    from examples.llm.models.gguf_files import GGUFModel
 
 _CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
 _TOKENS, _KINDS = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"

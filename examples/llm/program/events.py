@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from examples.llm.settings import Settings
+from examples.llm.program.settings import Settings
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from examples.llm.config import DecoderConfig
-from examples.llm.decoder import Decoder, Family
-from examples.llm.training import abstract_decoder, build_model
+from examples.llm.models.config import DecoderConfig
+from examples.llm.models.decoder import Decoder, Family
+from examples.llm.training.steps import abstract_decoder, build_model
 
 HUGGING_FACE_NAMES = {
     ("attention_norm", "scale"): "input_layernorm",

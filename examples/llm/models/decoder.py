@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from examples.llm.config import DecoderConfig
-from examples.llm.positions import Positions, rotary_positions
+from examples.llm.models.config import DecoderConfig
+from examples.llm.models.positions import Positions, rotary_positions
 from optax_lowbit import adapters
 
 # "keys" and "values" of one layer, `(..., tokens, num_key_value_heads, head_size)`, or of all,

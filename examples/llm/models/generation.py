@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from tokenizers import Tokenizer
 
-from examples.llm.tokenizer import NO_SPECIAL_TOKENS, SpecialTokens, plain_tokens
+from examples.llm.models.tokenizer import NO_SPECIAL_TOKENS, SpecialTokens, plain_tokens
 
 # Gives the logits of `(1, length)` tokens, `(1, length, vocabulary)`; best jitted.
 Logits = Callable[[jax.Array], jax.Array]

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from examples.llm.decoder import LLAMA, Decoder
 from examples.llm.errors import UsageError
-from examples.llm.huggingface_files import LAYER_MATRICES, HuggingFaceModel, module_names
-from examples.llm.positions import RotaryPositions
-from examples.llm.training import abstract_decoder
+from examples.llm.models.decoder import LLAMA, Decoder
+from examples.llm.models.huggingface_files import LAYER_MATRICES, HuggingFaceModel, module_names
+from examples.llm.models.positions import RotaryPositions
+from examples.llm.training.steps import abstract_decoder
 from optax_lowbit import qlora
 
 pytest.importorskip("safetensors", reason="safetensors is missing")

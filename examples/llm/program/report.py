@@ -11,8 +11,8 @@ import matplotlib.axes
 import matplotlib.figure
 from rich.table import Table
 
-from examples.llm.events import RunResult
-from examples.llm.settings import Settings
+from examples.llm.program.events import RunResult
+from examples.llm.program.settings import Settings
 
 _MEBIBYTE = 2**20
 

@@ -1,0 +1,1 @@
+"""Language models in Flax NNX, and the files their weights come from."""

@@ -1,0 +1,1 @@
+"""The command line, a process for each run, and the results."""

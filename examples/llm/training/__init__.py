@@ -1,0 +1,1 @@
+"""What is trained, by what, on what, and how well it does."""
