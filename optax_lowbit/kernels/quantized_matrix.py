@@ -36,7 +36,8 @@ class QuantizedMatrix:
 
     **Memory.** Four bits an element, and for each block of 64 a scale: 4 bytes, or 8 bits under
     double quantization, which makes 4.127 bits. Of a product, the matrix in the dtype of ``x``,
-    for as long as the product takes; of a kernel's, for TPUs and GPUs, a tile of it.
+    for as long as the product takes; of a kernel's, on TPUs and GPUs and for large matrices on
+    CPUs, a tile of it.
 
     Attributes:
       rows: ``(..., m, n)``, its columns, in blocks along ``n``, which is summed over. If ``n`` is
