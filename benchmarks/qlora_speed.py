@@ -36,7 +36,7 @@ LAYERS, WIDTH, BATCH = 4, 1024, 256
 LORA = adapters.LoRA(rank=16, alpha=16, targets="kernel")
 ROUNDS = Rounds(seconds=4, least=5, most=40)
 OURS, NESTED = "optax_lowbit", "optax_lowbit, double quantization"
-TRANSPOSED = "optax_lowbit, of the transposed matrix"
+CHECKPOINT = "optax_lowbit, of a checkpoint"
 WHOLE, FLOATS = "optax_lowbit, dequantized whole", "float32"
 
 Contestants = Iterator[tuple[str, Runner]]
@@ -96,13 +96,15 @@ def timed(contestants: Contestants) -> dict[str, dict[str, Any]]:
 def quantizers(size: int, peers: dict[str, bool]) -> Contestants:
     """A float32 matrix to NF4 in blocks of 64 along the axis that is summed over.
 
-    bitsandbytes is given the transposed one, a PyTorch weight; so are we, once.
+    bitsandbytes is given the transposed one, a PyTorch weight; so are we, once, as we read one:
+    columns one after the other.
     """
     w = np.random.default_rng(0).standard_normal((size, size), np.float32)
     transposed = w.T.copy()
     for name, spec in ((OURS, PLAIN), (NESTED, qlora.NF4)):
         yield name, JaxCall(lambda w, spec=spec: qlora.quantize_matrix(w, spec), jnp.asarray(w))
-    yield TRANSPOSED, JaxCall(lambda w: qlora.quantize_matrix(w.mT, PLAIN), jnp.asarray(transposed))
+    columns = jnp.asarray(transposed.reshape(-1, 1))
+    yield CHECKPOINT, JaxCall(lambda w: qlora.quantize_matrix(w, PLAIN), columns)
     if peers["qwix"]:
         yield "qwix", JaxCall(qwix_nf4, jnp.asarray(w))
     if peers["bitsandbytes"]:
