@@ -9,7 +9,7 @@ import dataclasses
 import json
 import operator
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ OURS, NESTED = "optax_lowbit", "optax_lowbit, double quantization"
 CHECKPOINT = "optax_lowbit, of a checkpoint"
 WHOLE, FLOATS = "optax_lowbit, dequantized whole", "float32"
 
-Contestants = Iterator[tuple[str, Runner]]
+Contestants = Iterable[tuple[str, Runner]]
 
 
 class JaxCall(Runner):
@@ -80,11 +80,20 @@ def main():
         parts[f"dequantize {size}x{size}"] = timed(dequantizers(size, peers))
     for rows in ROWS:
         parts[f"{rows} x {SIZES[-1]}x{SIZES[-1]}"] = timed(products(rows, SIZES[-1], peers))
-    parts["training step"] = timed(training_steps(peers))
+    steps = dict(training_steps(peers))
+    parts["training step"] = timed(steps.items())
+    temporaries = {
+        name: step.compiled.memory_analysis().temp_size_in_bytes
+        for name, step in steps.items()
+        if isinstance(step, JaxCall)
+    }
     run = run_record("benchmarks.qlora_speed", "flax", "qwix", "bitsandbytes", "torch")
-    results = {"run": run, "parts": parts}
+    results = {"run": run, "parts": parts, "bytes of temporaries": temporaries}
     RESULTS.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
     print(table(parts))
+    print()
+    rows = [[name, f"{size / 1e6:.1f}"] for name, size in temporaries.items()]
+    print(markdown_table(["training step", "temporaries, MB"], rows))
 
 
 def timed(contestants: Contestants) -> dict[str, dict[str, Any]]:
