@@ -31,8 +31,8 @@ class Settings:
 
     method: tuple[str, ...] = ("adamw", "adamw4bit")
     """Methods to compare. With backpropagation: adamw, adam, sgd and their 8bit and 4bit forms,
-    factor4bit; paged-adamw, paged-adamw8bit, paged-adamw4bit, whose state is on the host. Without:
-    mezo, zo-momentum, zo-sign, zo-adam, zo-conservative, fzoo, hizoo,
+    factor4bit, adafactor, sm3; paged-adamw, paged-adamw8bit, paged-adamw4bit, whose state is on the
+    host. Without: mezo, zo-momentum, zo-sign, zo-adam, zo-conservative, fzoo, hizoo,
     lozo, sparse, forward-grad, blockwise; and hybrid, which backpropagates through
     the last norm and head."""
     task: str = "sotu"
