@@ -100,4 +100,5 @@ class ConservativeOptimizer(ZeroOrderOptimizer):
         )
         losses = jnp.append(here, losses)
         best = jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))
-        return StepInfo(here, info.coefficients, choices[best] * info.record)
+        slopes, share = jnp.split(info.record, [self.num_probes])
+        return StepInfo(here, info.coefficients, jnp.append(choices[best] * slopes, share))

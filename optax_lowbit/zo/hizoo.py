@@ -138,14 +138,16 @@ class Preconditioned(Noise):
 class DescendHessian(Descend):
     """:class:`Descend`, and the average of the Hessian's diagonal.
 
-    The record has what that of :class:`Descend` has, then ``alpha``, then ``alpha |h_i| / 2 q``.
+    The record has ``-eta c_i`` and ``alpha |h_i| / 2 q``, then ``eta lambda`` and ``alpha``.
     """
+
+    settings: ClassVar[int] = 2
 
     def update(self, record, leaf):
         """Along what was probed, then the average."""
         n = (len(record) - 2) // 2
-        step, (alpha,), weights = jnp.split(record, [n + 1, n + 2])
-        new = moved(leaf, leaf.draw(step[:-1]), step[-1])
+        slopes, weights, (share, alpha) = jnp.split(record, [n, 2 * n])
+        new = moved(leaf, leaf.draw(slopes), share)
         # v^2, of which H z^2 is H^2 times as much.
         squares = leaf.draw(weights, jnp.square)
 
@@ -196,7 +198,8 @@ class HessianOptimizer(ZeroOrderOptimizer):
         weights = alpha / (2 * self.num_probes) * jnp.abs(curvatures)
         # Together: where the learning rate is 0 the Hessian is averaged all the same.
         is_finite = jnp.all(jnp.isfinite(slopes)) & jnp.all(jnp.isfinite(curvatures))
-        record = jnp.concatenate([info.record, alpha[None], weights])
+        along, share = jnp.split(info.record, [self.num_probes])
+        record = jnp.concatenate([along, weights, share, alpha[None]])
         return info._replace(record=jnp.where(is_finite, record, jnp.zeros_like(record)))
 
 

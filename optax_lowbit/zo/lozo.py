@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +112,7 @@ class LowRankMomentum(Rule):
     scalars: Mapping[str, Any] = dataclasses.field(
         default_factory=lambda: {"turn": np.int32(0), "before": np.int32(0)}
     )
+    settings: ClassVar[int] = 2
 
     def __post_init__(self):
         check_decay_rate("momentum", self.decay)
@@ -135,7 +136,9 @@ class LowRankMomentum(Rule):
         else:
             trace = trace @ self._turn(factors, leaf.scalars)
             estimate = factors.left
-        trace = self.decay * trace + (1 - self.decay) * estimate
+        trace = uncontracted(self.decay * trace, leaf.count) + uncontracted(
+            (1 - self.decay) * estimate, leaf.count
+        )
         moved = trace if factors is None else outer(trace, factors.right)
         if leaf.decays:
             values = values - uncontracted(decay * values, leaf.count)

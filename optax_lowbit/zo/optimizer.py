@@ -74,7 +74,7 @@ class StepInfo(NamedTuple):
       loss: float32 ``()``: at the parameters before the step if that was evaluated, else the mean
         of what was.
       coefficients: float32 ``(num_probes,)``: how steeply the loss rises along each direction.
-      record: float32 ``(k,)``: all that the update was made from.
+      record: float32 ``(k,)``: all that the update was made from; what was measured comes first.
     """
 
     loss: jax.Array
@@ -372,6 +372,11 @@ class ZeroOrderOptimizer:
         number = self.num_probes if active is None else active.astype(jnp.float32)
         record = self.rule.record(coefficients / number, rate, decay)
         return StepInfo(loss, coefficients, finite_or_none(record, is_finite))
+
+    def num_settings(self, params: Any) -> int:
+        """How many of a record's numbers, the last ones, were given and not measured."""
+        del params
+        return self.rule.settings
 
     def decays(self, path: str, values: jax.Array) -> bool:
         """Whether weight decay applies to a leaf."""
