@@ -40,7 +40,7 @@ def check_optimizer(optimizer: Any) -> None:
         raise TypeError(
             f"estimator must be an Estimator, such as Central(), got {optimizer.estimator!r}"
         )
-    is_joint = getattr(optimizer.estimator, "is_joint", False) or not optimizer.spreads_probes
+    is_joint = optimizer.estimator.least_probes > 1 or not optimizer.spreads_probes
     if optimizer.probe_axis is not None and is_joint:
         raise ValueError(
             "probe_axis must be None where coefficients depend on all probes, as in fzoo, hizoo"

@@ -14,7 +14,14 @@ from optax_lowbit.quant import QuantSpec, is_quantized
 from optax_lowbit.quant.array import decode
 from optax_lowbit.zo import checks
 from optax_lowbit.zo.directions import Choice
-from optax_lowbit.zo.estimators import Central, curvature, losses_along, over_probes
+from optax_lowbit.zo.estimators import (
+    Central,
+    curvature,
+    first,
+    losses_along,
+    over_probes,
+    reading,
+)
 from optax_lowbit.zo.noise import Gaussian, Noise
 from optax_lowbit.zo.optimizer import ZeroOrderOptimizer, value_at
 from optax_lowbit.zo.updates import Descend, moved
@@ -36,6 +43,7 @@ def hizoo(
     weight_decay_mask: Choice | None = None,
     trainable: Choice | None = None,
     clip: float | None = None,
+    active_probes: optax.Schedule | None = None,
     probe_batch: int = 1,
 ) -> ZeroOrderOptimizer:
     r"""Descends along directions that are short where the loss is curved: HiZOO.
@@ -68,7 +76,7 @@ def hizoo(
       noise: The distribution of :math:`z`. Not :class:`Rademacher`: with squares that are all 1 it
         tells nothing about which elements the curvature is of.
       weight_decay, weight_decay_mask, trainable: As in :func:`zo_sgd`.
-      clip, probe_batch: As in :func:`zo_sgd`.
+      clip, active_probes, probe_batch: As in :func:`zo_sgd`.
 
     Returns:
       The corresponding :class:`ZeroOrderOptimizer`, whose state has the moment ``"hessian"``.
@@ -109,7 +117,7 @@ def hizoo(
         rule=DescendHessian(moments=moments), learning_rate=learning_rate, eps=eps,
         num_probes=num_probes, noise=Preconditioned(noise), smoothing=smoothing,
         curvature=curvature, weight_decay=weight_decay, weight_decay_mask=weight_decay_mask,
-        trainable=trainable, clip=clip, probe_batch=probe_batch,
+        trainable=trainable, clip=clip, active_probes=active_probes, probe_batch=probe_batch,
         policy=checked_policy(moments, policy, key=0),
     )  # fmt: skip
 
@@ -183,19 +191,20 @@ class HessianOptimizer(ZeroOrderOptimizer):
     def estimate(self, loss_fn, params, state, *args):
         """The first half of a step."""
         phi, keys = self._probed(loss_fn, params, state, args)
+        active = self._active(state)
         if self.curvature == "exact":
             losses, slopes, curvatures = over_probes(
-                lambda key: curvature(phi, key), keys, self.probe_batch
+                lambda key: curvature(phi, key), keys, self.probe_batch, active
             )
             loss = losses[0]
         else:
-            loss, eps, central = phi.here(), self._eps(state), Central()
-            losses = losses_along(central.signs, phi, keys, eps, self.probe_batch)
-            slopes = central.coefficients(None, losses, eps)
-            curvatures = (jnp.sum(losses, 1) - 2 * loss) / (eps * eps)
+            here, eps, central = phi.here(), self._eps(state), Central()
+            losses = losses_along(central.signs, phi, keys, eps, self.probe_batch, active)
+            loss, slopes = reading(central, here, losses, eps, active)
+            curvatures = first((jnp.sum(losses, 1) - 2 * loss) / (eps * eps), active)
         info = self._info(state, loss, slopes)
         alpha = jnp.asarray(value_at(self.smoothing, state.count), jnp.float32)
-        weights = alpha / (2 * self.num_probes) * jnp.abs(curvatures)
+        weights = alpha / (2 * self._averaged(state)) * jnp.abs(curvatures)
         # Together: where the learning rate is 0 the Hessian is averaged all the same.
         is_finite = jnp.all(jnp.isfinite(slopes)) & jnp.all(jnp.isfinite(curvatures))
         along, share = jnp.split(info.record, [self.num_probes])

@@ -34,6 +34,7 @@ def lozo(
     weight_decay_mask: Choice | None = None,
     trainable: Choice | None = None,
     clip: float | None = None,
+    active_probes: optax.Schedule | None = None,
     probe_batch: int = 1,
 ) -> ZeroOrderOptimizer:
     r"""Descends along directions of low rank: LOZO, and with ``momentum`` LOZO-M.
@@ -59,7 +60,8 @@ def lozo(
       num_probes: Directions of a step; all have the same ``V``.
       rank, interval: As in :class:`LowRank`.
       momentum: Decay rate of the momentum, from 0 to below 1; None: no momentum.
-      estimator, weight_decay, weight_decay_mask, trainable, clip: As in :func:`zo_sgd`.
+      estimator, weight_decay, weight_decay_mask, trainable: As in :func:`zo_sgd`.
+      clip, active_probes: As in :func:`zo_sgd`.
       probe_batch: Probes evaluated together, sharing each matmul with a leaf.
 
     Returns:
@@ -90,7 +92,7 @@ def lozo(
         rule=rule,
         learning_rate=learning_rate, eps=eps, num_probes=num_probes, noise=noise,
         estimator=estimator, weight_decay=weight_decay, weight_decay_mask=weight_decay_mask,
-        trainable=trainable, clip=clip, probe_batch=probe_batch,
+        trainable=trainable, clip=clip, active_probes=active_probes, probe_batch=probe_batch,
     )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ from optax_lowbit.zo.estimators import (
     Central,
     Estimator,
     ForwardGradient,
+    first,
     measure,
     reading,
     value_estimator,
@@ -307,8 +308,7 @@ class ZeroOrderOptimizer:
         base = losses[0] if estimator.uses_base else None
         others = losses[estimator.uses_base :].reshape(self.num_probes, -1)
         active = self._active(state)
-        if active is not None:
-            others = jnp.where(jnp.arange(self.num_probes)[:, None] < active, others, 0)
+        others = first(others, active)
         return self._info(state, *reading(estimator, base, others, self._eps(state), active))
 
     def _chosen(self, phi: Slice, keys: jax.Array, info: StepInfo) -> StepInfo:
@@ -348,7 +348,12 @@ class ZeroOrderOptimizer:
             return None
         with jax.numpy_dtype_promotion("standard"):
             number = jnp.asarray(self.active_probes(state.count))
-        return jnp.clip(number, 1, self.num_probes).astype(jnp.int32)
+        return jnp.clip(number, self.estimator.least_probes, self.num_probes).astype(jnp.int32)
+
+    def _averaged(self, state: ZeroOrderState) -> jax.Array | int:
+        """How many probes the mean of a step is over."""
+        active = self._active(state)
+        return self.num_probes if active is None else active.astype(jnp.float32)
 
     def _rounding(self, probe: Probe, ours: Trainable) -> jax.Array:
         """Keys of stochastic rounding in this step: uint32 ``(leaves, 2)``."""
@@ -368,9 +373,7 @@ class ZeroOrderOptimizer:
             jnp.asarray(value_at(x, state.count), jnp.float32)
             for x in (self.learning_rate, self.weight_decay)
         )
-        active = self._active(state)
-        number = self.num_probes if active is None else active.astype(jnp.float32)
-        record = self.rule.record(coefficients / number, rate, decay)
+        record = self.rule.record(coefficients / self._averaged(state), rate, decay)
         return StepInfo(loss, coefficients, finite_or_none(record, is_finite))
 
     def num_settings(self, params: Any) -> int:

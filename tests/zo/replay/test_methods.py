@@ -46,10 +46,12 @@ METHODS = {
     ),
     "conservative": lambda: zo.zo_sgd_conservative(rate, 0.1),
     "forward gradient": lambda: zo.forward_grad(rate, noise=zo.Subspace(2, 2), **DECAY),
-    "fzoo": lambda: zo.fzoo(rate, 0.1, 3, **DECAY),
-    "lozo": lambda: zo.lozo(rate, 0.1, 2, interval=2, **DECAY),
+    "fzoo": lambda: zo.fzoo(rate, 0.1, 3, active_probes=probes, **DECAY),
+    "lozo": lambda: zo.lozo(rate, 0.1, 3, interval=2, active_probes=probes, **DECAY),
     "lozo with momentum": lambda: zo.lozo(rate, 0.1, interval=2, momentum=0.9, **DECAY),
-    "hizoo": lambda: zo.hizoo(rate, smoothing=lambda count: 0.3 / (count + 1), **DECAY),
+    "hizoo": lambda: zo.hizoo(
+        rate, 0.1, 3, smoothing=lambda count: 0.3 / (count + 1), active_probes=probes, **DECAY
+    ),
     "hizoo in 8 bits": lambda: zo.hizoo(
         rate, 0.1, curvature="difference", hessian_spec=HESSIAN, policy=POLICY, **DECAY
     ),
