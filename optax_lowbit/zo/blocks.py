@@ -49,8 +49,8 @@ def blockwise(
     Returns:
       An optimizer with the methods of ``opt`` but for ``ask`` and ``tell``, and the same state. In
       its :class:`StepInfo`, ``loss`` is that of the first block's estimate, ``coefficients`` are
-      ``(blocks, num_probes)``, and ``record`` has what was measured of one block after the other,
-      then the settings of one block after the other.
+      ``(blocks, num_probes)`` and ``is_taken`` is ``(blocks,)``; ``record`` has what was measured
+      of one block after the other, then the settings of one block after the other.
 
     Raises:
       TypeError: If ``opt`` or a choice is none.
@@ -171,7 +171,7 @@ class BlockwiseOptimizer:
         """What a step tells, from what its blocks tell."""
         measured = info.record.shape[1] - self.opt.rule.settings
         parts = [part.reshape(-1) for part in jnp.split(info.record, [measured], axis=1)]
-        return StepInfo(info.loss[0], info.coefficients, jnp.concatenate(parts))
+        return StepInfo(info.loss[0], info.coefficients, jnp.concatenate(parts), info.is_taken)
 
     def _split(self, params: Any) -> Trainable:
         return self.opt.split(params)

@@ -10,7 +10,7 @@ from optax_lowbit.zo.directions import Choice
 from optax_lowbit.zo.estimators import Central, Estimator, ForwardGradient
 from optax_lowbit.zo.noise import Noise, Rademacher
 from optax_lowbit.zo.optimizer import StepInfo, ZeroOrderOptimizer
-from optax_lowbit.zo.updates import Descend
+from optax_lowbit.zo.updates import Descend, is_taken
 
 
 def zo_sgd_conservative(
@@ -101,4 +101,5 @@ class ConservativeOptimizer(ZeroOrderOptimizer):
         losses = jnp.append(here, losses)
         best = jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))
         slopes, share = jnp.split(info.record, [self.num_probes])
-        return StepInfo(here, info.coefficients, jnp.append(choices[best] * slopes, share))
+        record = jnp.append(choices[best] * slopes, share)
+        return StepInfo(here, info.coefficients, record, is_taken(record))

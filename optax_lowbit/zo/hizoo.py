@@ -23,8 +23,8 @@ from optax_lowbit.zo.estimators import (
     reading,
 )
 from optax_lowbit.zo.noise import Gaussian, Noise
-from optax_lowbit.zo.optimizer import ZeroOrderOptimizer, value_at
-from optax_lowbit.zo.updates import Descend, moved
+from optax_lowbit.zo.optimizer import ZeroOrderOptimizer, finite_or_none, value_at
+from optax_lowbit.zo.updates import Descend, is_taken, moved
 
 Curvature = Literal["exact", "difference"]
 
@@ -206,10 +206,16 @@ class HessianOptimizer(ZeroOrderOptimizer):
         alpha = jnp.asarray(value_at(self.smoothing, state.count), jnp.float32)
         weights = alpha / (2 * self._averaged(state)) * jnp.abs(curvatures)
         # Together: where the learning rate is 0 the Hessian is averaged all the same.
-        is_finite = jnp.all(jnp.isfinite(slopes)) & jnp.all(jnp.isfinite(curvatures))
+        _, is_known = self._known(state, loss, slopes)
+        is_known &= jnp.all(jnp.isfinite(curvatures))
         along, share = jnp.split(info.record, [self.num_probes])
         record = jnp.concatenate([along, weights, share, alpha[None]])
-        return info._replace(record=jnp.where(is_finite, record, jnp.zeros_like(record)))
+        record = finite_or_none(record, is_known)
+        return info._replace(record=record, is_taken=is_taken(record))
+
+    @property
+    def _uses_eps(self):
+        return self.curvature == "difference"
 
 
 def _floats(hessian: Any) -> jax.Array:

@@ -74,13 +74,17 @@ class StepInfo(NamedTuple):
     Attributes:
       loss: float32 ``()``: at the parameters before the step if that was evaluated, else the mean
         of what was.
-      coefficients: float32 ``(num_probes,)``: how steeply the loss rises along each direction.
+      coefficients: float32 ``(num_probes,)``: how steeply the loss rises along each direction; 0
+        where ``eps`` is not above 0.
       record: float32 ``(k,)``: all that the update was made from; what was measured comes first.
+      is_taken: bool ``()``: whether there was an update. There is none where a loss or a
+        coefficient is not finite, ``eps`` is not above 0, or a conservative step is rejected.
     """
 
     loss: jax.Array
     coefficients: jax.Array
     record: jax.Array
+    is_taken: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,7 +134,7 @@ class ZeroOrderOptimizer:
         """
         words = jnp.stack(random_bits.key_words(key))
         ours = self.split(params)
-        if isinstance(self.estimator, Estimator):
+        if self._uses_eps:
             precision.warn_of_small_eps(ours, value_at(self.eps, jnp.int32(0)))
         policy = Policy() if self.policy is None else self.policy
         named = dict(zip(ours.paths, ours.leaves, strict=True))
@@ -365,8 +369,7 @@ class ZeroOrderOptimizer:
         return Probe(run, run, state.count, prepared)
 
     def _info(self, state: ZeroOrderState, loss: jax.Array, coefficients: jax.Array) -> StepInfo:
-        # Before a clip or a sign makes a number of them.
-        is_finite = jnp.isfinite(loss) & jnp.all(jnp.isfinite(coefficients))
+        coefficients, is_known = self._known(state, loss, coefficients)
         if self.clip is not None:
             coefficients = jnp.clip(coefficients, -self.clip, self.clip)
         rate, decay = (
@@ -374,7 +377,22 @@ class ZeroOrderOptimizer:
             for x in (self.learning_rate, self.weight_decay)
         )
         record = self.rule.record(coefficients / self._averaged(state), rate, decay)
-        return StepInfo(loss, coefficients, finite_or_none(record, is_finite))
+        record = finite_or_none(record, is_known)
+        return StepInfo(loss, coefficients, record, is_taken(record))
+
+    def _known(
+        self, state: ZeroOrderState, loss: jax.Array, coefficients: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The coefficients, and whether they tell anything, before a clip makes numbers of them."""
+        is_known = jnp.isfinite(loss) & jnp.all(jnp.isfinite(coefficients))
+        if not self._uses_eps:
+            return coefficients, is_known
+        is_probed = self._eps(state) > 0
+        return jnp.where(is_probed, coefficients, jnp.float32(0)), is_known & is_probed
+
+    @property
+    def _uses_eps(self) -> bool:
+        return isinstance(self.estimator, Estimator)
 
     def num_settings(self, params: Any) -> int:
         """How many of a record's numbers, the last ones, were given and not measured."""

@@ -28,7 +28,7 @@ def write(path, steps, opt=OPT, base=BASE, key=7, first=0, settings=(0.0,) * 8, 
     with zo.replay.Writer(path, opt, base, state, **options) as log:
         for step in range(first, steps):
             record = jnp.asarray(made_up(step, settings[step]))
-            info = zo.StepInfo(jnp.float32(0), jnp.ones(1), record)
+            info = zo.StepInfo(jnp.float32(0), jnp.ones(1), record, jnp.bool_(True))
             log.append(base, state._replace(count=jnp.int32(step + 1)), info)
     return path.read_bytes()
 
@@ -157,7 +157,7 @@ def test_records_that_are_left_out_moved_or_foreign_are_noticed(tmp_path):
 
 def test_steps_that_are_alike_are_not_left_out_unnoticed(tmp_path):
     path, state = tmp_path / "log", OPT.init(BASE, 7)
-    info = zo.StepInfo(jnp.float32(0), jnp.ones(1), jnp.zeros(2))
+    info = zo.StepInfo(jnp.float32(0), jnp.ones(1), jnp.zeros(2), jnp.bool_(True))
     with zo.replay.Writer(path, OPT, BASE, state) as log:
         for step in range(4):  # that were not taken
             log.append(BASE, state._replace(count=jnp.int32(step + 1)), info)
@@ -224,7 +224,7 @@ def test_other_blocks_and_hyperparameters_are_refused(tmp_path):
     names = list(opt.hyperparams)
     state = opt.init(BASE, 7)
     settings = jnp.arange(2.0 + len(names))
-    info = zo.StepInfo(jnp.float32(0), jnp.ones(1), jnp.append(0.0, settings))
+    info = zo.StepInfo(jnp.float32(0), jnp.ones(1), jnp.append(0.0, settings), jnp.bool_(True))
     with zo.replay.Writer(path, opt, BASE, state) as log:
         inner = state.inner_state._replace(count=jnp.int32(1))
         log.append(BASE, state._replace(inner_state=inner), info)
@@ -245,7 +245,7 @@ def test_functions_are_told_apart_by_what_they_close_over():
 
 def test_steps_out_of_turn_and_wrong_arguments(tmp_path):
     path, state = tmp_path / "log", OPT.init(BASE, 7)
-    info = zo.StepInfo(jnp.float32(0), jnp.ones(1), jnp.ones(2))
+    info = zo.StepInfo(jnp.float32(0), jnp.ones(1), jnp.ones(2), jnp.bool_(True))
     ahead = state._replace(count=jnp.int32(2))
     with zo.replay.Writer(path, OPT, BASE, state) as log:
         with pytest.raises(ValueError, match=r"state.count must be 1 .* got 2"):
