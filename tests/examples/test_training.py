@@ -151,7 +151,7 @@ def test_resuming_a_finished_run_gives_its_result_again(saved_run):
         ({"batch_size": 3}, "made with batch-size 2, this run has 3"),
         ({"learning_rate": 2e-3}, "made with learning-rate 0.001, this run has 0.002"),
         ({"steps": 8}, "made with steps 4, this run has 8"),
-        ({"seed": 1}, "made with seed 0, this run has 1"),
+        ({"seeds": (1,)}, "made with seed 0, this run has 1"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(saved_run, changes, message):
@@ -213,14 +213,14 @@ def test_a_stopped_zeroth_order_run_goes_on_bit_for_bit(mezo_job, tmp_path):
     assert resumed.losses == whole.losses
     assert resumed.loss_before != resumed.loss_after == whole.loss_after
     assert resumed.scores_after == whole.scores_after
-    states = [saved_state(tmp_path / name / "mezo" / "checkpoints") for name in ("whole", "run")]
+    states = [saved_state(tmp_path / name / "mezo" / "seed-0") for name in ("whole", "run")]
     assert states[0].keys() == states[1].keys() and states[0]
     for path, leaf in states[0].items():
         np.testing.assert_array_equal(leaf, states[1][path])
 
 
 def saved_state(folder):
-    with ocp.CheckpointManager(folder, item_names=("state",)) as manager:
+    with ocp.CheckpointManager(folder / "checkpoints", item_names=("state",)) as manager:
         restored = manager.restore(4, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
     return {
         jax.tree_util.keystr(path): np.asarray(leaf)

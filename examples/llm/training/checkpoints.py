@@ -1,5 +1,6 @@
 """Checkpoints from which a run goes on bit for bit, kept with Orbax."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ class Progress:
       peak_bytes: highest resident memory during the training steps.
     """
 
-    loss_before: float
+    loss_before: float = math.nan
     scores_before: dict[str, float] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
@@ -42,6 +43,9 @@ def run_identity(job: Job) -> dict[str, Any]:
     return {
         "method": job.method,
         "tuning": settings.tuning,
+        "rank": settings.rank,
+        "alpha": settings.alpha,
+        "lora-dropout": settings.lora_dropout,
         "model": content_hash(job.model),
         "task": task if task == "sotu" else content_hash(task_path(task, settings.data)),
         "template": settings.template,
@@ -62,6 +66,16 @@ def run_identity(job: Job) -> dict[str, Any]:
         "seed": settings.seed,
         "eval-batches": settings.eval_batches,
     }
+
+
+def check_same(saved: Mapping[str, Any], identity: Mapping[str, Any], folder: Path) -> None:
+    """Raise a `UsageError` naming the first field in which what was saved is of another run."""
+    for name, value in identity.items():
+        if saved.get(name) != value:
+            raise UsageError(
+                f"--resume: what is in {folder} was made with {name} {saved.get(name)}, "
+                f"this run has {value}"
+            )
 
 
 class Checkpoints:
@@ -110,13 +124,7 @@ class Checkpoints:
         restored = self._manager.restore(
             self.newest_step, args=ocp.args.Composite(identity=ocp.args.JsonRestore())
         )
-        for name, value in self._identity.items():
-            saved = restored["identity"].get(name)
-            if saved != value:
-                raise UsageError(
-                    f"--resume: the checkpoint in {self._folder} was made with {name} {saved}, "
-                    f"this run has {value}"
-                )
+        check_same(restored["identity"], self._identity, self._folder)
 
     def restore(self, like: TrainState) -> tuple[TrainState, Progress]:
         """Return the newest checkpoint; `like` gives shapes, dtypes and places of its state.

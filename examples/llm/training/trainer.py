@@ -1,0 +1,142 @@
+"""A model, what of it trains, and the method: whatever runs of any seed and rate have in common."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from examples.llm.models.opening import open_model
+from examples.llm.training.accumulation import AccumulatedLoss
+from examples.llm.training.judging import Evaluation, Problem, make_judge
+from examples.llm.training.methods import METHODS, Hyperparameters, Optimizer
+from examples.llm.training.steps import (
+    StepMeasurement,
+    TrainState,
+    abstract_decoder,
+    measured_step,
+    take_step,
+)
+from examples.llm.training.tuning import Tuning, base_parameters, tuned
+from optax_lowbit import adapters
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What trains, and by what.
+
+    Attributes:
+      method: name in `METHODS`.
+      hyperparameters: what the method is built with; its learning rate is that of runs which are
+        given no other.
+      lora: the adapters, where the scheme of tuning has any; None for the scheme's own.
+      dtype: of frozen weights, see `base_parameters`.
+      accumulate: batches that make a step.
+    """
+
+    method: str
+    hyperparameters: Hyperparameters
+    lora: adapters.LoRA | None = None
+    dtype: str | None = None
+    accumulate: int = 1
+
+
+class Trainer:
+    """Trains a model by a recipe. What it compiles serves all seeds and learning rates."""
+
+    def __init__(self, model: Path, recipe: Recipe, problem: Problem):
+        """Takes the model on disk; nothing is read of it before it is trained or judged.
+
+        `problem` may be replaced by one with another seed.
+        """
+        self.recipe, self.problem = recipe, problem
+        self._path = model
+        self._tuning: Tuning | None = None
+        self._steps: dict[Any, Any] = {}
+        self._judges: dict[int, tuple[Problem, Callable[..., Evaluation]]] = {}
+
+    @property
+    def tuning(self) -> Tuning:
+        """What has been read: the frozen part, and how to make a model of both."""
+        assert self._tuning is not None, "no parameters were read"
+        return self._tuning
+
+    def parameters(self, seed: int) -> Any:
+        """Read the model, and return what trains of it, before any step."""
+        recipe, stored = self.recipe, open_model(self._path)
+        scheme = recipe.hyperparameters.tuning
+        graph, _ = abstract_decoder(stored.config)
+        parameters = base_parameters(stored.parameters(), scheme, recipe.dtype)
+        read = tuned(scheme, graph, parameters, seed, lora=recipe.lora)
+        # A pure function, the same for every seed: so what is compiled with it is used again.
+        model = read.model if self._tuning is None else self._tuning.model
+        # Not held here any longer: steps consume it.
+        self._tuning = read._replace(trainable=None, model=model)
+        return read.trainable
+
+    def start(self, parameters: Any, seed: int) -> TrainState:
+        """Return what a run starts from, which takes over the parameters."""
+        return TrainState(parameters, self._init(parameters, seed))
+
+    def abstract_start(self, parameters: Any, seed: int) -> TrainState:
+        """Return shapes, dtypes and places of what a run starts from."""
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), parameters)
+        init = jax.jit(self._optimizer().init, static_argnums=1)
+        # Compiled for where its results are: a paged state is on the host.
+        shardings = init.lower(like, seed).compile().output_shardings
+        state = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            init.eval_shape(like, seed),
+            shardings,
+        )
+        return TrainState(like, state)
+
+    def step(
+        self, state: TrainState, number: int, rate: float | None = None
+    ) -> tuple[TrainState, StepMeasurement]:
+        """Take step `number`, which counts from 0; the old state is used up."""
+        chosen = self.recipe.hyperparameters.learning_rate if rate is None else rate
+        batch = jax.tree.map(jnp.asarray, self._batch(number))
+        arguments = (jnp.float32(chosen), self.tuning.frozen, batch)
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+        if shapes not in self._steps:
+            step = jax.jit(self._take_step, donate_argnums=0)
+            self._steps[shapes] = step.lower(state, *arguments).compile()
+        return measured_step(self._steps[shapes], state, *arguments)
+
+    def judge(self, parameters: Any, problem: Problem, batches: Iterable[Any]) -> Evaluation:
+        """Judge what was trained by batches of a problem, whose model is compiled once."""
+        if id(problem) not in self._judges:
+            self._judges[id(problem)] = problem, make_judge(self.tuning.model, problem)
+        return self._judges[id(problem)][1](parameters, self.tuning.frozen, batches)
+
+    def _init(self, parameters: Any, seed: int) -> Any:
+        return jax.jit(self._optimizer().init, static_argnums=1)(parameters, seed)
+
+    def _optimizer(self, rate: Any = None) -> Optimizer:
+        hyperparameters = self.recipe.hyperparameters
+        if rate is not None:
+            hyperparameters = replace(hyperparameters, learning_rate=rate)
+        return METHODS[self.recipe.method].build(hyperparameters)
+
+    def _take_step(self, state: TrainState, rate: jax.Array, frozen: Any, batch: Any) -> Any:
+        loss = self._loss
+        if self.recipe.accumulate > 1:
+            loss = AccumulatedLoss(loss, lambda batch: self.problem.weight(batch[0]))
+        return take_step(loss, self._optimizer(rate), state, frozen, batch)
+
+    def _loss(self, trainable: Any, frozen: Any, batch: Any) -> jax.Array:
+        data, number = batch
+        return self.problem.loss(self.tuning.model(trainable, frozen, number), data)
+
+    def _batch(self, step: int) -> tuple[Any, Any]:
+        """What a step learns from, and the number of each batch, by which dropout is drawn."""
+        count = self.recipe.accumulate
+        numbers = np.arange(step * count, (step + 1) * count, dtype=np.int32)
+        batches = [self.problem.batch(int(number)) for number in numbers]
+        if count == 1:
+            return batches[0], numbers[0]
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *batches), numbers
