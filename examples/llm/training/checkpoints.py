@@ -1,6 +1,9 @@
 """Checkpoints from which a run goes on bit for bit, kept with Orbax."""
 
+import logging
 import math
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -89,6 +92,7 @@ class Checkpoints:
         self._folder = folder
         self._identity = dict(identity)
         folder.mkdir(parents=True, exist_ok=True)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # what Orbax logs it raises, too
         self._manager = ocp.CheckpointManager(
             folder,
             options=ocp.CheckpointManagerOptions(
@@ -109,15 +113,24 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, progress: Progress) -> None:
-        """Save a run after `len(progress.losses)` steps."""
-        self._manager.save(
-            len(progress.losses),
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                progress=ocp.args.JsonSave(asdict(progress)),
-                identity=ocp.args.JsonSave(self._identity),
-            ),
+        """Save a run after `len(progress.losses)` steps.
+
+        Raises:
+          OSError: it can't be written; the checkpoint before is whole.
+        """
+        parts = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            progress=ocp.args.JsonSave(asdict(progress)),
+            identity=ocp.args.JsonSave(self._identity),
         )
+        try:
+            self._manager.save(len(progress.losses), args=parts)
+        except ValueError as error:  # TensorStore's, of whatever the system says
+            number = re.search(r"os_error_code='(\d+)'", str(error))
+            if number is None:
+                raise
+            code = int(number[1])
+            raise OSError(code, os.strerror(code), str(self._folder)) from error
 
     def check_identity(self) -> None:
         """Raise a `UsageError` naming the first field in which the newest checkpoint differs."""
