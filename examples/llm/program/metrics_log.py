@@ -15,8 +15,11 @@ class MetricsLog:
     that is torn is left out.
     """
 
-    def __init__(self, path: Path, steps_done: int = 0):
-        """Opens `path`, in which lines on more than `steps_done` steps are dropped."""
+    def __init__(self, path: Path | None, steps_done: int = 0):
+        """Opens `path`, whose lines on more than `steps_done` steps are dropped; None for none."""
+        self._file, self._written = None, set()
+        if path is None:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(path) if steps_done and line["step"] <= steps_done]
         fresh = path.with_suffix(".new")
@@ -29,12 +32,13 @@ class MetricsLog:
         return self
 
     def __exit__(self, *_):
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def write(self, step: int, **measured: Any) -> None:
         """Add a line on the state after `step` steps, unless it is there; NaN is null."""
         line = {"step": step, **measured}
-        if _key(line) not in self._written:
+        if self._file is not None and _key(line) not in self._written:
             self._written.add(_key(line))
             self._file.write(_as_line(line))
             self._file.flush()

@@ -8,8 +8,10 @@ from typing import Literal
 
 from examples.llm.errors import UsageError
 from examples.llm.models.opening import named_model
+from examples.llm.program.cluster import Cluster, find_cluster
 from examples.llm.tasks.loading import task_path
 from examples.llm.tasks.scoring import OBJECTIVES
+from examples.llm.training.layout import Layout, make_layout, mesh_sizes
 from examples.llm.training.methods import (
     EPS,
     METHODS,
@@ -94,6 +96,18 @@ class Settings:
     seeds: tuple[int, ...] = (0,)
     """Each is a run of every method: they choose training batches, random directions and new
     parameters. Tables have means and standard deviations."""
+    mesh: str = ""
+    """Devices to train on together, such as data=2,model=4: examples are spread over the first,
+    linear layers over the second; left out, one device."""
+    fsdp: bool = False
+    """Spread parameters and optimizer state over data, too."""
+    coordinator: str | None = None
+    """Address and port of the first of several processes, which share a mesh and the output
+    folder; left out, JAX_COORDINATOR_ADDRESS, or one process."""
+    num_processes: int | None = None
+    """How many there are; left out, what Slurm or Open MPI say, or JAX_NUM_PROCESSES."""
+    process_id: int | None = None
+    """Which one this is, from 0; left out, the same, or JAX_PROCESS_ID."""
     eval_batches: int = 4
     """Batches of held-out text on which the loss is measured."""
     checkpoint_every: int = 0
@@ -134,6 +148,7 @@ class Settings:
         check_above_zero("--eps", self.eps)
         self._check_first_order()
         self._check_adapters()
+        self._check_mesh()
         if self.tuning == "full" and self.dtype == "bfloat16":
             raise UsageError("--dtype: full tuning trains float32 weights, got bfloat16")
         named_model(self.model, self.data)
@@ -146,6 +161,30 @@ class Settings:
                     if getattr(self, flag) is not None:
                         name = flag.replace("_", "-")
                         raise UsageError(f"--{name}: {method} is without backpropagation")
+
+    def _check_mesh(self) -> None:
+        sizes, cluster = mesh_sizes(self.mesh), self.cluster
+        if cluster.coordinator is not None and not sizes:
+            raise UsageError("--mesh: must be given for several processes")
+        if self.fsdp and not sizes:
+            raise UsageError("--fsdp: needs --mesh")
+        if self.batch_size % sizes.get("data", 1):
+            raise UsageError(
+                f"--mesh: data={sizes['data']} does not divide --batch-size {self.batch_size}"
+            )
+        for method in self.method:
+            if sizes and method.startswith("paged-"):
+                raise UsageError(f"--mesh: {method} is for one device")
+
+    @property
+    def cluster(self) -> Cluster:
+        """The processes that train together."""
+        return find_cluster(self.coordinator, self.num_processes, self.process_id)
+
+    def layout(self) -> Layout | None:
+        """Return where all lies, over the devices present; None for one device."""
+        sizes = mesh_sizes(self.mesh)
+        return make_layout(sizes, self.fsdp) if sizes else None
 
     def _check_adapters(self) -> None:
         given = {"--rank": self.rank, "--alpha": self.alpha, "--lora-dropout": self.lora_dropout}

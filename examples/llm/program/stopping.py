@@ -4,6 +4,10 @@ import signal
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
 Batch = TypeVar("Batch")
 
 
@@ -25,8 +29,11 @@ class StopSwitch:
         signal.signal(signal.SIGTERM, self._former)
 
     def check(self) -> None:
-        """Raise a `StopRequestedError` if the switch was thrown."""
-        if self._is_thrown:
+        """Raise a `StopRequestedError` if the switch was thrown, in any of several processes."""
+        is_thrown = self._is_thrown
+        if jax.process_count() > 1:
+            is_thrown = bool(multihost_utils.process_allgather(np.array(is_thrown)).any())
+        if is_thrown:
             raise StopRequestedError
 
     def checked(self, batches: Iterable[Batch]) -> Iterator[Batch]:

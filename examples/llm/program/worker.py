@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from examples.llm.errors import UsageError
 from examples.llm.models.generation import continue_greedily
@@ -30,6 +31,14 @@ def fine_tune(job: Job, report: Report) -> RunResult:
     Raises:
       StoppedError: the process was asked to end; what was trained is saved.
     """
+    with job.settings.cluster.joined():
+        result = _fine_tune(job, report)
+    if isinstance(result, StoppedError):
+        raise result
+    return result
+
+
+def _fine_tune(job: Job, report: Report) -> RunResult | StoppedError:
     with (
         StopSwitch() as switch,
         Checkpoints(job.folder / "checkpoints", run_identity(job)) as checkpoints,
@@ -44,10 +53,12 @@ def fine_tune(job: Job, report: Report) -> RunResult:
             )
         run = _Run(job, report, switch, checkpoints)
         try:
-            with MetricsLog(job.folder / "metrics.jsonl", checkpoints.newest_step or 0) as log:
+            is_first = job.settings.cluster.is_first
+            path = job.folder / "metrics.jsonl" if is_first else None
+            with MetricsLog(path, checkpoints.newest_step or 0) as log:
                 return run.whole(log)
         except StopRequestedError:
-            raise StoppedError(run.save_if_trained()) from None
+            return StoppedError(run.save_if_trained())
 
 
 class _Run:
@@ -70,7 +81,8 @@ class _Run:
         self.judges = {"": self.problem, **judges}
         if settings.prompt and begin is None and not plain_tokens(self.tokenizer, settings.prompt):
             raise UsageError(f"--prompt: {settings.prompt!r} has no tokens")
-        self.trainer = Trainer(job.model, settings.recipe_of(job.method), self.problem)
+        recipe = settings.recipe_of(job.method)
+        self.trainer = Trainer(job.model, recipe, self.problem, settings.layout())
         self.state: TrainState | None = None
         self.progress = Progress()
 
@@ -131,9 +143,7 @@ class _Run:
         assert self.state is not None
         state, progress = self.state, self.progress
         after = self._evaluate(state.parameters)
-        save_adapter(
-            self.job.folder / "adapter", self.trainer.tuning, state.parameters, self.config
-        )
+        self._save_adapter(state.parameters)
         return RunResult(
             method=self.job.method,
             seed=self.settings.seed,
@@ -147,6 +157,12 @@ class _Run:
             peak_bytes=progress.peak_bytes,
             continuation=self._continuation(state.parameters),
         )
+
+    def _save_adapter(self, parameters: Any) -> None:
+        if jax.process_count() > 1:
+            parameters = multihost_utils.process_allgather(parameters, tiled=True)
+        if self.settings.cluster.is_first:
+            save_adapter(self.job.folder / "adapter", self.trainer.tuning, parameters, self.config)
 
     def _evaluate(self, parameters: Any) -> Evaluation:
         self.report(Stage("judging by held-out data"))

@@ -1,6 +1,7 @@
 """A model, what of it trains, and the method: whatever runs of any seed and rate have in common."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from examples.llm.models.opening import open_model
 from examples.llm.training.accumulation import AccumulatedLoss
 from examples.llm.training.judging import Evaluation, Problem, make_judge
+from examples.llm.training.layout import Layout, put
 from examples.llm.training.methods import METHODS, Hyperparameters, Optimizer
 from examples.llm.training.steps import (
     StepMeasurement,
@@ -22,6 +24,19 @@ from examples.llm.training.steps import (
 )
 from examples.llm.training.tuning import Tuning, base_parameters, tuned
 from optax_lowbit import adapters
+
+
+def abstract(tree: Any) -> Any:
+    """Return the shapes, dtypes and places of a tree of arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+@contextmanager
+def _on_host_if(spread: bool) -> Iterator[None]:
+    """Make arrays in the host's memory: a device may have no room for what many share."""
+    host = jax.local_devices(backend="cpu")[0] if spread else None
+    with jax.default_device(host):
+        yield
 
 
 @dataclass(frozen=True)
@@ -47,12 +62,16 @@ class Recipe:
 class Trainer:
     """Trains a model by a recipe. What it compiles serves all seeds and learning rates."""
 
-    def __init__(self, model: Path, recipe: Recipe, problem: Problem):
+    def __init__(self, model: Path, recipe: Recipe, problem: Problem, layout: Layout | None = None):
         """Takes the model on disk; nothing is read of it before it is trained or judged.
 
-        `problem` may be replaced by one with another seed.
+        Args:
+          model: its file or folder.
+          recipe: what trains, and by what.
+          problem: what is learnt; may be replaced by one with another seed.
+          layout: where all that is; None for one device.
         """
-        self.recipe, self.problem = recipe, problem
+        self.recipe, self.problem, self.layout = recipe, problem, layout
         self._path = model
         self._tuning: Tuning | None = None
         self._steps: dict[Any, Any] = {}
@@ -66,25 +85,34 @@ class Trainer:
 
     def parameters(self, seed: int) -> Any:
         """Read the model, and return what trains of it, before any step."""
-        recipe, stored = self.recipe, open_model(self._path)
-        scheme = recipe.hyperparameters.tuning
-        graph, _ = abstract_decoder(stored.config)
-        parameters = base_parameters(stored.parameters(), scheme, recipe.dtype)
-        read = tuned(scheme, graph, parameters, seed, lora=recipe.lora)
+        with _on_host_if(self.layout is not None):
+            read = self._read(seed)
+        if self.layout is not None:
+            trainable, frozen = (
+                put(tree, self.layout.of_parameters(tree)) for tree in (read.trainable, read.frozen)
+            )
+            read = read._replace(trainable=trainable, frozen=frozen)
         # A pure function, the same for every seed: so what is compiled with it is used again.
         model = read.model if self._tuning is None else self._tuning.model
         # Not held here any longer: steps consume it.
         self._tuning = read._replace(trainable=None, model=model)
         return read.trainable
 
+    def _read(self, seed: int) -> Tuning:
+        recipe, stored = self.recipe, open_model(self._path)
+        scheme = recipe.hyperparameters.tuning
+        graph, _ = abstract_decoder(stored.config)
+        parameters = base_parameters(stored.parameters(), scheme, recipe.dtype)
+        return tuned(scheme, graph, parameters, seed, lora=recipe.lora)
+
     def start(self, parameters: Any, seed: int) -> TrainState:
         """Return what a run starts from, which takes over the parameters."""
-        return TrainState(parameters, self._init(parameters, seed))
+        return TrainState(parameters, self._init(parameters)(parameters, seed))
 
     def abstract_start(self, parameters: Any, seed: int) -> TrainState:
         """Return shapes, dtypes and places of what a run starts from."""
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), parameters)
-        init = jax.jit(self._optimizer().init, static_argnums=1)
+        like = abstract(parameters)
+        init = self._init(parameters)
         # Compiled for where its results are: a paged state is on the host.
         shardings = init.lower(like, seed).compile().output_shardings
         state = jax.tree.map(
@@ -99,22 +127,41 @@ class Trainer:
     ) -> tuple[TrainState, StepMeasurement]:
         """Take step `number`, which counts from 0; the old state is used up."""
         chosen = self.recipe.hyperparameters.learning_rate if rate is None else rate
-        batch = jax.tree.map(jnp.asarray, self._batch(number))
-        arguments = (jnp.float32(chosen), self.tuning.frozen, batch)
+        batch = self._placed(self._batch(number), 0 if self.recipe.accumulate == 1 else 1)
+        arguments = (np.float32(chosen), self.tuning.frozen, batch)
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if shapes not in self._steps:
-            step = jax.jit(self._take_step, donate_argnums=0)
+            shardings = self._shardings_after(state)
+            step = jax.jit(self._take_step, donate_argnums=0, out_shardings=shardings)
             self._steps[shapes] = step.lower(state, *arguments).compile()
         return measured_step(self._steps[shapes], state, *arguments)
 
     def judge(self, parameters: Any, problem: Problem, batches: Iterable[Any]) -> Evaluation:
         """Judge what was trained by batches of a problem, whose model is compiled once."""
         if id(problem) not in self._judges:
-            self._judges[id(problem)] = problem, make_judge(self.tuning.model, problem)
-        return self._judges[id(problem)][1](parameters, self.tuning.frozen, batches)
+            everywhere = None if self.layout is None else self.layout.everywhere
+            judge = make_judge(self.tuning.model, problem, everywhere)
+            self._judges[id(problem)] = problem, judge
+        placed = (self._placed(batch, 0) for batch in batches)
+        return self._judges[id(problem)][1](parameters, self.tuning.frozen, placed)
 
-    def _init(self, parameters: Any, seed: int) -> Any:
-        return jax.jit(self._optimizer().init, static_argnums=1)(parameters, seed)
+    def _init(self, parameters: Any) -> Any:
+        """The jitted beginning of the optimizer's state, `(parameters, seed) -> state`."""
+        init, shardings = self._optimizer().init, None
+        if self.layout is not None:
+            shardings = self.layout.of_state(lambda tree: init(tree, 0), abstract(parameters))
+        return jax.jit(init, static_argnums=1, out_shardings=shardings)
+
+    def _shardings_after(self, state: TrainState) -> Any:
+        """Those of a step's results: the state stays where it is."""
+        if self.layout is None:
+            return None
+        return jax.tree.map(lambda x: x.sharding, state), self.layout.everywhere
+
+    def _placed(self, batch: Any, axis: int) -> Any:
+        if self.layout is None:
+            return jax.tree.map(jnp.asarray, batch)
+        return put(batch, self.layout.of_batch(batch, axis))
 
     def _optimizer(self, rate: Any = None) -> Optimizer:
         hyperparameters = self.recipe.hyperparameters
