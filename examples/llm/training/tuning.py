@@ -45,19 +45,42 @@ class Tuning(NamedTuple):
         decoder's parameters as they are.
       frozen: the rest, to be passed on to `model` untouched.
       model: `(trainable, frozen) -> model`; the model sees no virtual tokens in what it is given
-        or gives. A pure function; it holds no arrays.
+        or gives. A pure function; it holds no arrays. With a third argument, the int32 number of
+        a batch to train on, inputs of adapters drop out where there is dropout.
       lora: which adapters are in `trainable`, if it is these.
     """
 
     trainable: Any
     frozen: Any
-    model: Callable[[Any, Any], LanguageModel]
+    model: Callable[..., LanguageModel]
     lora: adapters.LoRA | None = None
 
     def logits(self, trainable: Any, frozen: Any, tokens: jax.Array) -> jax.Array:
         """Map int32 `(batch, length)` to float32 `(batch, length, vocabulary_size)`."""
         model = self.model(trainable, frozen)
         return model.logits(model.features(tokens))
+
+
+def adapters_of(
+    scheme: str, rank: int | None, alpha: float | None, dropout: float
+) -> adapters.LoRA | None:
+    """Return the adapters of a scheme, its own but for what is given; None if it has none.
+
+    Args:
+      scheme: one of `SCHEMES`.
+      rank: of the adapters; None for the scheme's own.
+      alpha: the product of the adapters is scaled by `alpha / rank`; None for the scheme's own.
+      dropout: share of the adapters' inputs that is dropped in training.
+    """
+    own = {"lora": LORA, "qlora": QLORA}.get(scheme)
+    if own is None:
+        return None
+    return replace(
+        own,
+        rank=own.rank if rank is None else rank,
+        alpha=own.alpha if alpha is None else alpha,
+        dropout=dropout,
+    )
 
 
 def tuned(
@@ -148,19 +171,33 @@ def save_adapter(folder: Path, tuning: Tuning, trainable: Any, config: DecoderCo
 
 
 def _full(graph: nnx.GraphDef[Decoder], parameters: Any) -> Tuning:
-    return Tuning(parameters, {}, lambda trainable, frozen: build_model(graph, trainable))
+    def model(trainable, frozen, number=None):
+        return build_model(graph, trainable)
+
+    return Tuning(parameters, {}, model)
 
 
 def _lora(base: Decoder, key, lora: adapters.LoRA) -> Tuning:
-    if lora.dropout:
-        raise ValueError(f"lora.dropout must be 0: steps have no keys here, got {lora.dropout}")
     wrapped = lora.wrap(base, key)
-    wrapped_graph, trainable, frozen = nnx.split(wrapped, nnx.LoRAParam, ...)
+    judged_graph, trainable, frozen = nnx.split(wrapped, nnx.LoRAParam, ...)
+    wrapped.train()
+    trained_graph = nnx.graphdef(wrapped)
 
-    def model(trainable, frozen):
-        return nnx.merge(wrapped_graph, nnx.State(trainable), nnx.State(frozen))
+    def model(trainable, frozen, number=None):
+        if number is None:
+            return nnx.merge(judged_graph, nnx.State(trainable), nnx.State(frozen))
+        frozen = jax.tree.map(partial(_of_batch, number), frozen)
+        return nnx.merge(trained_graph, nnx.State(trainable), nnx.State(frozen))
 
     return Tuning(nnx.to_pure_dict(trainable), nnx.to_pure_dict(frozen), model, lora)
+
+
+def _of_batch(number: jax.Array, x: jax.Array) -> jax.Array:
+    """A key of dropout, or one of each layer, for a batch; what is no key is the same for all."""
+    if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return x
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(x.reshape(-1), number)
+    return keys.reshape(x.shape)
 
 
 def _prefix(graph, parameters, key, prefix: adapters.Prefix) -> Tuning:
@@ -168,7 +205,7 @@ def _prefix(graph, parameters, key, prefix: adapters.Prefix) -> Tuning:
     vocabulary_size = len(parameters["embedding"]["embedding"])
     trainable = prefix.init(decoder.keys_and_values, key, vocabulary_size=vocabulary_size)
 
-    def model(trainable, frozen):
+    def model(trainable, frozen, number=None):
         decoder = build_model(graph, frozen)
         return TunedModel(partial(decoder.features, prefix=trainable), decoder.logits)
 
@@ -178,7 +215,7 @@ def _prefix(graph, parameters, key, prefix: adapters.Prefix) -> Tuning:
 def _prompt(graph, parameters, key, prompt: adapters.Prompt) -> Tuning:
     trainable = {"prompt": prompt.init(parameters["embedding"]["embedding"], key)}
 
-    def model(trainable, frozen):
+    def model(trainable, frozen, number=None):
         decoder = build_model(graph, frozen)
         features = partial(decoder.features, prompt=trainable["prompt"])
         return TunedModel(features, decoder.logits)
