@@ -6,13 +6,13 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from tests.examples.models.test_decoder import LearnedPositions, ReluMLP
 
 import optax_lowbit
 from examples.llm.models.decoder import LLAMA, Decoder, Family, rms_norm
 from examples.llm.models.tiny import TINY
 from examples.llm.training.tuning import SCHEMES, tuned
 from optax_lowbit import adapters, qlora, zo
+from tests.examples.models.test_decoder import LearnedPositions, ReluMLP
 
 TOKENS = jnp.array([[5, 9, 2, 7, 1, 8], [3, 3, 6, 0, 4, 250]], jnp.int32)
 FRONT = jnp.array([11, 200, 45], jnp.int32)

@@ -15,12 +15,14 @@ from examples.llm.errors import UsageError
 from examples.llm.models.opening import open_model
 from examples.llm.program.events import Stage
 from examples.llm.program.processes import Tell
-from examples.llm.tasks.loading import load_task, task_path
+from examples.llm.tasks.loading import load_task, read_data
+from examples.llm.tasks.problem import OptionProblem
 from examples.llm.tasks.scoring import option_scores, token_log_likelihoods
-from examples.llm.training.judging import Evaluation, make_judge
+from examples.llm.tasks.sources import find_source
+from examples.llm.training.judging import Evaluation, Part, make_judge
 from examples.llm.training.memory import buffer_bytes
 from examples.llm.training.methods import EPS, METHODS, Hyperparameters, Optimizer
-from examples.llm.training.problems import OptionProblem, encoded_parts
+from examples.llm.training.problems import encoded_parts
 from examples.llm.training.steps import (
     StepMeasurement,
     TrainState,
@@ -141,8 +143,10 @@ class Bench:
             )
         self.graph, _ = abstract_decoder(model.config)
         sizes = (settings.train_examples, settings.dev_examples, settings.test_examples)
-        path = task_path(cell.task, settings.data)
-        task = load_task(path, sizes, aligned=settings.template)
+        data = read_data(find_source(cell.task, settings.data))
+        task = load_task(data, sizes, aligned=settings.template)
+        if task.format.answers:
+            raise UsageError(f"--task: {cell.task} is answered freely, but must have options")
         train, dev, test = encoded_parts(
             task,
             model.tokenizer(),
@@ -150,9 +154,8 @@ class Bench:
             settings.sequence_length,
             settings.batch_size,
         )
-        self.train_batches, self.parts = train, {"dev": dev, "test": test}
         objective = settings.objective or task.format.objective
-        self.problem = OptionProblem(train, dev, objective, SEARCH_SEED)
+        self.problem = OptionProblem(train, dev, test, objective, SEARCH_SEED)
         # Functions without arrays, the same for every run: so each compiles once.
         self.model = self.tuned(0).model
         self.judge_model = make_judge(self.model, self.problem)
@@ -164,22 +167,24 @@ class Bench:
         parameters = open_model(self.cell.model).parameters()
         return tuned(self.cell.tuning, self.graph, parameters, seed)
 
-    def judge(self, tuning: Tuning, part: str) -> Evaluation:
+    def judge(self, tuning: Tuning, part: Part) -> Evaluation:
         """How well a model does on a part of the task."""
-        return self.judge_model(tuning.trainable, tuning.frozen, self.parts[part].all())
+        return self.judge_model(tuning.trainable, tuning.frozen, self.problem.held_out(part))
 
-    def mean_scores(self, tuning: Tuning, part: str) -> tuple[float, ...]:
+    def mean_scores(self, tuning: Tuning, part: Part) -> tuple[float, ...]:
         """The mean score of each option over a part."""
 
         @jax.jit
         def totals(trainable, frozen, batch):
             likelihoods = token_log_likelihoods(self.model(trainable, frozen), batch)
             scores = option_scores(likelihoods, batch.mask)
-            return jnp.sum(batch.weights[:, None] * scores, axis=0)
+            present = (batch.weights[:, None] > 0) & jnp.isfinite(scores)
+            return jnp.sum(jnp.where(present, scores, 0), axis=0)
 
-        batches = self.parts[part]
-        sums = [totals(tuning.trainable, tuning.frozen, batch) for batch in batches.all()]
-        return tuple((np.sum(sums, axis=0) / len(batches.examples)).tolist())
+        batches = [*self.problem.held_out(part)]
+        sums = [totals(tuning.trainable, tuning.frozen, batch) for batch in batches]
+        count = sum(batch.weights.sum() for batch in batches)
+        return tuple((np.sum(sums, axis=0) / count).tolist())
 
 
 class _Trainer(Bench):
@@ -202,11 +207,11 @@ class _Trainer(Bench):
         frozen, learning_rate = tuning.frozen, jnp.float32(rate)
         state = TrainState(tuning.trainable, self.optimizer(rate).init(tuning.trainable, seed))
         tuning = tuning._replace(trainable=None)  # the first step consumes it
-        problem = replace(self.problem, seed=seed)
+        batches = replace(self.problem, seed=seed).batches
         if self.train_step is None:
-            self.train_step = self.compiled(state, learning_rate, frozen, problem.batch(0))
+            self.train_step = self.compiled(state, learning_rate, frozen, batches[0])
         for step in range(self.steps if is_final else self.trial_steps):
-            batch = jax.tree.map(jnp.asarray, problem.batch(step))
+            batch = jax.tree.map(jnp.asarray, batches[step])
             state, cost = measured_step(self.train_step, state, learning_rate, frozen, batch)
             if is_final:
                 self.costs.append(cost)

@@ -11,7 +11,7 @@ from examples.llm.program.settings import (
     check_model,
     check_objective,
 )
-from examples.llm.tasks.loading import task_path
+from examples.llm.tasks.sources import find_source
 from examples.llm.training.methods import METHODS, check_method_names
 
 Scheme = Literal["full", "lora", "qlora", "prefix", "prompt"]
@@ -96,7 +96,7 @@ class BenchSettings:
         for seed in self.seeds:
             check_at_least("--seeds", seed, 0)
         for task in self.task:
-            task_path(task, self.data)
+            find_source(task, self.data)
         for method in self.method:
             check_objective(method, self.objective)
         check_model(self.model)

@@ -4,7 +4,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 
 from examples.llm.errors import UsageError
 from examples.llm.models.generation import continue_greedily
@@ -61,10 +60,11 @@ class _Run:
         self.special = self.model.special_tokens()
         self.problem = build_problem(settings, self.tokenizer, self.special)
         self.config = self.model.config
-        begin, context_length = self.special.begin, self.config.context_length
-        judges = build_judges(settings, self.tokenizer, begin, context_length)
-        if settings.prompt and begin is None and not plain_tokens(self.tokenizer, settings.prompt):
-            raise UsageError(f"--prompt: {settings.prompt!r} has no tokens")
+        context_length = self.config.context_length
+        judges = build_judges(settings, self.tokenizer, self.special, context_length)
+        prompt = settings.prompt
+        if prompt and self.special.begin is None and not plain_tokens(self.tokenizer, prompt):
+            raise UsageError(f"--prompt: {prompt!r} has no tokens")
         graph, _ = abstract_decoder(self.config)
         parameters = base_parameters(self.model.parameters(), settings.tuning, settings.dtype)
         self.tuning = tuned(settings.tuning, graph, parameters, settings.seed)
@@ -104,10 +104,12 @@ class _Run:
     def train(self, state: TrainState, progress: Progress, checkpoints: Checkpoints) -> TrainState:
         self.report(Stage("compiling the step"))
         del self.model  # its memory map must not count
-        settings, compiled = self.settings, {}
+        settings, compiled, batches = self.settings, {}, self.problem.batches
+        if settings.accumulate > 1:
+            batches = batches.batch(settings.accumulate)
         train_step = make_train_step(self._step_loss(), self.optimizer)
         for step in range(len(progress.losses), settings.steps):
-            batch = jax.tree.map(jax.numpy.asarray, self._batch(step))
+            batch = jax.tree.map(jax.numpy.asarray, batches[step])
             shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
             if shapes not in compiled:
                 compiled[shapes] = train_step.lower(state, self.tuning.frozen, batch).compile()
@@ -144,13 +146,6 @@ class _Run:
         if self.settings.accumulate == 1:
             return self._loss
         return AccumulatedLoss(self._loss, self.problem.weight)
-
-    def _batch(self, step: int) -> Any:
-        count = self.settings.accumulate
-        if count == 1:
-            return self.problem.batch(step)
-        batches = (self.problem.batch(step * count + number) for number in range(count))
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
 
     def _evaluate(self, trainable: Any) -> Evaluation:
         self.report(Stage("judging by held-out data"))
