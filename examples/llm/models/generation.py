@@ -1,4 +1,4 @@
-"""Greedy continuation of a text."""
+"""Greedy continuations of texts."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from tokenizers import Tokenizer
 
+from examples.llm.models.decoder import LanguageModel
 from examples.llm.models.tokenizer import NO_SPECIAL_TOKENS, SpecialTokens, plain_tokens
 
 # Gives the logits of `(1, length)` tokens, `(1, length, vocabulary)`; best jitted.
@@ -43,3 +44,39 @@ def continue_greedily(
         found.append(next_token)
         tokens = tokens.at[0, position].set(next_token)
     return tokenizer.decode(found)
+
+
+def generate(
+    model: LanguageModel,
+    prompts: jax.Array,
+    lengths: jax.Array,
+    *,
+    count: int,
+    end: int | None,
+) -> jax.Array:
+    """Continue prompts greedily; all but the arrays and the model is static.
+
+    Args:
+      model: the model.
+      prompts: int32 `(batch, length)`.
+      lengths: int32 `(batch,)`: tokens of each prompt, at least one; what is after them is padding.
+      count: tokens of a continuation.
+      end: after this token a continuation is filled with it; None for no such token.
+
+    Returns:
+      int32 `(batch, count)`.
+    """
+    size = len(prompts)
+    rows = jnp.arange(size)
+    tokens = jnp.pad(prompts, ((0, 0), (0, count)))
+    written = jnp.zeros((size, count), jnp.int32)
+    ended = jnp.zeros(size, bool)
+    for number in range(count):
+        last = model.features(tokens)[rows, lengths + (number - 1)]
+        token = jnp.argmax(model.logits(last), axis=-1).astype(jnp.int32)
+        if end is not None:
+            token = jnp.where(ended, end, token)
+            ended = token == end
+        written = written.at[:, number].set(token)
+        tokens = tokens.at[rows, lengths + number].set(token)
+    return written

@@ -76,11 +76,12 @@ class _Run:
             )
         self.tokenizer, self.special = model.tokenizer(), model.special_tokens()
         self.problem = build_problem(settings, self.tokenizer, self.special)
-        begin, context_length = self.special.begin, self.config.context_length
-        judges = build_judges(settings, self.tokenizer, begin, context_length)
+        context_length = self.config.context_length
+        judges = build_judges(settings, self.tokenizer, self.special, context_length)
         self.judges = {"": self.problem, **judges}
-        if settings.prompt and begin is None and not plain_tokens(self.tokenizer, settings.prompt):
-            raise UsageError(f"--prompt: {settings.prompt!r} has no tokens")
+        prompt = settings.prompt
+        if prompt and self.special.begin is None and not plain_tokens(self.tokenizer, prompt):
+            raise UsageError(f"--prompt: {prompt!r} has no tokens")
         recipe = settings.recipe_of(job.method)
         self.trainer = Trainer(job.model, recipe, self.problem, settings.layout())
         self.state: TrainState | None = None

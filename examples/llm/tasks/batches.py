@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import grain
 import numpy as np
 from tokenizers import Tokenizer
 
 from examples.llm.errors import UsageError
 from examples.llm.models.tokenizer import plain_tokens
+from examples.llm.sampling import shuffled
 from examples.llm.tasks.example import Example
 
 # Rows are as long as a multiple of this, so that lengths, each of which compiles, are few.
@@ -21,14 +23,15 @@ Array = Any
 
 
 class OptionBatch(NamedTuple):
-    """Examples with the same number of options, padded; nothing depends on the padding.
+    """Examples, padded; nothing depends on the padding.
 
     Attributes:
       tokens: int32 `(batch, rows, length)`: what the model reads. One row where every option is a
         single token, since the model then reads no option; else one for each option.
       positions: int32 `(batch, options, option length)`: where in its row a token is predicted.
       targets: int32, the same shape: the tokens of the options.
-      mask: float32, the same shape: 1 for a token, 0 for padding.
+      mask: float32, the same shape: 1 for a token, 0 for padding, all of it for an option that an
+        example lacks.
       labels: int32 `(batch,)`: number of the right option.
       weights: float32 `(batch,)`: 1 for an example, 0 for one that fills the batch up.
       subjects: int32 `(batch,)`: number of the part of the task that an example belongs to.
@@ -97,37 +100,27 @@ class Batches:
     """Batches of a set of examples.
 
     Attributes:
-      examples: all with the same number of options.
+      examples: those with fewer options than others are given some of no tokens.
       size: examples in a batch.
     """
 
     examples: Sequence[EncodedExample]
     size: int
 
-    def __post_init__(self):
-        numbers = {len(example.options) for example in self.examples}
-        if len(numbers) != 1:
-            raise ValueError(f"examples must have the same number of options, got {numbers}")
-
     @property
     def num_options(self) -> int:
-        """Options of every example."""
-        return len(self.examples[0].options)
+        """Options of the example that has most."""
+        return max(len(example.options) for example in self.examples)
 
     @cached_property
     def subjects(self) -> tuple[str, ...]:
         """The parts of the task, by their numbers."""
         return tuple(sorted({example.subject for example in self.examples}))
 
-    def random(self, number: int, seed: int) -> OptionBatch:
-        """Batch `number` of an endless sequence that `seed` chooses; all have one shape.
-
-        Every example is in one batch before any is in another: an epoch is a new order.
-        """
-        count = len(self.examples)
-        places = np.arange(number * self.size, (number + 1) * self.size)
-        chosen = [self._order(place // count, seed)[place % count] for place in places.tolist()]
-        return self._padded(chosen, max(example.length for example in self.examples))
+    def random(self, seed: int) -> grain.MapDataset:
+        """An endless sequence of `OptionBatch`es of one shape, in an order that `seed` chooses."""
+        groups = shuffled(len(self.examples), self.size, seed)
+        return groups.map(lambda group: self._padded(group.tolist(), self._longest))
 
     def all(self) -> Iterator[OptionBatch]:
         """All examples once, those of like length together, so that shapes are few and small."""
@@ -136,8 +129,9 @@ class Batches:
             chosen = order[start : start + self.size].tolist()
             yield self._padded(chosen, max(self.examples[index].length for index in chosen))
 
-    def _order(self, epoch: int, seed: int) -> np.ndarray:
-        return np.random.default_rng([seed, epoch]).permutation(len(self.examples))
+    @cached_property
+    def _longest(self) -> int:
+        return max(example.length for example in self.examples)
 
     def _padded(self, chosen: Sequence[int], length: int) -> OptionBatch:
         length = -(-length // _LENGTH_STEP) * _LENGTH_STEP

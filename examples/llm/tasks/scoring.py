@@ -29,9 +29,12 @@ def token_log_likelihoods(model: LanguageModel, batch: OptionBatch) -> jax.Array
 def option_scores(log_likelihoods: jax.Array, mask: jax.Array) -> jax.Array:
     """The mean log-probability of an option's tokens, float32 `(batch, options)`.
 
-    The mean instead of the sum: long options are not less likely for being long.
+    The mean instead of the sum: long options are not less likely for being long. An option that an
+    example lacks is never chosen.
     """
-    return jnp.sum(log_likelihoods, axis=-1) / jnp.sum(mask, axis=-1)
+    count = jnp.sum(mask, axis=-1)
+    mean = jnp.sum(log_likelihoods, axis=-1) / jnp.maximum(count, 1)
+    return jnp.where(count > 0, mean, -jnp.inf)
 
 
 def classification_loss(log_likelihoods: jax.Array, batch: OptionBatch) -> jax.Array:

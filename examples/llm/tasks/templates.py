@@ -1,7 +1,8 @@
 """How tasks are worded: with a phrase that makes the answer likely text, or bare.
 
-Zhang et al call the first task alignment (arXiv 2402.11592, section 4). The wordings of SST-2, COPA
-and WinoGrande are those of that paper, after MeZO (arXiv 2305.17333, appendix E).
+Zhang et al call the first task alignment (arXiv 2402.11592, section 4). The wordings of SST-2,
+COPA, WinoGrande, BoolQ, RTE, CB and SQuAD are those of that paper, after MeZO (arXiv 2305.17333,
+appendix E); those of MMLU and BBH are their authors' (arXiv 2009.03300, 2210.09261).
 """
 
 from dataclasses import dataclass
@@ -45,7 +46,47 @@ MULTIRC = Wording(
     ),
     bare=Template("{passage} {question} {answer}", (" No", " Yes")),
 )
+BOOLQ = Wording(
+    aligned=Template("{passage} {sentence}\n", ("No", "Yes")),
+    bare=Template("{passage} {question}", (" No", " Yes")),
+)
+RTE = Wording(
+    aligned=Template(
+        '{premise}\nDoes this mean that "{hypothesis}" is true? Yes or No?\n', ("Yes", "No")
+    ),
+    bare=Template("{premise} {hypothesis}", (" Yes", " No")),
+)
+CB = Wording(
+    aligned=Template(
+        'Suppose {premise} Can we infer that "{hypothesis}"? Yes, No, or Maybe?\n',
+        ("Yes", "No", "Maybe"),
+    ),
+    bare=Template("{premise} {hypothesis}", (" Yes", " No", " Maybe")),
+)
+SQUAD = Wording(
+    aligned=Template(
+        "Title: {title}\nContext: {context}\nQuestion: {question}\nAnswer:", (" {answer}\n",)
+    ),
+    bare=Template("{context} {question}", (" {answer}\n",)),
+)
+GSM8K = Wording(
+    aligned=Template("Question: {question}\nAnswer:", (" {answer}",)),
+    bare=Template("{question}\n", ("{answer}",)),
+)
+BBH = Wording(
+    aligned=Template("Q: {input}\nA:", (" {option}",)),
+    bare=Template("{input}\n", ("{option}",)),
+)
+# As the QLoRA paper's program has MMLU: the text ends where the letter is due.
 LETTERS = Wording(
     aligned=Template("{text}", (" A", " B", " C", " D")),
     bare=None,
+)
+FOUR_CHOICES = Wording(
+    aligned=Template(
+        "The following are multiple choice questions (with answers) about {topic}.\n\n"
+        "{question}\nA. {A}\nB. {B}\nC. {C}\nD. {D}\nAnswer:",
+        (" A", " B", " C", " D"),
+    ),
+    bare=Template("{question}\nA. {A}\nB. {B}\nC. {C}\nD. {D}\n", ("A", "B", "C", "D")),
 )

@@ -3,11 +3,15 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
+import grain
 import jax
 
 from examples.llm.models.decoder import LanguageModel
+
+# Choices, as of a learning rate or of the best step, are made by the one; the other is reported.
+Part = Literal["dev", "test"]
 
 
 class Evaluation(NamedTuple):
@@ -15,7 +19,8 @@ class Evaluation(NamedTuple):
 
     Attributes:
       loss: mean cross-entropy, of tokens or of options.
-      scores: by name: `perplexity` of texts, `accuracy` and `f1` of a task with options.
+      scores: by name: `perplexity` of texts, `accuracy` and `f1` of a task with options, `exact
+        match` and `f1` of answers.
     """
 
     loss: float
@@ -25,8 +30,9 @@ class Evaluation(NamedTuple):
 class Problem(Protocol):
     """A kind of data."""
 
-    def batch(self, number: int) -> Any:
-        """A batch to train on, which depends on its number alone."""
+    @property
+    def batches(self) -> grain.MapDataset:
+        """Batches to train on, without end; each depends on its number alone."""
         ...
 
     def loss(self, model: LanguageModel, batch: Any) -> jax.Array:
@@ -37,8 +43,8 @@ class Problem(Protocol):
         """What a batch counts beside others, float32 `()`: the number its loss is a mean of."""
         ...
 
-    def held_out(self) -> Iterable[Any]:
-        """The batches that a model is judged by."""
+    def held_out(self, part: Part = "test") -> Iterable[Any]:
+        """The batches of a part, by which a model is judged."""
         ...
 
     def measure(self, model: LanguageModel, batch: Any) -> Any:

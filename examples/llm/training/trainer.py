@@ -68,14 +68,19 @@ class Trainer:
         Args:
           model: its file or folder.
           recipe: what trains, and by what.
-          problem: what is learnt; may be replaced by one with another seed.
+          problem: what is learnt.
           layout: where all that is; None for one device.
         """
-        self.recipe, self.problem, self.layout = recipe, problem, layout
+        self.recipe, self.layout = recipe, layout
+        self.learn(problem)
         self._path = model
         self._tuning: Tuning | None = None
         self._steps: dict[Any, Any] = {}
         self._judges: dict[int, tuple[Problem, Callable[..., Evaluation]]] = {}
+
+    def learn(self, problem: Problem) -> None:
+        """From now on take the batches of a problem, of the same kind and with another seed."""
+        self.problem, self._batches = problem, problem.batches
 
     @property
     def tuning(self) -> Tuning:
@@ -183,7 +188,7 @@ class Trainer:
         """What a step learns from, and the number of each batch, by which dropout is drawn."""
         count = self.recipe.accumulate
         numbers = np.arange(step * count, (step + 1) * count, dtype=np.int32)
-        batches = [self.problem.batch(int(number)) for number in numbers]
+        batches = [self._batches[int(number)] for number in numbers]
         if count == 1:
             return batches[0], numbers[0]
         return jax.tree.map(lambda *leaves: np.stack(leaves), *batches), numbers
