@@ -9,7 +9,7 @@ import pytest
 
 from examples.llm.models.tiny import TINY
 from examples.llm.program.command import main
-from examples.llm.program.planning import abstract_tuning, plan_run, read_config
+from examples.llm.program.planning import abstract_tuning, plan_run, read_shape
 from examples.llm.program.settings import Settings, target_of
 from examples.llm.training.problems import TextProblem
 from examples.llm.training.trainer import Trainer
@@ -63,10 +63,11 @@ def test_a_device_of_a_mesh_has_its_part():
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("llama-7b", 6_738_415_616), ("mistral-7b", 7_241_732_096)]
+    ("name", "count"),
+    [("llama-7b", 6_738_415_616), ("mistral-7b", 7_241_732_096), ("opt-13b", 12_853_473_280)],
 )
 def test_published_models_have_their_number_of_parameters(name, count, tmp_path):
-    config = read_config(name, tmp_path)
+    config = read_shape(name, tmp_path)
     recipe = dataclasses.replace(SETTINGS, dtype="bfloat16").recipe_of("mezo")
     trainable = abstract_tuning(config, recipe).trainable
     assert sum(leaf.size for leaf in jax.tree.leaves(trainable)) == count
@@ -81,7 +82,7 @@ def test_a_configuration_alone_is_enough(tmp_path, capsys):
     }  # fmt: skip
     path = tmp_path / "config.json"
     path.write_text(json.dumps(fields))
-    assert read_config(str(path), tmp_path) == read_config(str(tmp_path), tmp_path)
+    assert read_shape(str(path), tmp_path) == read_shape(str(tmp_path), tmp_path)
     output = tmp_path / "run"
     arguments = ["--plan", "--model", path, "--method", "mezo", "--sequence-length", 16]
     assert main([*map(str, arguments), "--output", str(output)]) == 0
@@ -94,9 +95,11 @@ def test_a_configuration_alone_is_enough(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--plan-for", "abacus"], "--plan-for: target must be one of cpu, tpu v4"),
-        (["--model", "gpt2"], "--model: gpt2 is of a family that cannot be planned"),
-        (["--model", "nowhere"], "--model: nowhere is neither a file, nor a folder, nor one of sm"),
-        (["--model", "nowhere.json"], "--model: model must be the path of a config.json or one of"),
+        (["--model", "gpt2"], "--model: gpt2 is neither a file, nor a folder, nor one of smollm2"),
+        (
+            ["--model", "nowhere.json"],
+            "--model: cannot read nowhere.json: No such file",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_one_line(arguments, message, tmp_path, capsys):

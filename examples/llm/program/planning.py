@@ -15,7 +15,10 @@ from rich.table import Table
 from tokenizers import Tokenizer, models
 
 from examples.llm.errors import UsageError
-from examples.llm.models.config import DecoderConfig
+from examples.llm.models import opening
+from examples.llm.models.config import DecoderConfig, ModelConfig
+from examples.llm.models.config_fields import ConfigFields
+from examples.llm.models.huggingface_config import read_config
 from examples.llm.models.opening import NAMED_MODELS, named_model, open_model
 from examples.llm.program.configuration import settings_as_json
 from examples.llm.program.settings import Settings, target_of
@@ -28,9 +31,10 @@ from examples.llm.training.trainer import Recipe, Trainer
 from examples.llm.training.tuning import Tuning, base_parameters, tuned
 from optax_lowbit.kernels.backends import KERNELS
 from optax_lowbit.memory import plan
-from optax_lowbit.memory.architectures import ARCHITECTURES, architecture
 from optax_lowbit.memory.targets import platform_of
 
+# Of models whose weights are elsewhere.
+_PUBLISHED = Path(opening.__file__).with_name("published")
 _UNITS = {"MiB": 2**20, "GiB": 2**30}
 _PARTS = ("parameters", "adapters", "state", "gradients", "temporaries", "total")
 
@@ -65,7 +69,7 @@ class RunPlan:
 
 def show_plans(settings: Settings, console: Console) -> None:
     """Plan a run of every method, show a table, and write `plan.json` to the output folder."""
-    config = read_config(settings.model, settings.data)
+    config = read_shape(settings.model, settings.data)
     plans = []
     for method in settings.method:
         with console.status(f"compiling a step of {method} for {settings.plan_for}"):
@@ -94,53 +98,46 @@ def _table(settings: Settings, plans: Sequence[RunPlan]) -> Table:
     return table
 
 
-def read_config(model: str, data: Path) -> DecoderConfig:
+def published_models() -> dict[str, Path]:
+    """Return the shapes of published models that can be planned by name: `config.json` files."""
+    return {path.stem: path for path in sorted(_PUBLISHED.glob("*.json"))}
+
+
+def read_shape(model: str, data: Path) -> DecoderConfig:
     """Return the shape of a model that need not be at hand.
 
     Args:
-      model: what `open_model` can open, a published model's name, or a `config.json` of Hugging
-        Face's, or a folder with one, of which no weights are read.
+      model: what `open_model` can open, a published model's name, a `config.json` of Hugging
+        Face's, or a folder with one; no weights are read.
       data: see `named_model`.
 
     Raises:
       UsageError: there is none, or it is no decoder that is known.
     """
-    path = Path(model)
-    folder_file = path / "config.json"
-    if folder_file.is_file():
-        path = folder_file
-    if path.suffix == ".json" or model.lower() in ARCHITECTURES:
-        return _config_of_architecture(model if path.suffix != ".json" else path)
-    try:
-        return open_model(named_model(model, data)).config
-    except UsageError:
-        if path.exists() or model in NAMED_MODELS:
-            raise
-    known = ", ".join((*NAMED_MODELS, *ARCHITECTURES))
-    raise UsageError(f"--model: {model} is neither a file, nor a folder, nor one of {known}")
+    path = published_models().get(model.lower(), Path(model))
+    path = path / "config.json" if (path / "config.json").is_file() else path
+    if path.suffix == ".json":
+        config = _config_of_file(path)
+    elif path.exists() or model in NAMED_MODELS:
+        config = open_model(named_model(model, data)).config
+    else:
+        known = ", ".join((*NAMED_MODELS, *published_models()))
+        raise UsageError(f"--model: {model} is neither a file, nor a folder, nor one of {known}")
+    if not isinstance(config, DecoderConfig):
+        raise UsageError(f"--plan: {model} is an encoder, and only decoders can be planned")
+    return config
 
 
-def _config_of_architecture(model: str | Path) -> DecoderConfig:
+def _config_of_file(path: Path) -> ModelConfig:
     try:
-        found = architecture(model)
+        fields = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise UsageError(f"--model: cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise UsageError(f"--model: {error}") from error
-    if not found.gated or found.norm != "rms" or found.biases != "none":
-        raise UsageError(f"--model: {model} is of a family that cannot be planned, only LLaMA's")
-    return DecoderConfig(
-        vocabulary_size=found.vocabulary,
-        hidden_size=found.width,
-        feed_forward_size=found.inner,
-        num_layers=found.layers,
-        num_heads=found.heads,
-        num_key_value_heads=found.key_value_heads or found.heads,
-        head_size=found.query_width // found.heads,
-        # Of no consequence for memory.
-        context_length=2**20,
-        rotary_base=1e4,
-        norm_epsilon=1e-5,
-        tied_embeddings=found.tied,
-    )
+        raise UsageError(f"--model: cannot read {path}: {error}") from error
+    if not isinstance(fields, dict):
+        raise UsageError(f"--model: {path} must hold an object, is {type(fields).__name__}")
+    return read_config(ConfigFields(path, fields))
 
 
 def plan_run(settings: Settings, config: DecoderConfig, method: str) -> RunPlan:

