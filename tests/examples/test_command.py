@@ -212,7 +212,6 @@ def test_a_mistake_found_by_a_run_is_one_line(tiny_gguf, tmp_path):
             "--schedule: mezo is without backpropagation",
         ),
         (["--method", "mezo", "--clip-norm", "1"], "--clip-norm: mezo is without backpropagation"),
-        (["--dtype", "bfloat16"], "--dtype: full tuning trains float32 weights, got bfloat16"),
         (["--judge", "nowhere.json"], "--judge: nowhere.json is neither a file nor one of"),
         (["--eps", "-1"], "--eps: must be a number above 0, got -1"),
         (["--task", "rte"], "--task: rte is neither a file nor one of sotu, polarity, sms"),

@@ -18,10 +18,19 @@ class SpecialTokens(NamedTuple):
     Attributes:
       begin: before it, where the model's own tokenizer puts one.
       end: after it.
+      pad: what fills batches up.
+      mask: in place of a token that is to be found.
     """
 
     begin: int | None
     end: int | None
+    pad: int | None = None
+    mask: int | None = None
+
+    @property
+    def front(self) -> list[int]:
+        """What is put in front of a text."""
+        return [] if self.begin is None else [self.begin]
 
 
 NO_SPECIAL_TOKENS = SpecialTokens(None, None)

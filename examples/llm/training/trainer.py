@@ -88,6 +88,10 @@ class Trainer:
         assert self._tuning is not None, "no parameters were read"
         return self._tuning
 
+    def adopt(self, tuning: Tuning) -> None:
+        """Take what trains and what does not, in place of reading it; shapes will do."""
+        self._tuning = tuning._replace(trainable=None)
+
     def parameters(self, seed: int) -> Any:
         """Read the model, and return what trains of it, before any step."""
         with _on_host_if(self.layout is not None):
@@ -137,7 +141,7 @@ class Trainer:
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if shapes not in self._steps:
             shardings = self._shardings_after(state)
-            step = jax.jit(self._take_step, donate_argnums=0, out_shardings=shardings)
+            step = jax.jit(self.take_step, donate_argnums=0, out_shardings=shardings)
             self._steps[shapes] = step.lower(state, *arguments).compile()
         return measured_step(self._steps[shapes], state, *arguments)
 
@@ -152,7 +156,7 @@ class Trainer:
 
     def _init(self, parameters: Any) -> Any:
         """The jitted beginning of the optimizer's state, `(parameters, seed) -> state`."""
-        init, shardings = self._optimizer().init, None
+        init, shardings = self.optimizer().init, None
         if self.layout is not None:
             shardings = self.layout.of_state(lambda tree: init(tree, 0), abstract(parameters))
         return jax.jit(init, static_argnums=1, out_shardings=shardings)
@@ -168,17 +172,19 @@ class Trainer:
             return jax.tree.map(jnp.asarray, batch)
         return put(batch, self.layout.of_batch(batch, axis))
 
-    def _optimizer(self, rate: Any = None) -> Optimizer:
+    def optimizer(self, rate: Any = None) -> Optimizer:
+        """Build the method, with the recipe's learning rate or another, which may be traced."""
         hyperparameters = self.recipe.hyperparameters
         if rate is not None:
             hyperparameters = replace(hyperparameters, learning_rate=rate)
         return METHODS[self.recipe.method].build(hyperparameters)
 
-    def _take_step(self, state: TrainState, rate: jax.Array, frozen: Any, batch: Any) -> Any:
+    def take_step(self, state: TrainState, rate: jax.Array, frozen: Any, batch: Any) -> Any:
+        """Return the state after a step, and the loss: a pure function, to be jitted."""
         loss = self._loss
         if self.recipe.accumulate > 1:
             loss = AccumulatedLoss(loss, lambda batch: self.problem.weight(batch[0]))
-        return take_step(loss, self._optimizer(rate), state, frozen, batch)
+        return take_step(loss, self.optimizer(rate), state, frozen, batch)
 
     def _loss(self, trainable: Any, frozen: Any, batch: Any) -> jax.Array:
         data, number = batch
