@@ -18,10 +18,14 @@ class SpecialTokens(NamedTuple):
     Attributes:
       begin: before it, where the model's own tokenizer puts one.
       end: after it.
+      pad: what fills batches up.
+      mask: in place of a token that is to be found.
     """
 
     begin: int | None
     end: int | None
+    pad: int | None = None
+    mask: int | None = None
 
 
 NO_SPECIAL_TOKENS = SpecialTokens(None, None)
