@@ -12,9 +12,10 @@ from tokenizers import processors
 
 from examples.llm.errors import UsageError
 from examples.llm.models.gguf_files import GGUFModel
-from examples.llm.models.huggingface_files import HuggingFaceModel, module_names
+from examples.llm.models.huggingface_files import HuggingFaceModel
+from examples.llm.models.huggingface_names import module_names
 from examples.llm.models.tiny import TINY
-from examples.llm.models.tokenizer import NO_SPECIAL_TOKENS
+from examples.llm.models.tokenizer import NO_SPECIAL_TOKENS, SpecialTokens
 from examples.llm.program.command import main
 from examples.llm.program.events import Job, StepDone
 from examples.llm.program.settings import DEFAULTS, QLORA_RECIPE
@@ -150,7 +151,7 @@ def write_folder(folder, tiny_gguf, **fields):
 def test_a_folder_is_the_same_model_as_a_file(tiny_gguf, tmp_path):
     folder = write_folder(tmp_path / "model", tiny_gguf)
     model = HuggingFaceModel(folder)
-    assert model.special_tokens() == (None, 2)  # its tokenizer puts none in front
+    assert model.special_tokens() == SpecialTokens(None, 2)  # its tokenizer puts none in front
     text = "One, two: 3!"
     stored = GGUFModel(tiny_gguf)
     assert model.tokenizer().encode(text).ids == stored.tokenizer().encode(text).ids
@@ -168,7 +169,7 @@ def test_what_a_tokenizer_puts_in_front(tiny_gguf, tmp_path):
     )
     tokenizer.enable_truncation(3)
     tokenizer.save(str(folder / "tokenizer.json"))
-    assert HuggingFaceModel(folder).special_tokens() == (1, 2)
+    assert HuggingFaceModel(folder).special_tokens() == SpecialTokens(1, 2)
     assert len(HuggingFaceModel(folder).tokenizer().encode("abcdef").ids) == 7
 
 
@@ -204,7 +205,7 @@ def test_a_tokenizer_that_cannot_be_read(change, message, tiny_gguf, tmp_path):
 
 def test_special_tokens_outside_of_the_vocabulary(tiny_gguf, tmp_path):
     folder = write_folder(tmp_path / "model", tiny_gguf, bos_token_id=264)
-    with pytest.raises(UsageError, match="bos_token_id must be a token below vocab_size, is 264"):
+    with pytest.raises(UsageError, match="bos_token_id must be a token below 264, is 264"):
         HuggingFaceModel(folder).special_tokens()
 
 

@@ -8,11 +8,12 @@ import pytest
 from flax import nnx
 
 import optax_lowbit
-from examples.llm.models.decoder import LLAMA, Decoder, Family, rms_norm
+from examples.llm.models.decoder import Decoder
+from examples.llm.models.families import OPT
+from examples.llm.models.generation import generate
 from examples.llm.models.tiny import TINY
 from examples.llm.training.tuning import SCHEMES, tuned
 from optax_lowbit import adapters, qlora, zo
-from tests.examples.models.test_decoder import LearnedPositions, ReluMLP
 
 TOKENS = jnp.array([[5, 9, 2, 7, 1, 8], [3, 3, 6, 0, 4, 250]], jnp.int32)
 FRONT = jnp.array([11, 200, 45], jnp.int32)
@@ -35,9 +36,8 @@ def tunings(graph_and_parameters):
 
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
 def test_virtual_tokens_made_of_tokens_are_these_tokens_in_front(positions):
-    learned = Family(norm=rms_norm, feed_forward=ReluMLP, positions=LearnedPositions)
-    untied = dataclasses.replace(TINY, tied_embeddings=False)
-    config, family = (TINY, LLAMA) if positions == "rotary" else (untied, learned)
+    learned = dataclasses.replace(TINY, family=OPT, tied_embeddings=False, embedding_size=16)
+    config = TINY if positions == "rotary" else learned
 
     @nnx.jit
     def logits(decoder):
@@ -51,7 +51,7 @@ def test_virtual_tokens_made_of_tokens_are_these_tokens_in_front(positions):
             "prefix, then prompt": decoder(TOKENS, prefix=prefix, prompt=prompt),
         }
 
-    given = logits(Decoder(config, family=family, rngs=nnx.Rngs(0)))
+    given = logits(Decoder(config, rngs=nnx.Rngs(0)))
     expected = given.pop("expected")
     assert np.abs(expected - given.pop("alone")).max() > 1e-2  # the tokens do matter
     for name, result in given.items():
@@ -63,6 +63,27 @@ def test_logits_are_those_of_real_tokens(scheme, tunings):
     tuning = tunings[scheme]
     logits = jax.eval_shape(tuning.logits, tuning.trainable, tuning.frozen, TOKENS)
     assert logits.shape == (2, 6, TINY.vocabulary_size) and logits.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_cached_continuations_are_the_uncached_ones(scheme, tunings):
+    tuning = tunings[scheme]
+
+    @jax.jit
+    def both(trainable, frozen):
+        model = tuning.model(trainable, frozen)
+        lengths = jnp.array([6, 3])
+        cached = generate(model, TOKENS, lengths, count=4, end=None)
+        rows = jnp.pad(TOKENS, ((0, 0), (0, 4)))
+        for step in range(4):
+            at = (jnp.arange(2), lengths + step - 1)
+            token = jnp.argmax(model.logits(model.features(rows)[at]), axis=-1)
+            rows = rows.at[at[0], at[1] + 1].set(token.astype(jnp.int32))
+        written = lengths[:, None] + jnp.arange(4)[None]
+        return cached, jnp.take_along_axis(rows, written, axis=1)
+
+    cached, uncached = both(tuning.trainable, tuning.frozen)
+    np.testing.assert_array_equal(cached, uncached)
 
 
 def test_lora_starts_from_the_decoder_bit_for_bit(tunings, graph_and_parameters):

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from examples.llm.models.huggingface_files import HuggingFaceModel, module_names
+from examples.llm.models.huggingface_files import HuggingFaceModel
+from examples.llm.models.huggingface_names import module_names
 from examples.llm.training.steps import abstract_decoder
 from optax_lowbit import QuantSpec, adapters, qlora
 

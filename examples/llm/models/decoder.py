@@ -1,209 +1,204 @@
-"""A decoder-only transformer in Flax NNX whose layers are stacked and run by one scan."""
+"""A decoder-only transformer in Flax NNX."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from examples.llm.models.config import DecoderConfig
-from examples.llm.models.positions import Positions, rotary_positions
+from examples.llm.models.layers import KeysAndValues, Sight, run_layers, stacked_layers
+from examples.llm.models.positions import PADDING, Places, backwards, joined
+from examples.llm.models.virtual import Input, check_length, with_virtual_tokens
 from optax_lowbit import adapters
-
-# "keys" and "values" of one layer, `(..., tokens, num_key_value_heads, head_size)`, or of all,
-# stacked.
-KeysAndValues = dict[str, jax.Array]
-
-
-@dataclass(frozen=True)
-class Family:
-    """The parts in which decoder families differ; a new family brings its own.
-
-    Attributes:
-      norm: builds the normalization of the residual stream.
-      feed_forward: builds the block after the attention.
-      positions: builds the `Positions`.
-    """
-
-    norm: Callable[[DecoderConfig, nnx.Rngs], nnx.Module]
-    feed_forward: Callable[[DecoderConfig, nnx.Rngs], nnx.Module]
-    positions: Callable[[DecoderConfig, nnx.Rngs], Positions]
-
-
-def _linear(size_in: int, size_out: int, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(size_in, size_out, use_bias=False, rngs=rngs)
-
-
-def rms_norm(config: DecoderConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    """Build a root-mean-square norm with a scale and no shift."""
-    return nnx.RMSNorm(config.hidden_size, epsilon=config.norm_epsilon, rngs=rngs)
-
-
-class SwiGLU(nnx.Module):
-    """Gated feed-forward block: `down(silu(gate(x)) * up(x))`."""
-
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        self.gate = _linear(config.hidden_size, config.feed_forward_size, rngs)
-        self.up = _linear(config.hidden_size, config.feed_forward_size, rngs)
-        self.down = _linear(config.feed_forward_size, config.hidden_size, rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map `(batch, length, hidden)` to the same shape."""
-        return self.down(nnx.silu(self.gate(x)) * self.up(x))
-
-
-LLAMA = Family(norm=rms_norm, feed_forward=SwiGLU, positions=rotary_positions)
-
-
-class Attention(nnx.Module):
-    """Causal attention in which groups of query heads share a key and a value head."""
-
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        self.head_size = config.head_size
-        query_size = config.num_heads * config.head_size
-        key_value_size = config.num_key_value_heads * config.head_size
-        self.query = _linear(config.hidden_size, query_size, rngs)
-        self.key = _linear(config.hidden_size, key_value_size, rngs)
-        self.value = _linear(config.hidden_size, key_value_size, rngs)
-        self.output = _linear(query_size, config.hidden_size, rngs)
-
-    def keys_and_values(self, x: jax.Array, positions: Positions, first: int) -> KeysAndValues:
-        """Return what `(batch, length, hidden)` at positions `first`, ... offers to queries."""
-        keys = positions.turn(self._heads(self.key(x)), first)
-        return {"keys": keys, "values": self._heads(self.value(x))}
-
-    def __call__(
-        self, x: jax.Array, positions: Positions, prefix: KeysAndValues | None = None
-    ) -> jax.Array:
-        """Map `(batch, length, hidden)`, which comes after the prefix, to the same shape."""
-        first = prefix_length(prefix)
-        query = positions.turn(self._heads(self.query(x)), first)
-        seen, mask = self.keys_and_values(x, positions, first), None
-        if prefix is not None:
-            seen = jax.tree.map(adapters.prepend, prefix, seen)
-            mask = adapters.prefix_mask(first, x.shape[1])[None, None]
-        mixed = jax.nn.dot_product_attention(
-            query, seen["keys"], seen["values"], mask=mask, is_causal=prefix is None
-        )
-        return self.output(mixed.reshape(*x.shape[:2], -1))
-
-    def _heads(self, flat: jax.Array) -> jax.Array:
-        return flat.reshape(*flat.shape[:2], -1, self.head_size)
-
-
-def prefix_length(prefix: KeysAndValues | None) -> int:
-    """Return how many tokens a prefix stands for."""
-    return 0 if prefix is None else prefix["keys"].shape[-3]
-
-
-class DecoderLayer(nnx.Module):
-    """Attention and feed-forward block, each normalized before and added to its input."""
-
-    def __init__(self, config: DecoderConfig, family: Family, rngs: nnx.Rngs):
-        self.attention_norm = family.norm(config, rngs)
-        self.attention = Attention(config, rngs)
-        self.feed_forward_norm = family.norm(config, rngs)
-        self.feed_forward = family.feed_forward(config, rngs)
-
-    def __call__(
-        self, x: jax.Array, positions: Positions, prefix: KeysAndValues | None = None
-    ) -> jax.Array:
-        """Map `(batch, length, hidden)` to the same shape."""
-        x = x + self.attention(self.attention_norm(x), positions, prefix)
-        return x + self.feed_forward(self.feed_forward_norm(x))
 
 
 class LanguageModel(Protocol):
     """What losses see of a decoder: its head apart, so that it need not look at every token."""
 
-    def features(self, tokens: jax.Array, /) -> jax.Array:
-        """Map int32 `(batch, length)` to `(batch, length, hidden_size)`."""
+    def features(self, tokens: jax.Array, segments: jax.Array | None = None, /) -> jax.Array:
+        """Map int32 `(batch, length)` to `(batch, length, size)`; see `Decoder.features`."""
         ...
 
     def logits(self, features: jax.Array, /) -> jax.Array:
-        """Map `(..., hidden_size)` to those of the next token, `(..., vocabulary_size)`."""
+        """Map `(..., size)` to those of the next token, float32 `(..., vocabulary_size)`."""
+        ...
+
+
+class Cache(NamedTuple):
+    """What a decoder remembers of the tokens it has seen, and room for more.
+
+    Attributes:
+      memory: `(num_layers, batch, room, num_key_value_heads, head_size)`.
+      places: of what is in the room, `(batch, room)`; padding where nothing is yet.
+      used: how much of the room is, int32 `()`.
+      next_position: of each row's text, int32 `(batch,)`.
+    """
+
+    memory: KeysAndValues
+    places: Places
+    used: jax.Array
+    next_position: jax.Array
+
+
+class Generator(LanguageModel, Protocol):
+    """What generation sees of a decoder, with whatever was trained beside it."""
+
+    def remember(
+        self, tokens: jax.Array, segments: jax.Array, /, *, room: int
+    ) -> tuple[jax.Array, Cache]:
+        """Return the features of prompts, and a cache with room for `room` more tokens."""
+        ...
+
+    def extend(self, tokens: jax.Array, cache: Cache, /) -> tuple[jax.Array, Cache]:
+        """Return the features of int32 `(batch, n)` after what is in the cache, and the cache."""
         ...
 
 
 class Decoder(nnx.Module):
     """Token embedding, stacked layers, final norm and output head.
 
-    Every parameter of `layers` has a leading axis of `config.num_layers`, so that the program
-    holds one layer however deep the model is. A layer's activations are computed again in the
-    backward pass instead of being kept.
+    Every parameter of `layers` has a leading axis of `config.num_layers`.
     """
 
-    def __init__(self, config: DecoderConfig, *, family: Family = LLAMA, rngs: nnx.Rngs):
-        @nnx.split_rngs(splits=config.num_layers)
-        @nnx.vmap
-        def stacked_layers(rngs: nnx.Rngs) -> DecoderLayer:
-            return DecoderLayer(config, family, rngs)
-
-        self.positions = family.positions(config, rngs)
-        self.embedding = nnx.Embed(config.vocabulary_size, config.hidden_size, rngs=rngs)
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        hidden = config.hidden_size
+        width = hidden if config.embedding_size is None else config.embedding_size
+        self.config = config
+        self.positions = config.family.positions(config, rngs)
+        self.embedding = nnx.Embed(config.vocabulary_size, width, rngs=rngs)
         self.embedding.dtype = None  # the table's, which may be other than when it was made
-        self.layers = stacked_layers(rngs)
-        self.final_norm = family.norm(config, rngs)
-        if config.tied_embeddings:
-            self.head = None
-        else:
-            self.head = _linear(config.hidden_size, config.vocabulary_size, rngs)
+        self.layers = stacked_layers(config, rngs)
+        self.final_norm = config.family.norm(config, rngs) if config.final_norm else None
+        linear = partial(nnx.Linear, use_bias=False, rngs=rngs)
+        is_projected, is_tied = width != hidden, config.tied_embeddings
+        self.project_in = linear(width, hidden) if is_projected else None
+        self.project_out = linear(hidden, width) if is_projected else None
+        self.head = None if is_tied else linear(width, config.vocabulary_size)
 
     def __call__(
         self,
         tokens: jax.Array,
+        segments: jax.Array | None = None,
         *,
         prompt: jax.Array | None = None,
         prefix: KeysAndValues | None = None,
     ) -> jax.Array:
-        """Return next-token logits.
+        """Return next-token logits, float32 `(batch, length, vocabulary_size)`.
 
-        Args:
-          tokens: int32 `(batch, length)`.
-          prompt: embeddings `(n, hidden)` of virtual tokens in front of `tokens`.
-          prefix: keys and values `(num_layers, n, num_key_value_heads, head_size)` of virtual
-            tokens in front of all others.
-
-        Returns:
-          float32 `(batch, length, vocabulary_size)`: of `tokens` alone.
+        Arguments are those of `features`.
         """
-        return self.logits(self.features(tokens, prompt=prompt, prefix=prefix))
+        return self.logits(self.features(tokens, segments, prompt=prompt, prefix=prefix))
 
     def features(
         self,
         tokens: jax.Array,
+        segments: jax.Array | None = None,
         /,
         *,
         prompt: jax.Array | None = None,
         prefix: KeysAndValues | None = None,
     ) -> jax.Array:
-        """Return what the head sees, `(batch, length, hidden_size)`; arguments as of a call."""
+        """Return what the head sees.
 
-        @nnx.scan(in_axes=(nnx.Carry, 0, 0), out_axes=nnx.Carry)
-        @nnx.remat
-        def run_layer(x: jax.Array, layer: DecoderLayer, prefix: KeysAndValues | None) -> jax.Array:
-            return layer(x, self.positions, prefix)
+        Args:
+          tokens: int32 `(batch, length)`.
+          segments: int32 `(batch, length)`: to which text of its row a token belongs, counted from
+            1, and 0 for padding. Texts neither see each other nor padding, and each begins at the
+            first position; so an attention mask of 1 and 0 is one. None: a row is a text.
+          prompt: embeddings `(n, embedding_size)` of virtual tokens in front of every text.
+          prefix: keys and values `(num_layers, n, num_key_value_heads, head_size)` of virtual
+            tokens in front of all others.
 
-        x = self.embedding(tokens)
-        if prompt is not None:
-            x = adapters.prepend(prompt, x)
-        x = run_layer(self.positions.embed(x, prefix_length(prefix)), self.layers, prefix)
-        return self.final_norm(x[:, -tokens.shape[1] :])
+        Returns:
+          `(batch, length, embedding_size)`: of `tokens` alone.
+
+        Raises:
+          ValueError: there are more tokens than learned positions.
+        """
+        given = with_virtual_tokens(self.embedding(tokens), segments, prompt, prefix)
+        check_length(given, 0, self.positions.limit)
+        return self._through(given)[0][:, -tokens.shape[1] :]
 
     def logits(self, features: jax.Array, /) -> jax.Array:
-        """Map `(..., hidden_size)` to float32 `(..., vocabulary_size)`."""
+        """Map `(..., embedding_size)` to float32 `(..., vocabulary_size)`."""
         head = self.embedding.attend if self.head is None else self.head
         return head(features).astype(jnp.float32)
 
     def keys_and_values(self, tokens: jax.Array) -> KeysAndValues:
         """Return every layer's keys and values of int32 tokens `(length,)`, a prefix."""
+        given = with_virtual_tokens(self.embedding(tokens[None]), None, None, None)
+        check_length(given, 0, self.positions.limit)
+        _, memory = self._through(given, keep=True)
+        return {name: heads[:, 0] for name, heads in memory.items()}
 
-        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
-        def run_layer(x: jax.Array, layer: DecoderLayer) -> tuple[jax.Array, KeysAndValues]:
-            seen = layer.attention.keys_and_values(layer.attention_norm(x), self.positions, 0)
-            return layer(x, self.positions), jax.tree.map(lambda heads: heads[0], seen)
+    def remember(
+        self,
+        tokens: jax.Array,
+        segments: jax.Array,
+        /,
+        *,
+        room: int,
+        prompt: jax.Array | None = None,
+        prefix: KeysAndValues | None = None,
+    ) -> tuple[jax.Array, Cache]:
+        """Return the features of texts, and a cache that has room for `room` more tokens.
 
-        x = self.positions.embed(self.embedding(tokens[None]), 0)
-        return run_layer(x, self.layers)[1]
+        Arguments are those of `features`, with one text in a row.
+
+        Raises:
+          ValueError: there are more tokens, with those to come, than positions that are learned, or
+            than a context after which all keys change.
+        """
+        given = with_virtual_tokens(self.embedding(tokens), segments, prompt, prefix)
+        check_length(given, room, self.positions.cache_limit)
+        features, memory = self._through(given, keep=True)
+        if prefix is not None:
+            memory = {
+                name: jax.vmap(adapters.prepend)(prefix[name], heads)
+                for name, heads in memory.items()
+            }
+        places = joined(given.earlier_places, given.places)
+        after = jnp.max(jnp.where(places.segments == PADDING, 0, places.positions + 1), axis=1)
+        used = jnp.int32(places.positions.shape[1])
+        memory = {name: _padded(heads, room, axis=2) for name, heads in memory.items()}
+        places = Places(*(_padded(x, room, axis=1) for x in places))
+        return features[:, -tokens.shape[1] :], Cache(memory, places, used, after)
+
+    def extend(self, tokens: jax.Array, cache: Cache, /) -> tuple[jax.Array, Cache]:
+        """Return the features of int32 `(batch, n)` after what is in the cache, and the cache."""
+        count = tokens.shape[1]
+        positions = cache.next_position[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
+        places = Places(positions, jnp.ones_like(positions))
+        given = Input(self.embedding(tokens), places, cache.memory, cache.places)
+        features, own = self._through(given, keep=True)
+
+        def write(room: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(room, new, cache.used, axis)
+
+        return features, Cache(
+            {name: write(room, own[name], 2) for name, room in cache.memory.items()},
+            Places(*(write(room, new, 1) for room, new in zip(cache.places, places))),
+            cache.used + count,
+            cache.next_position + count,
+        )
+
+    def _through(self, given: Input, *, keep: bool = False) -> tuple[jax.Array, Any]:
+        """From embeddings to features; all keys and values if they are kept."""
+        x, places = given.x, given.places
+        if self.project_in is not None:
+            x = self.project_in(x)
+        seen = joined(given.earlier_places, places)
+        mask = backwards(places, seen, self.config.sliding_window)
+        sight = Sight(self.positions, places, mask)
+        x = self.positions.embed(x, places)
+        x, own = run_layers(self.layers, self.config, x, sight, given.earlier, keep=keep)
+        x = x if self.final_norm is None else self.final_norm(x)
+        return x if self.project_out is None else self.project_out(x), own
+
+
+def _padded(x: jax.Array, count: int, axis: int) -> jax.Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, count)
+    return jnp.pad(x, widths)

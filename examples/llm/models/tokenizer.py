@@ -27,6 +27,11 @@ class SpecialTokens(NamedTuple):
     pad: int | None = None
     mask: int | None = None
 
+    @property
+    def front(self) -> list[int]:
+        """What is put in front of a text."""
+        return [] if self.begin is None else [self.begin]
+
 
 NO_SPECIAL_TOKENS = SpecialTokens(None, None)
 

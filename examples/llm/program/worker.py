@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from examples.llm.errors import UsageError
-from examples.llm.models.generation import continue_greedily
+from examples.llm.models.generation import continue_text, generate
 from examples.llm.models.opening import open_model
 from examples.llm.models.tokenizer import plain_tokens
 from examples.llm.program.events import Job, Report, RunResult, Stage, StepDone
@@ -166,5 +166,12 @@ class _Run:
         if not prompt:
             return ""
         self.report(Stage("continuing the prompt"))
-        logits = partial(jax.jit(self.tuning.logits), trainable, self.tuning.frozen)
-        return continue_greedily(logits, self.tokenizer, prompt, _CONTINUATION_TOKENS, self.special)
+
+        @jax.jit
+        def continued(trainable, frozen, prompts, lengths):
+            model = self.tuning.model(trainable, frozen)
+            end, count = self.special.end, _CONTINUATION_TOKENS
+            return generate(model, prompts, lengths, count=count, end=end)
+
+        run = partial(continued, trainable, self.tuning.frozen)
+        return continue_text(run, self.tokenizer, prompt, self.special)

@@ -96,7 +96,7 @@ def build_judges(
     judges = {}
     for name, source in zip(settings.judge, settings.judge_sources(), strict=True):
         data, size = read_data(source), settings.batch_size
-        reading = decoder_reading(known_format(data), tokenizer, special.begin, context_length)
+        reading = decoder_reading(known_format(data), tokenizer, special, context_length)
         task = load_test(data, settings.eval_examples, reading.template)
         if task.format.answers:
             judge = answer_problem(task, tokenizer, special, context_length, size)
@@ -147,7 +147,7 @@ def _reading(
         if not settings.template:
             raise UsageError("--no-template: a mask stands in a template")
         return masked_reading(format_, tokenizer, special.mask, length)
-    return decoder_reading(format_, tokenizer, special.begin, length, aligned=settings.template)
+    return decoder_reading(format_, tokenizer, special, length, aligned=settings.template)
 
 
 def encoded_parts(

@@ -8,6 +8,7 @@ import jax
 import optax
 from flax import nnx
 
+from examples.llm.models.building import abstract_model
 from examples.llm.models.config import DecoderConfig
 from examples.llm.models.decoder import Decoder, LanguageModel
 from examples.llm.training.memory import peak_memory_bytes, reset_peak_memory
@@ -28,8 +29,7 @@ class TrainState(NamedTuple):
 
 def abstract_decoder(config: DecoderConfig) -> tuple[nnx.GraphDef[Decoder], Any]:
     """Return the decoder's structure and its parameters' shapes, without allocating any."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
-    return graph, nnx.to_pure_dict(state)
+    return abstract_model(config)
 
 
 def build_model(graph: nnx.GraphDef[Decoder], parameters: Any) -> Decoder:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +11,8 @@ from flax import nnx
 
 from examples.llm.errors import UsageError
 from examples.llm.models.config import DecoderConfig
-from examples.llm.models.decoder import Decoder, LanguageModel
-from examples.llm.models.huggingface_files import module_names
+from examples.llm.models.decoder import Cache, Decoder, Generator
+from examples.llm.models.huggingface_names import module_names
 from examples.llm.training.steps import build_model
 from optax_lowbit import adapters, qlora
 
@@ -24,17 +23,36 @@ QLORA = adapters.LoRA(rank=64, alpha=16.0, targets=r"/(attention|feed_forward)/.
 PREFIX, PROMPT = adapters.Prefix(num_tokens=5), adapters.Prompt(num_tokens=10)
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TunedModel:
-    """A decoder with what was trained beside it, as losses see it.
+    """A decoder with virtual tokens that were trained beside it, as losses see it.
 
     Attributes:
-      features: see `Decoder.features`.
-      logits: see `Decoder.logits`.
+      decoder: frozen.
+      virtual: its prefix or its prompt, by the name of the argument.
     """
 
-    features: Callable[[jax.Array], jax.Array]
-    logits: Callable[[jax.Array], jax.Array]
+    decoder: Decoder
+    virtual: dict[str, Any]
+
+    def features(self, tokens: jax.Array, segments: jax.Array | None = None, /) -> jax.Array:
+        """See `Decoder.features`."""
+        return self.decoder.features(tokens, segments, **self.virtual)
+
+    def logits(self, features: jax.Array, /) -> jax.Array:
+        """See `Decoder.logits`."""
+        return self.decoder.logits(features)
+
+    def remember(
+        self, tokens: jax.Array, segments: jax.Array, /, *, room: int
+    ) -> tuple[jax.Array, Cache]:
+        """See `Decoder.remember`."""
+        return self.decoder.remember(tokens, segments, room=room, **self.virtual)
+
+    def extend(self, tokens: jax.Array, cache: Cache, /) -> tuple[jax.Array, Cache]:
+        """See `Decoder.extend`; the cache has the virtual tokens."""
+        return self.decoder.extend(tokens, cache)
 
 
 class Tuning(NamedTuple):
@@ -51,7 +69,7 @@ class Tuning(NamedTuple):
 
     trainable: Any
     frozen: Any
-    model: Callable[[Any, Any], LanguageModel]
+    model: Callable[[Any, Any], Generator]
     lora: adapters.LoRA | None = None
 
     def logits(self, trainable: Any, frozen: Any, tokens: jax.Array) -> jax.Array:
@@ -169,8 +187,7 @@ def _prefix(graph, parameters, key, prefix: adapters.Prefix) -> Tuning:
     trainable = prefix.init(decoder.keys_and_values, key, vocabulary_size=vocabulary_size)
 
     def model(trainable, frozen):
-        decoder = build_model(graph, frozen)
-        return TunedModel(partial(decoder.features, prefix=trainable), decoder.logits)
+        return TunedModel(build_model(graph, frozen), {"prefix": trainable})
 
     return Tuning(trainable, parameters, model)
 
@@ -179,8 +196,6 @@ def _prompt(graph, parameters, key, prompt: adapters.Prompt) -> Tuning:
     trainable = {"prompt": prompt.init(parameters["embedding"]["embedding"], key)}
 
     def model(trainable, frozen):
-        decoder = build_model(graph, frozen)
-        features = partial(decoder.features, prompt=trainable["prompt"])
-        return TunedModel(features, decoder.logits)
+        return TunedModel(build_model(graph, frozen), trainable)
 
     return Tuning(trainable, parameters, model)

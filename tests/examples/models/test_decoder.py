@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from examples.llm.models.config import DecoderConfig
-from examples.llm.models.decoder import Decoder, Family
+from examples.llm.models.decoder import Decoder
+from examples.llm.models.families import OPT
 from examples.llm.training.steps import abstract_decoder, build_model
 
 HUGGING_FACE_NAMES = {
@@ -35,6 +36,7 @@ SMALL = DecoderConfig(
     norm_epsilon=1e-5,
     tied_embeddings=True,
 )
+LEARNED = dataclasses.replace(SMALL, family=OPT, feed_forward_bias=True, position_offset=2)
 
 
 def hugging_face_parameters(weights, num_layers):
@@ -100,37 +102,11 @@ def test_later_tokens_do_not_change_earlier_logits():
     np.testing.assert_array_equal(model(tokens)[0, :-1], model(changed)[0, :-1])
 
 
-class LearnedPositions(nnx.Module):
-    def __init__(self, config, rngs):
-        self.table = nnx.Embed(config.context_length, config.hidden_size, rngs=rngs)
-
-    def embed(self, embedded, first):
-        numbers = jnp.arange(first, first + embedded.shape[1], dtype=jnp.int32)
-        return embedded + self.table(numbers)[None]
-
-    def turn(self, heads, first):
-        return heads
-
-
-class ReluMLP(nnx.Module):
-    def __init__(self, config, rngs):
-        self.up = nnx.Linear(config.hidden_size, config.feed_forward_size, rngs=rngs)
-        self.down = nnx.Linear(config.feed_forward_size, config.hidden_size, rngs=rngs)
-
-    def __call__(self, x):
-        return self.down(nnx.relu(self.up(x)))
-
-
-def layer_norm(config, rngs):
-    return nnx.LayerNorm(config.hidden_size, rngs=rngs)
-
-
 def test_another_family_brings_its_own_parts():
-    family = Family(norm=layer_norm, feed_forward=ReluMLP, positions=LearnedPositions)
-    model = Decoder(SMALL, family=family, rngs=nnx.Rngs(0))
+    model = Decoder(LEARNED, rngs=nnx.Rngs(0))
     tokens = jnp.array([[1, 2, 3]], jnp.int32)
     gradients = nnx.grad(lambda model: jnp.sum(jnp.square(model(tokens))))(model)
-    assert model.layers.feed_forward.up.bias[...].shape == (3, 24)
+    assert model.layers.feed_forward.up.kernel[...].shape == (3, 16, 24)
     for path, gradient in nnx.to_flat_state(gradients):
         assert np.any(np.asarray(gradient[...])), path
 

@@ -8,9 +8,9 @@ import pytest
 from flax import nnx
 
 from examples.llm.errors import UsageError
-from examples.llm.models.decoder import LLAMA, Decoder
-from examples.llm.models.huggingface_files import LAYER_MATRICES, HuggingFaceModel, module_names
-from examples.llm.models.positions import RotaryPositions
+from examples.llm.models.huggingface_files import HuggingFaceModel
+from examples.llm.models.huggingface_names import module_names
+from examples.llm.models.rotary import Unscaled
 from examples.llm.training.steps import abstract_decoder
 from optax_lowbit import qlora
 
@@ -30,6 +30,7 @@ CONFIG = {
     "tie_word_embeddings": True,
     "vocab_size": 16,
 }
+BERT = {"model_type": "bert", "hidden_act": "gelu"}
 
 
 @pytest.fixture(scope="module")
@@ -51,31 +52,18 @@ def in_floats(parameters):
 
 
 @dataclasses.dataclass(frozen=True)
-class RoundedRotaryPositions(RotaryPositions):
+class Rounded(Unscaled):
     """Of a PyTorch model that was cast to bfloat16, and its frequencies with it."""
 
-    def turn(self, heads, first):
-        angles = 1.0 / self.base ** (np.arange(0, heads.shape[3], 2) / heads.shape[3])
-        rounded = angles.astype(jnp.bfloat16).astype(np.float32)
-        angles = np.outer(np.arange(first, first + heads.shape[1], dtype=np.float32), rounded)
-        turned = (
-            jax.lax.complex(*jnp.split(heads, 2, axis=-1))
-            * np.exp(1j * angles).astype(np.complex64)[None, :, None]
-        )
-        return jnp.concatenate([turned.real, turned.imag], axis=-1).astype(heads.dtype)
-
-
-ROUNDED = dataclasses.replace(
-    LLAMA, positions=lambda config, rngs: RoundedRotaryPositions(config.rotary_base)
-)
+    def frequencies(self, base, head_size, length):
+        frequencies = super().frequencies(base, head_size, length)
+        return frequencies.astype(jnp.bfloat16).astype(jnp.float32)
 
 
 def assert_logits(model, parameters, recorded, name):
     """Of the row that is not padded."""
-    family = ROUNDED if name == "llama_bf16" else LLAMA
-    graph, _ = nnx.split(
-        nnx.eval_shape(lambda: Decoder(model.config, family=family, rngs=nnx.Rngs(0)))
-    )
+    scaling = Rounded() if name == "llama_bf16" else Unscaled()
+    graph, _ = abstract_decoder(dataclasses.replace(model.config, rotary_scaling=scaling))
     decoder = nnx.merge(graph, nnx.State(parameters))
     tokens, mask = recorded[f"{name}/input_ids"], recorded[f"{name}/attention_mask"]
     assert mask[0].all()
@@ -109,7 +97,7 @@ def test_logits_of_4_bits_are_those_recorded(models):
 def test_a_checkpoint_quantized_on_the_way(models):
     folder = models / "llama"
     spec = dataclasses.replace(qlora.NF4, double_quant=False)
-    tensors = qlora.quantize_checkpoint(folder, spec, targets=LAYER_MATRICES)
+    tensors = qlora.quantize_checkpoint(folder, spec, targets=r"_proj\.weight$")
     layers = HuggingFaceModel(folder, tensors).parameters()["layers"]
     shapes = {("attention", "key"): (2, 64, 32), ("feed_forward", "up"): (2, 64, 172)}
     for (block, name), shape in shapes.items():
@@ -184,25 +172,64 @@ def test_older_fields_and_tied_embeddings(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        ({"model_type": "mistral"}, 'model_type must be "llama", is "mistral"'),
-        ({"model_type": None}, 'model_type must be "llama", is null'),
+        ({"model_type": "mamba"}, 'model_type must be one of llama, .*, is "mamba"'),
+        ({"model_type": None}, "model_type must be one of .*, is null"),
+        ({"model_type": "opt", "activation_function": "gelu"}, "activation_function must be"),
+        ({"model_type": "opt", "layer_norm_elementwise_affine": False}, "must be true, is false"),
+        ({"model_type": "opt", "num_attention_heads": 3}, "num_attention_heads must be a divisor"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window must be an int of at"),
+        ({"model_type": "mistral", "layer_types": ["full_attention"]}, "layer_types must be null"),
+        ({"model_type": "mistral", "num_key_value_heads": None}, "num_key_value_heads must be"),
+        ({**BERT, "position_embedding_type": "relative_key"}, 'must be "absolute"'),
+        ({**BERT, "is_decoder": True}, "is_decoder must be false"),
+        ({**BERT, "add_cross_attention": True}, "add_cross_attention must be false"),
+        ({**BERT, "hidden_act": "gelu_new"}, 'hidden_act must be "gelu"'),
+        ({**BERT, "tie_word_embeddings": False}, "tie_word_embeddings must be true"),
+        (
+            {**BERT, "model_type": "roberta", "max_position_embeddings": 2},
+            "context_length must be at le",
+        ),
+        (
+            {"model_type": "roberta", "architectures": ["RobertaForTokenClassification"]},
+            "architectures must be one of RobertaModel, .* in a list",
+        ),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures must be one of L"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures must be one of LlamaForCausalLM"),
         ({"hidden_act": "gelu"}, 'hidden_act must be "silu"'),
-        ({"attention_bias": True}, "attention_bias must be false"),
-        ({"mlp_bias": True}, "mlp_bias must be false"),
-        ({"rope_scaling": {"factor": 8.0}}, "rope_scaling must be null"),
-        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters must be"),
-        ({"rope_parameters": [1]}, "rope_parameters must be"),
+        ({"attention_bias": 1}, "attention_bias must be true or false, is 1"),
+        ({"attention_bias": True}, r"has no tensor model\.layers\.0\.self_attn\.\w_proj\.bias"),
+        ({"mlp_bias": True}, r"has no tensor model\.layers\.0\.mlp\.\w+_proj\.bias"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0, is 0.5"),
+        ({"rope_scaling": {"factor": 8.0}}, "rope_scaling.rope_type must be one of default"),
+        ({"rope_scaling": {"type": "yarn"}}, r"rope_scaling\.type must be .*, is \"yarn\""),
+        ({"rope_parameters": {"rope_type": "llama3"}}, r"rope_parameters\.factor must be a posi"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, r"factor must be a positive"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor must be 1"),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8,
+                    "low_freq_factor": 4,
+                    "high_freq_factor": 4,
+                }
+            },
+            r"rope_scaling\.high_freq_factor must be above low_freq_factor, 4.0, is 4",
+        ),
+        ({"rope_parameters": [1]}, "rope_parameters must be an object"),
         ({"rope_theta": "x"}, "rope_theta must be a positive number"),
-        ({"hidden_size": -1}, "hidden_size must be a positive int, is -1"),
-        ({"hidden_size": None}, "hidden_size must be a positive int, is null"),
+        ({"hidden_size": -1}, "hidden_size must be an int of at least 1, is -1"),
+        ({"hidden_size": None}, "hidden_size must be an int of at least 1, is null"),
+        ({"hidden_size": 2**40}, "hidden_size must be an int of at least 1, is 1099511627776"),
+        ({"head_dim": 5}, "head_size must be even, got 5"),
         ({"num_hidden_layers": 2**30}, "num_hidden_layers must be at most 20"),
-        ({"num_hidden_layers": 3}, r"has no tensor model\.layers\.2\.self_attn\.q_proj\.weight"),
+        ({"num_hidden_layers": 3}, r"has no tensor model\.layers\.2\.self_attn\.k_proj\.weight"),
         ({"num_attention_heads": 3, "num_key_value_heads": 2}, "num_heads must be a multiple"),
-        ({"intermediate_size": 2**30}, r"gate_proj\.weight must be for \(8, 1073741824\)"),
+        ({"intermediate_size": 2**30}, r"down_proj\.weight must be for \(1073741824, 8\)"),
         ({"tie_word_embeddings": False}, "has no tensor lm_head.weight"),
     ],
 )
-def test_fields_that_the_decoder_has_not(tmp_path, fields, complaint):
+def test_fields_that_no_model_has(tmp_path, fields, complaint):
     write_model(tmp_path, **fields)
     with pytest.raises(UsageError, match=complaint) as error:
         HuggingFaceModel(tmp_path).parameters()
@@ -220,7 +247,7 @@ def test_fields_that_the_decoder_has_not(tmp_path, fields, complaint):
             lambda t: t.update(
                 {"model.layers.1.self_attn.q_proj.weight": qlora.quantize_matrix(jnp.ones((8, 8)))}
             ),
-            r"self_attn\.q_proj must be stored in the same way in all layers",
+            r"self_attn\.q_proj\.weight must be stored in the same way in all layers",
         ),
     ],
 )

