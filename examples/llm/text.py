@@ -1,17 +1,23 @@
-"""Token windows from the State of the Union addresses, or text files, for training and judging."""
+"""The State of the Union addresses, or text files: token windows, and learning them."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import grain
+import jax
+import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
 from examples.llm.errors import UsageError
+from examples.llm.models.decoder import LanguageModel
 from examples.llm.models.tokenizer import plain_tokens
 from examples.llm.tasks.sources import FileSource
 from examples.llm.tasks.splits import Splits, with_test
+from examples.llm.training.judging import Evaluation, Part, text_evaluation
+from examples.llm.training.steps import next_token_loss
 
 # Enough characters for one token of English in all but the densest passages.
 _CHARACTERS_PER_TOKEN = 8
@@ -112,3 +118,48 @@ def windows_of(
         for part, part_seed in zip(texts, (seed, _HELD_OUT_SEED, _HELD_OUT_SEED), strict=True)
     )
     return train, dev, test
+
+
+@dataclass(frozen=True)
+class TextProblem:
+    """The next token of texts.
+
+    Attributes:
+      train: windows to learn from.
+      dev: windows that choices are made by.
+      test: windows that are reported.
+      batch_size: windows in a batch.
+      eval_batches: batches to judge by.
+    """
+
+    train: TokenWindows
+    dev: TokenWindows
+    test: TokenWindows
+    batch_size: int
+    eval_batches: int
+
+    @property
+    def batches(self) -> grain.MapDataset:
+        """int32 `(batch_size, length + 1)`."""
+        return self.train.batches(self.batch_size)
+
+    def loss(self, model: LanguageModel, batch: jax.Array) -> jax.Array:
+        """See `next_token_loss`."""
+        return next_token_loss(model, batch)
+
+    def weight(self, batch: jax.Array) -> jax.Array:
+        """The number of tokens that are predicted."""
+        return jnp.float32(batch.shape[0] * (batch.shape[1] - 1))
+
+    def held_out(self, part: Part = "test") -> Iterable[Any]:
+        """The same for every run."""
+        batches = (self.dev if part == "dev" else self.test).batches(self.batch_size)
+        return (batches[number] for number in range(self.eval_batches))
+
+    def measure(self, model: LanguageModel, batch: jax.Array) -> jax.Array:
+        """The loss of a batch."""
+        return next_token_loss(model, batch)
+
+    def evaluation(self, measured: Sequence[jax.Array]) -> Evaluation:
+        """The mean loss, and its exponential."""
+        return text_evaluation(float(np.mean(measured)))

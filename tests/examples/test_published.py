@@ -8,7 +8,7 @@ import pytest
 from examples.llm.errors import UsageError
 from examples.llm.instructions.formats import Pair, reader_of
 from examples.llm.tasks.example import Example
-from examples.llm.tasks.loading import known_format, load_examples, read_data
+from examples.llm.tasks.loading import known_format, load_test, read_data
 from examples.llm.tasks.sources import find_source
 
 BOOLQ = {
@@ -188,7 +188,8 @@ def test_a_folder_of_mmlu_is_judged_by_its_test(tmp_path):
         for subject in ("anatomy", "astronomy"):
             name = f"{subject}_{part}.csv"
             written(tmp_path / part, name, f"{part} {subject}?,w,x,y,z,{letter}\n")
-    found = load_examples(read_data(find_source(str(tmp_path), tmp_path, "--judge")), 9)
+    data = read_data(find_source(str(tmp_path), tmp_path, "--judge"))
+    found = load_test(data, 9, known_format(data).wording.aligned).test
     assert {(example.subject, example.label) for example in found} == {
         ("anatomy", 2), ("astronomy", 2),
     }  # fmt: skip

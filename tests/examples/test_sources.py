@@ -9,7 +9,7 @@ import pytest
 from examples.llm.errors import UsageError
 from examples.llm.models.gguf_files import GGUFModel
 from examples.llm.program.settings import DEFAULTS
-from examples.llm.tasks.loading import load_task, read_data
+from examples.llm.tasks.loading import known_format, load_task, read_data
 from examples.llm.tasks.sources import find_source
 from examples.llm.training.problems import build_problem
 
@@ -35,7 +35,8 @@ def words(task):
 
 
 def loaded(source, sizes=(30, 4, 5)):
-    return load_task(read_data(source), sizes)
+    data = read_data(source)
+    return load_task(data, sizes, known_format(data).wording.aligned)
 
 
 def test_a_folder_that_is_split_already_is_used_so(tmp_path):

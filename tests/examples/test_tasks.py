@@ -6,8 +6,11 @@ import zipfile
 import pytest
 
 from examples.llm.errors import UsageError
+from examples.llm.models.tokenizer import NO_SPECIAL_TOKENS
+from examples.llm.tasks import templates
 from examples.llm.tasks.example import Example, Record
 from examples.llm.tasks.loading import known_format, load_task, read_data
+from examples.llm.tasks.problem import decoder_reading
 from examples.llm.tasks.sources import find_source
 from examples.llm.tasks.splits import split
 
@@ -96,7 +99,7 @@ def test_winogrande(tmp_path):
         Example("", ("Bob won.", "Al won."), 0),
     ]
     with pytest.raises(UsageError, match="--no-template: winogrande has no template"):
-        load_task(data_in(path), (1, 1, 1), aligned=False)
+        decoder_reading(format_in(path), None, NO_SPECIAL_TOKENS, 8, aligned=False)
 
 
 def test_multirc_as_superglue_has_it(tmp_path):
@@ -238,7 +241,9 @@ def test_too_few_examples_are_refused():
 
 def test_real_files(shared_dir):
     data = shared_dir / "data"
-    polarity = load_task(read_data(find_source("polarity", data)), (1000, 500, 1000))
+    polarity = load_task(
+        read_data(find_source("polarity", data)), (1000, 500, 1000), templates.SENTIMENT.aligned
+    )
     assert [len(part) for part in (polarity.train, polarity.dev, polarity.test)] == [
         1000,
         500,

@@ -15,8 +15,8 @@ from examples.llm.errors import UsageError
 from examples.llm.models.opening import open_model
 from examples.llm.program.events import Stage
 from examples.llm.program.processes import Tell
-from examples.llm.tasks.loading import load_task, read_data
-from examples.llm.tasks.problem import OptionProblem
+from examples.llm.tasks.loading import known_format, load_task, read_data
+from examples.llm.tasks.problem import OptionProblem, decoder_reading
 from examples.llm.tasks.scoring import option_scores, token_log_likelihoods
 from examples.llm.tasks.sources import find_source
 from examples.llm.training.judging import Evaluation, Part
@@ -133,19 +133,17 @@ class Bench:
                 f"tokens, got {settings.sequence_length}"
             )
         sizes = (settings.train_examples, settings.dev_examples, settings.test_examples)
-        data = read_data(find_source(cell.task, settings.data))
-        task = load_task(data, sizes, aligned=settings.template)
+        data, tokenizer = read_data(find_source(cell.task, settings.data)), model.tokenizer()
+        special, length = model.special_tokens(), settings.sequence_length
+        reading = decoder_reading(
+            known_format(data), tokenizer, special, length, aligned=settings.template
+        )
+        task = load_task(data, sizes, reading.template)
         if task.format.answers:
             raise UsageError(f"--task: {cell.task} is answered freely, but must have options")
-        train, dev, test = encoded_parts(
-            task,
-            model.tokenizer(),
-            model.special_tokens().begin,
-            settings.sequence_length,
-            settings.batch_size,
-        )
+        parts = encoded_parts(task, reading.encode, settings.batch_size)
         objective = settings.objective or task.format.objective
-        self.problem = OptionProblem(train, dev, test, objective, SEARCH_SEED)
+        self.problem = OptionProblem(*parts, objective, SEARCH_SEED)
         is_backward = METHODS[method].derivative == "backward"
         self.steps = settings.first_order_steps if is_backward else settings.steps
         rate = METHODS[method].learning_rates[cell.tuning]

@@ -5,8 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from examples.llm.errors import UsageError
-from examples.llm.tasks.example import Example
+from examples.llm.tasks.example import Example, Template
 from examples.llm.tasks.files import Row
 from examples.llm.tasks.formats import Format, format_of
 from examples.llm.tasks.sources import Source
@@ -71,30 +70,26 @@ def read_data(source: Source) -> Data:
     return Data(format_, with_test(rows, source.dev_is_named))
 
 
-def load_task(data: Data, sizes: tuple[int, int, int], *, aligned: bool = True) -> Task:
+def load_task(data: Data, sizes: tuple[int, int, int], template: Template) -> Task:
     """Deal out and word the examples of a task.
 
     Args:
       data: what was read.
       sizes: of the parts, see `splits.fill`.
-      aligned: with the template that makes the answer likely text, or the bare one.
+      template: one of the task's.
 
     Raises:
-      UsageError: a row is not what it should be, there are too few, or the task has no bare
-        template.
+      UsageError: a row is not what it should be, or there are too few.
     """
     format_ = known_format(data)
-    template = format_.wording.aligned if aligned else format_.wording.bare
-    if template is None:
-        raise UsageError(f"--no-template: {format_.name} has no template that could be left out")
     records = Splits(*([format_.record(row) for row in part] for part in data.rows))
     return Task(
         format_, *([template.example(record) for record in part] for part in fill(records, sizes))
     )
 
 
-def load_examples(data: Data, count: int) -> list[Example]:
-    """Read and word at most `count` examples to judge by, of the test if there is one.
+def load_test(data: Data, count: int, template: Template) -> Task:
+    """Word at most `count` examples of a task to be reported, of its test if there is one.
 
     Raises:
       UsageError: a row is not what it should be.
@@ -102,7 +97,8 @@ def load_examples(data: Data, count: int) -> list[Example]:
     format_ = known_format(data)
     rows = data.rows.test or data.rows.dev or data.rows.train
     order = np.random.default_rng(0).permutation(len(rows))[:count]
-    return [format_.wording.aligned.example(format_.record(rows[index])) for index in order]
+    examples = [template.example(format_.record(rows[index])) for index in order]
+    return Task(format_, [], [], examples)
 
 
 def known_format(data: Data) -> Format:

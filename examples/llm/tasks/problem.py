@@ -1,15 +1,20 @@
 """Learning which option is the right one."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import grain
 import jax
 import jax.numpy as jnp
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
+from tokenizers import Tokenizer
 
-from examples.llm.models.decoder import LanguageModel
-from examples.llm.tasks.batches import Batches, OptionBatch
+from examples.llm.errors import UsageError
+from examples.llm.models.tokenizer import SpecialTokens
+from examples.llm.tasks.batches import Batches, EncodedExample, OptionBatch, encode
+from examples.llm.tasks.example import Example, Template
+from examples.llm.tasks.formats import Format
 from examples.llm.tasks.scoring import (
     OBJECTIVES,
     accuracy,
@@ -47,9 +52,13 @@ class OptionProblem:
         """Random examples."""
         return self.train.random(self.seed)
 
-    def loss(self, model: LanguageModel, batch: OptionBatch) -> jax.Array:
+    def log_likelihoods(self, model: Any, batch: OptionBatch) -> jax.Array:
+        """See `token_log_likelihoods`."""
+        return token_log_likelihoods(model, batch)
+
+    def loss(self, model: Any, batch: OptionBatch) -> jax.Array:
         """The objective."""
-        return OBJECTIVES[self.objective].loss(token_log_likelihoods(model, batch), batch)
+        return OBJECTIVES[self.objective].loss(self.log_likelihoods(model, batch), batch)
 
     def weight(self, batch: OptionBatch) -> jax.Array:
         """The number of what the objective is a mean over."""
@@ -61,9 +70,9 @@ class OptionProblem:
         """All examples of a part."""
         return (self.dev if part == "dev" else self.test).all()
 
-    def measure(self, model: LanguageModel, batch: OptionBatch) -> dict[str, jax.Array]:
+    def measure(self, model: Any, batch: OptionBatch) -> dict[str, jax.Array]:
         """Summed loss, and the prediction, label and weight of each example."""
-        scores = option_scores(token_log_likelihoods(model, batch), batch.mask)
+        scores = option_scores(self.log_likelihoods(model, batch), batch.mask)
         if self.offsets:
             scores -= jnp.array(self.offsets, jnp.float32)[None, :]
         return {
@@ -89,3 +98,46 @@ class OptionProblem:
         if self.test.num_options == 2:
             scores["f1"] = f1(predictions, labels, weights)
         return Evaluation(loss, {name: float(score) for name, score in scores.items()})
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a model reads a task with options.
+
+    Attributes:
+      template: the wording.
+      encode: makes tokens of an example.
+      problem: what is learnt.
+    """
+
+    template: Template
+    encode: Callable[[Example], EncodedExample]
+    problem: type[OptionProblem]
+
+
+def decoder_reading(
+    format_: Format,
+    tokenizer: Tokenizer,
+    special: SpecialTokens,
+    max_length: int,
+    *,
+    aligned: bool = True,
+) -> Reading:
+    """How a model reads a task that it goes on with.
+
+    Args:
+      format_: the task.
+      tokenizer: of the model.
+      special: of the model.
+      max_length: see `encode`.
+      aligned: with the template that makes the answer likely text, or the bare one.
+
+    Raises:
+      UsageError: there is no bare one.
+    """
+    template = format_.wording.aligned if aligned else format_.wording.bare
+    if template is None:
+        raise UsageError(f"--no-template: {format_.name} has no template that could be left out")
+    return Reading(
+        template, lambda example: encode(example, tokenizer, special, max_length), OptionProblem
+    )

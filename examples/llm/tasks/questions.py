@@ -15,7 +15,7 @@ from examples.llm.instructions.batches import PairBatch, PairBatches, in_order, 
 from examples.llm.instructions.encoding import EncodedText, encode_dialogue
 from examples.llm.instructions.formats import one
 from examples.llm.instructions.problem import summed_loss
-from examples.llm.models.decoder import LanguageModel
+from examples.llm.models.decoder import Generator, LanguageModel
 from examples.llm.models.generation import generate
 from examples.llm.models.tokenizer import SpecialTokens, plain_tokens
 from examples.llm.sampling import of_like_length
@@ -73,9 +73,9 @@ def encode_question(
     """
     (target,) = example.options
     text = encode_dialogue(one(example.prompt, target), tokenizer, special, max_length)
-    begin = () if special.begin is None else (special.begin,)
-    prompt = plain_tokens(tokenizer, example.prompt)[len(begin) + count - max_length :]
-    return Question((*begin, *prompt) or (0,), text, example.answers)
+    room = max_length - count - len(special.front)
+    prompt = plain_tokens(tokenizer, example.prompt)[-room:]
+    return Question((*special.front, *prompt) or (0,), text, example.answers)
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class AnswerProblem:
         for chosen in in_order(self._lengths[numbers], self.batch_size):
             yield self._batch(numbers[chosen], numbers[chosen])
 
-    def measure(self, model: LanguageModel, batch: QuestionBatch) -> dict[str, jax.Array]:
+    def measure(self, model: Generator, batch: QuestionBatch) -> dict[str, jax.Array]:
         """Summed loss, the number of its tokens, and what the model writes."""
         return {
             "loss": summed_loss(model, batch.texts),
@@ -144,7 +144,7 @@ class AnswerProblem:
         means = {name: float(np.mean([one[name] for one in found])) for name in self.answers.scores}
         return Evaluation(loss / tokens, means)
 
-    def _written(self, model: LanguageModel, batch: QuestionBatch) -> jax.Array:
+    def _written(self, model: Generator, batch: QuestionBatch) -> jax.Array:
         return generate(model, batch.prompts, batch.lengths, count=self.count, end=self.end)
 
     def _judged(self, written: Array, numbers: Array) -> list[dict[str, float]]:
@@ -206,7 +206,7 @@ class ScoreProblem(AnswerProblem):
         )
         return groups.map(lambda group: self._batch(numbers[group.texts], numbers[group.alike]))
 
-    def loss(self, model: LanguageModel, batch: QuestionBatch) -> jax.Array:
+    def loss(self, model: Generator, batch: QuestionBatch) -> jax.Array:
         """One less the mean score."""
 
         def scores(written: jax.Array, numbers: jax.Array) -> np.ndarray:

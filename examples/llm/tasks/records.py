@@ -104,7 +104,12 @@ def cb(row: Row) -> Record:
 def _entailment(row: Row, *labels: tuple[str, int]) -> Record:
     names = ("premise", "hypothesis") if "premise" in row.values else ("sentence1", "sentence2")
     premise, hypothesis = (row.text(name).strip() for name in names)
-    fields = {"premise": premise, "hypothesis": hypothesis}
+    fields = {
+        "premise": premise,
+        "hypothesis": hypothesis,
+        "clause": premise.rstrip(".?!"),
+        "continuation": _mid_sentence(hypothesis),
+    }
     return Record(fields, (text_key(premise),), row.choice("label", *labels))
 
 

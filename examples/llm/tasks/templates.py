@@ -2,7 +2,8 @@
 
 Zhang et al call the first task alignment (arXiv 2402.11592, section 4). The wordings of SST-2,
 COPA, WinoGrande, BoolQ, RTE, CB and SQuAD are those of that paper, after MeZO (arXiv 2305.17333,
-appendix E); those of MMLU and BBH are their authors' (arXiv 2009.03300, 2210.09261).
+appendix E); those of MMLU and BBH are their authors' (arXiv 2009.03300, 2210.09261). Masks stand
+where MeZO has them for RoBERTa, after Gao et al (arXiv 2012.15723).
 """
 
 from dataclasses import dataclass
@@ -17,19 +18,24 @@ class Wording:
     Attributes:
       aligned: with the phrase.
       bare: without it; None where a task has no phrase to leave out.
+      cloze: with `{mask}` in place of the option, for a model that fills it; None where the options
+        are not single words.
     """
 
     aligned: Template
     bare: Template | None
+    cloze: Template | None = None
 
 
 SENTIMENT = Wording(
     aligned=Template("{text} It was", (" terrible", " great")),
     bare=Template("{text}", (" terrible", " great")),
+    cloze=Template("{text} It was {mask}.", (" terrible", " great")),
 )
 SPAM = Wording(
     aligned=Template("{text}\nThis message is", (" normal", " spam")),
     bare=Template("{text}", (" normal", " spam")),
+    cloze=Template("{text} This message is {mask}.", (" normal", " spam")),
 )
 COPA = Wording(
     aligned=Template("{clause} {conjunction}", (" {continuation1}", " {continuation2}")),
@@ -55,6 +61,7 @@ RTE = Wording(
         '{premise}\nDoes this mean that "{hypothesis}" is true? Yes or No?\n', ("Yes", "No")
     ),
     bare=Template("{premise} {hypothesis}", (" Yes", " No")),
+    cloze=Template("{clause}? {mask}, {continuation}", (" Yes", " No")),
 )
 CB = Wording(
     aligned=Template(
@@ -62,6 +69,7 @@ CB = Wording(
         ("Yes", "No", "Maybe"),
     ),
     bare=Template("{premise} {hypothesis}", (" Yes", " No", " Maybe")),
+    cloze=Template("{clause}? {mask}, {continuation}", (" Yes", " No", " Maybe")),
 )
 SQUAD = Wording(
     aligned=Template(

@@ -1,15 +1,11 @@
 """What a run learns: batches, a loss of a model, and how well a model does on held-out data."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import grain
-import jax
-import jax.numpy as jnp
-import numpy as np
 from tokenizers import Tokenizer
 
 from examples.llm.errors import UsageError
@@ -17,113 +13,99 @@ from examples.llm.instructions.batches import PairBatches
 from examples.llm.instructions.encoding import encode_dialogue
 from examples.llm.instructions.formats import Reader, reader_of
 from examples.llm.instructions.problem import InstructionProblem
-from examples.llm.models.decoder import LanguageModel
 from examples.llm.models.tokenizer import SpecialTokens
 from examples.llm.program.settings import Settings
-from examples.llm.tasks.batches import Batches, encode
+from examples.llm.tasks.batches import Batches, EncodedExample
+from examples.llm.tasks.encoders import class_reading, masked_reading
 from examples.llm.tasks.example import Example
 from examples.llm.tasks.files import Row
-from examples.llm.tasks.loading import Task, known_format, load_examples, load_task, read_data
-from examples.llm.tasks.problem import OptionProblem
+from examples.llm.tasks.formats import Format
+from examples.llm.tasks.loading import Data, Task, known_format, load_task, load_test, read_data
+from examples.llm.tasks.problem import OptionProblem, Reading, decoder_reading
 from examples.llm.tasks.questions import AnswerProblem, ScoreProblem, encode_question
 from examples.llm.tasks.scoring import OBJECTIVES
 from examples.llm.tasks.sources import FileSource
 from examples.llm.tasks.splits import Splits, fill
-from examples.llm.text import TokenWindows, load_addresses, texts_of_files, windows_of
-from examples.llm.training.judging import Evaluation, Part, Problem, text_evaluation
-from examples.llm.training.steps import next_token_loss
+from examples.llm.text import TextProblem, load_addresses, texts_of_files, windows_of
+from examples.llm.training.judging import Problem
 
 # To learn from, of a task with options, unless the user says how many.
 _OPTION_EXAMPLES = 1000
 
+# What an encoder has on top: it fills a mask, or tells the class of a text.
+Head = Literal["masked-lm", "classes"]
 
-@dataclass(frozen=True)
-class TextProblem:
-    """The next token of texts.
 
-    Attributes:
-      train: windows to learn from.
-      dev: windows that choices are made by.
-      test: windows that are reported.
-      batch_size: windows in a batch.
-      eval_batches: batches to judge by.
+def build_problem(
+    settings: Settings, tokenizer: Tokenizer, special: SpecialTokens, head: Head | None = None
+) -> Problem:
+    """Build what `settings` call the task; it is judged by what is not learnt from.
+
+    Args:
+      settings: of the run.
+      tokenizer: of the model.
+      special: of the model.
+      head: of an encoder; None for a decoder.
+
+    Raises:
+      UsageError: the data can't be read, or are not for such a model.
     """
-
-    train: TokenWindows
-    dev: TokenWindows
-    test: TokenWindows
-    batch_size: int
-    eval_batches: int
-
-    @property
-    def batches(self) -> grain.MapDataset:
-        """int32 `(batch_size, length + 1)`."""
-        return self.train.batches(self.batch_size)
-
-    def loss(self, model: LanguageModel, batch: jax.Array) -> jax.Array:
-        """See `next_token_loss`."""
-        return next_token_loss(model, batch)
-
-    def weight(self, batch: jax.Array) -> jax.Array:
-        """The number of tokens that are predicted."""
-        return jnp.float32(batch.shape[0] * (batch.shape[1] - 1))
-
-    def held_out(self, part: Part = "test") -> Iterable[Any]:
-        """The same for every run."""
-        batches = (self.dev if part == "dev" else self.test).batches(self.batch_size)
-        return (batches[number] for number in range(self.eval_batches))
-
-    def measure(self, model: LanguageModel, batch: jax.Array) -> jax.Array:
-        """The loss of a batch."""
-        return next_token_loss(model, batch)
-
-    def evaluation(self, measured: Sequence[jax.Array]) -> Evaluation:
-        """The mean loss, and its exponential."""
-        return text_evaluation(float(np.mean(measured)))
-
-
-def build_problem(settings: Settings, tokenizer: Tokenizer, special: SpecialTokens) -> Problem:
-    """Build what `settings` call the task; it is judged by what is not learnt from."""
     if settings.task == "sotu":
-        return _text_problem(settings, tokenizer, load_addresses())
-    source = settings.source()
-    if isinstance(source, FileSource) and source.is_text:
-        return _text_problem(settings, tokenizer, texts_of_files(source))
-    data = read_data(source)
+        texts = load_addresses()
+    else:
+        source = settings.source()
+        if not (isinstance(source, FileSource) and source.is_text):
+            return _problem_of_rows(settings, tokenizer, special, head, read_data(source))
+        texts = texts_of_files(source)
+    if head:
+        raise UsageError(f"--task: {settings.task} is text, and an encoder learns from options")
+    windows = windows_of(tokenizer, texts, settings.sequence_length, settings.seed)
+    return TextProblem(*windows, settings.batch_size, settings.eval_batches)
+
+
+def _problem_of_rows(
+    settings: Settings,
+    tokenizer: Tokenizer,
+    special: SpecialTokens,
+    head: Head | None,
+    data: Data,
+) -> Problem:
     reader = None if data.format else reader_of(data.any_rows)
+    if head and (reader or known_format(data).answers):
+        raise UsageError(f"--task: {settings.task} has no options, which an encoder learns from")
     if reader:
         return _instruction_problem(settings, tokenizer, special, data.rows, reader)
+    format_ = known_format(data)
     sizes = _sizes(settings, data.rows, settings.train_examples or _OPTION_EXAMPLES)
-    task = load_task(data, sizes, aligned=settings.template)
-    if task.format.answers:
+    reading = _reading(settings, format_, tokenizer, special, head)
+    task = load_task(data, sizes, reading.template)
+    if format_.answers:
         return _answer_problem(settings, tokenizer, special, task)
-    return _option_problem(settings, tokenizer, special.begin, task)
+    objective = settings.objective or format_.objective
+    if settings.accumulate > 1 and OBJECTIVES[objective].weight is None:
+        raise UsageError(f"--accumulate: {objective} is of a batch as a whole, so it must be 1")
+    parts = encoded_parts(task, reading.encode, settings.batch_size)
+    return reading.problem(*parts, objective, settings.seed)
 
 
 def build_judges(
     settings: Settings, tokenizer: Tokenizer, special: SpecialTokens, context_length: int
 ) -> dict[str, Problem]:
-    """Build the other tasks that models are judged by; their prompts may be longer than what is
+    """Build the other tasks that a decoder is judged by; their prompts may be longer than what is
     learnt."""
     judges = {}
     for name, source in zip(settings.judge, settings.judge_sources(), strict=True):
-        data = read_data(source)
-        task = Task(known_format(data), [], [], load_examples(data, settings.eval_examples))
-        is_alone = sum(Path(other).stem == Path(name).stem for other in settings.judge) == 1
+        data, size = read_data(source), settings.batch_size
+        reading = decoder_reading(known_format(data), tokenizer, special, context_length)
+        task = load_test(data, settings.eval_examples, reading.template)
         if task.format.answers:
-            judge = answer_problem(task, tokenizer, special, context_length, settings.batch_size)
+            judge = answer_problem(task, tokenizer, special, context_length, size)
         else:
-            parts = encoded_parts(
-                task, tokenizer, special.begin, context_length, settings.batch_size
-            )
+            parts = encoded_parts(task, reading.encode, size)
             judge = OptionProblem(*parts, "classification", settings.seed)
+        is_alone = sum(Path(other).stem == Path(name).stem for other in settings.judge) == 1
         judges[Path(name).stem if is_alone else name] = judge
     return judges
-
-
-def _text_problem(settings: Settings, tokenizer: Tokenizer, texts: Splits[str]) -> TextProblem:
-    windows = windows_of(tokenizer, texts, settings.sequence_length, settings.seed)
-    return TextProblem(*windows, settings.batch_size, settings.eval_batches)
 
 
 def _instruction_problem(
@@ -151,58 +133,67 @@ def _instruction_problem(
     return InstructionProblem(train, dev, test)
 
 
-def _option_problem(
-    settings: Settings, tokenizer: Tokenizer, begin: int | None, task: Task
-) -> OptionProblem:
-    objective = settings.objective or task.format.objective
-    if settings.accumulate > 1 and OBJECTIVES[objective].weight is None:
-        raise UsageError(f"--accumulate: {objective} is of a batch as a whole, so it must be 1")
-    parts = encoded_parts(task, tokenizer, begin, settings.sequence_length, settings.batch_size)
-    return OptionProblem(*parts, objective, settings.seed)
+def _reading(
+    settings: Settings,
+    format_: Format,
+    tokenizer: Tokenizer,
+    special: SpecialTokens,
+    head: Head | None,
+) -> Reading:
+    length = settings.sequence_length
+    if head == "classes":
+        return class_reading(format_, tokenizer, length)
+    if head == "masked-lm":
+        if not settings.template:
+            raise UsageError("--no-template: a mask stands in a template")
+        return masked_reading(format_, tokenizer, special.mask, length)
+    return decoder_reading(format_, tokenizer, special, length, aligned=settings.template)
 
 
 def encoded_parts(
-    task: Task, tokenizer: Tokenizer, begin: int | None, max_length: int, batch_size: int
+    task: Task, encode: Callable[[Example], EncodedExample], batch_size: int
 ) -> tuple[Batches, Batches, Batches]:
     """Batches of the train, development and test examples of a task."""
-
-    def batches(examples: Sequence[Example]) -> Batches:
-        encoded = [encode(example, tokenizer, max_length, begin) for example in examples]
-        return Batches(encoded, batch_size)
-
-    return batches(task.train), batches(task.dev), batches(task.test)
+    train, dev, test = (
+        Batches([*map(encode, part)], batch_size) for part in (task.train, task.dev, task.test)
+    )
+    return train, dev, test
 
 
 def _answer_problem(
     settings: Settings, tokenizer: Tokenizer, special: SpecialTokens, task: Task
 ) -> AnswerProblem:
-    problem = answer_problem(
-        task, tokenizer, special, settings.sequence_length, settings.batch_size
-    )
-    problem = replace(problem, alike=settings.accumulate, seed=settings.seed)
-    if settings.objective in (None, "language-model"):
-        return problem
-    score = "exact match" if settings.objective == "accuracy" else settings.objective
-    if score not in problem.answers.scores:
-        raise UsageError(f"--objective: {task.format.name} is answered freely, it has no {score}")
-    return ScoreProblem(**vars(problem), score=score)
+    kind, answers = AnswerProblem, task.format.answers
+    if answers and settings.objective not in (None, "language-model"):
+        score = "exact match" if settings.objective == "accuracy" else settings.objective
+        if score not in answers.scores:
+            name = task.format.name
+            raise UsageError(f"--objective: {name} is answered freely, it has no {score}")
+        kind = partial(ScoreProblem, score=score)
+    kind = partial(kind, alike=settings.accumulate, seed=settings.seed)
+    length, size = settings.sequence_length, settings.batch_size
+    return answer_problem(task, tokenizer, special, length, size, kind)
 
 
 def answer_problem(
-    task: Task, tokenizer: Tokenizer, special: SpecialTokens, max_length: int, batch_size: int
+    task: Task,
+    tokenizer: Tokenizer,
+    special: SpecialTokens,
+    max_length: int,
+    batch_size: int,
+    kind: Callable[..., AnswerProblem] = AnswerProblem,
 ) -> AnswerProblem:
     """Learning to answer a task freely, and being judged by that."""
-    assert task.format.answers is not None
-    count = min(task.format.answers.tokens, max_length // 2)
+    answers = task.format.answers
+    assert answers is not None
+    count = min(answers.tokens, max_length // 2)
     questions = [
         encode_question(example, tokenizer, special, max_length, count)
         for example in (*task.train, *task.dev, *task.test)
     ]
     numbers = iter(range(len(questions)))
     parts = Splits(*([*islice(numbers, len(part))] for part in (task.train, task.dev, task.test)))
-    return AnswerProblem(
-        questions, parts, task.format.answers, tokenizer, special.end, count, batch_size
-    )
+    return kind(questions, parts, answers, tokenizer, special.end, count, batch_size)
 
 
 def _sizes(settings: Settings, parts: Splits[Any], train: int) -> tuple[int, int, int]:
