@@ -182,11 +182,11 @@ def test_the_command_fine_tunes_a_folder(tiny_gguf, instructions, tmp_path, caps
         "--train-examples", 20, "--eval-examples", 2, "--accumulate", 2,
         "--prompt", "10", "--output", tmp_path / "run",
     )  # fmt: skip
-    assert main([*map(str, arguments)], recipe=QLORA_RECIPE) == 0
+    assert main(["qlora", *map(str, arguments)]) == 0
     (run,) = json.loads((tmp_path / "run" / "metrics.json").read_text())["runs"]
     assert run["method"] == "mezo" and run["continuation"] and len(run["losses"]) == 2
-    assert (tmp_path / "run" / "mezo" / "adapter" / "adapter_config.json").is_file()
-    assert f"{tmp_path / 'run'}/METHOD/adapter" in capsys.readouterr().out
+    assert (tmp_path / "run" / "mezo" / "seed-0" / "adapter" / "adapter_config.json").is_file()
+    assert f"{tmp_path / 'run'}/METHOD/seed-N/adapter" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
 
 import grain
@@ -61,15 +62,22 @@ def text_evaluation(loss: float) -> Evaluation:
 
 
 def make_judge(
-    model: Callable[[Any, Any], LanguageModel], problem: Problem
+    model: Callable[[Any, Any], LanguageModel], problem: Problem, everywhere: Any = None
 ) -> Callable[[Any, Any, Iterable[Any]], Evaluation]:
-    """Return `judge(trainable, frozen, batches)`, which compiles once for each shape of batch."""
+    """Return `judge(trainable, frozen, batches)`, which compiles once for each shape of batch.
 
-    @jax.jit
+    Args:
+      model: `(trainable, frozen) -> model`.
+      problem: what judges.
+      everywhere: the sharding of what is whole on all devices of a mesh, None for one device.
+    """
+
+    @partial(jax.jit, out_shardings=everywhere)
     def measure(trainable, frozen, batch):
         return problem.measure(model(trainable, frozen), batch)
 
     def judge(trainable: Any, frozen: Any, batches: Iterable[Any]) -> Evaluation:
-        return problem.evaluation([measure(trainable, frozen, batch) for batch in batches])
+        measured = [measure(trainable, frozen, batch) for batch in batches]
+        return problem.evaluation(jax.device_get(measured))
 
     return judge

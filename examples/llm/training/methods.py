@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -68,6 +68,8 @@ class Hyperparameters:
       schedule: of the learning rate of a first-order method.
       clip_norm: the largest norm of all gradients together that such a method is given; None for
         any.
+      backend: of the kernels of low-bit methods; those of a platform that is not at hand have to
+        be named.
     """
 
     learning_rate: Any
@@ -76,6 +78,7 @@ class Hyperparameters:
     tuning: str = "full"
     schedule: Schedule = "cosine"
     clip_norm: float | None = None
+    backend: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,7 @@ def _first_order(
     factory: Callable[..., Any], rate: float, *, decays: bool = False, **options: Any
 ) -> Method:
     """An optimizer under the schedule above, or a constant rate."""
+    is_low_bit = hasattr(optax_lowbit, getattr(factory, "__name__", ""))
 
     def build(chosen: Hyperparameters) -> Optimizer:
         rate = chosen.learning_rate
@@ -127,7 +131,8 @@ def _first_order(
             rate = learning_rate_schedule(rate, chosen.steps)
         # The QLoRA paper's program has no weight decay.
         decay = {"weight_decay": 0.0} if decays and chosen.tuning == "qlora" else {}
-        transformation = factory(rate, **options, **decay)
+        kernels = {} if chosen.backend == "auto" or not is_low_bit else {"backend": chosen.backend}
+        transformation = factory(rate, **options, **decay, **kernels)
         if chosen.clip_norm is not None:
             clip = optax.clip_by_global_norm(chosen.clip_norm)
             transformation = optax.chain(clip, transformation)
@@ -142,6 +147,7 @@ def _first_order(
 def _paged(factory: Callable[..., Any]) -> Callable[..., Any]:
     """An optimizer whose state is on the host."""
 
+    @wraps(factory)
     def build(rate: Any, **options: Any) -> optax.GradientTransformation:
         return optax_lowbit.offload(factory(rate, **options))
 
