@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -16,7 +16,7 @@ from examples.llm.instructions.problem import InstructionProblem
 from examples.llm.models.tokenizer import SpecialTokens
 from examples.llm.program.settings import Settings
 from examples.llm.tasks.batches import Batches, EncodedExample
-from examples.llm.tasks.encoders import class_reading, masked_reading
+from examples.llm.tasks.encoders import Head, class_reading, masked_reading
 from examples.llm.tasks.example import Example
 from examples.llm.tasks.files import Row
 from examples.llm.tasks.formats import Format
@@ -31,9 +31,6 @@ from examples.llm.training.judging import Problem
 
 # To learn from, of a task with options, unless the user says how many.
 _OPTION_EXAMPLES = 1000
-
-# What an encoder has on top: it fills a mask, or tells the class of a text.
-Head = Literal["masked-lm", "classes"]
 
 
 def build_problem(

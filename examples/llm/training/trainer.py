@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from examples.llm.models.huggingface_files import HuggingFaceModel
 from examples.llm.models.opening import open_model
 from examples.llm.training.accumulation import AccumulatedLoss
+from examples.llm.training.feeding import Feed
 from examples.llm.training.judging import Evaluation, Problem, make_judge
 from examples.llm.training.layout import Layout, put
 from examples.llm.training.methods import METHODS, Hyperparameters, Optimizer
@@ -50,6 +52,7 @@ class Recipe:
       lora: the adapters, where the scheme of tuning has any; None for the scheme's own.
       dtype: of frozen weights, see `base_parameters`.
       accumulate: batches that make a step.
+      num_classes: of texts, for an encoder that tells them.
     """
 
     method: str
@@ -57,6 +60,7 @@ class Recipe:
     lora: adapters.LoRA | None = None
     dtype: str | None = None
     accumulate: int = 1
+    num_classes: int | None = None
 
 
 class Trainer:
@@ -68,19 +72,23 @@ class Trainer:
         Args:
           model: its file or folder.
           recipe: what trains, and by what.
-          problem: what is learnt.
+          problem: what is learnt; may be replaced by one with another seed.
           layout: where all that is; None for one device.
         """
-        self.recipe, self.layout = recipe, layout
-        self.learn(problem)
+        self.recipe, self.problem, self.layout = recipe, problem, layout
         self._path = model
         self._tuning: Tuning | None = None
         self._steps: dict[Any, Any] = {}
         self._judges: dict[int, tuple[Problem, Callable[..., Evaluation]]] = {}
 
-    def learn(self, problem: Problem) -> None:
-        """From now on take the batches of a problem, of the same kind and with another seed."""
-        self.problem, self._batches = problem, problem.batches
+    @property
+    def problem(self) -> Problem:
+        """What is learnt."""
+        return self._problem
+
+    @problem.setter
+    def problem(self, problem: Problem) -> None:
+        self._problem, self._feed = problem, Feed(problem.batches, self.recipe.accumulate)
 
     @property
     def tuning(self) -> Tuning:
@@ -109,6 +117,9 @@ class Trainer:
 
     def _read(self, seed: int) -> Tuning:
         recipe, stored = self.recipe, open_model(self._path)
+        if recipe.num_classes is not None:
+            assert isinstance(stored, HuggingFaceModel)  # no other has encoders
+            stored = stored.with_classes(recipe.num_classes, seed)
         scheme = recipe.hyperparameters.tuning
         graph, _ = abstract_decoder(stored.config)
         parameters = base_parameters(stored.parameters(), scheme, recipe.dtype)
@@ -136,7 +147,7 @@ class Trainer:
     ) -> tuple[TrainState, StepMeasurement]:
         """Take step `number`, which counts from 0; the old state is used up."""
         chosen = self.recipe.hyperparameters.learning_rate if rate is None else rate
-        batch = self._placed(self._batch(number), 0 if self.recipe.accumulate == 1 else 1)
+        batch = self._placed(self._feed.step(number), 0 if self.recipe.accumulate == 1 else 1)
         arguments = (np.float32(chosen), self.tuning.frozen, batch)
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if shapes not in self._steps:
@@ -189,12 +200,3 @@ class Trainer:
     def _loss(self, trainable: Any, frozen: Any, batch: Any) -> jax.Array:
         data, number = batch
         return self.problem.loss(self.tuning.model(trainable, frozen, number), data)
-
-    def _batch(self, step: int) -> tuple[Any, Any]:
-        """What a step learns from, and the number of each batch, by which dropout is drawn."""
-        count = self.recipe.accumulate
-        numbers = np.arange(step * count, (step + 1) * count, dtype=np.int32)
-        batches = [self._batches[int(number)] for number in numbers]
-        if count == 1:
-            return batches[0], numbers[0]
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *batches), numbers
