@@ -190,6 +190,6 @@ def test_mean_scores_are_those_of_all_examples(tiny_gguf, messages):
     bench = Bench(Cell(str(messages), "full", CALIBRATED, settings, tiny_gguf), "adam")
     parameters = bench.trainer.parameters(0)
     decoder = bench.trainer.tuning.model(parameters, {})
-    (batch,) = dataclasses.replace(bench.parts["dev"], size=7).all()
+    (batch,) = dataclasses.replace(bench.problem.dev, size=7).all()
     scores = option_scores(token_log_likelihoods(decoder, batch), batch.mask)
     np.testing.assert_allclose(bench.mean_scores(parameters, "dev"), scores.mean(axis=0), rtol=1e-5)

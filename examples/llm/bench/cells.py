@@ -15,12 +15,14 @@ from examples.llm.errors import UsageError
 from examples.llm.models.opening import open_model
 from examples.llm.program.events import Stage
 from examples.llm.program.processes import Tell
-from examples.llm.tasks.loading import load_task, task_path
+from examples.llm.tasks.loading import known_format, load_task, read_data
+from examples.llm.tasks.problem import OptionProblem, decoder_reading
 from examples.llm.tasks.scoring import option_scores, token_log_likelihoods
-from examples.llm.training.judging import Evaluation
+from examples.llm.tasks.sources import find_source
+from examples.llm.training.judging import Evaluation, Part
 from examples.llm.training.memory import buffer_bytes
 from examples.llm.training.methods import EPS, METHODS, Hyperparameters
-from examples.llm.training.problems import OptionProblem, encoded_parts
+from examples.llm.training.problems import encoded_parts
 from examples.llm.training.steps import StepMeasurement
 from examples.llm.training.trainer import Recipe, Trainer
 
@@ -131,29 +133,28 @@ class Bench:
                 f"tokens, got {settings.sequence_length}"
             )
         sizes = (settings.train_examples, settings.dev_examples, settings.test_examples)
-        path = task_path(cell.task, settings.data)
-        task = load_task(path, sizes, aligned=settings.template)
-        train, dev, test = encoded_parts(
-            task,
-            model.tokenizer(),
-            model.special_tokens().begin,
-            settings.sequence_length,
-            settings.batch_size,
+        data, tokenizer = read_data(find_source(cell.task, settings.data)), model.tokenizer()
+        begin, length = model.special_tokens().begin, settings.sequence_length
+        reading = decoder_reading(
+            known_format(data), tokenizer, begin, length, aligned=settings.template
         )
-        self.parts = {"dev": dev, "test": test}
+        task = load_task(data, sizes, reading.template)
+        if task.format.answers:
+            raise UsageError(f"--task: {cell.task} is answered freely, but must have options")
+        parts = encoded_parts(task, reading.encode, settings.batch_size)
         objective = settings.objective or task.format.objective
-        self.problem = OptionProblem(train, dev, objective, SEARCH_SEED)
+        self.problem = OptionProblem(*parts, objective, SEARCH_SEED)
         is_backward = METHODS[method].derivative == "backward"
         self.steps = settings.first_order_steps if is_backward else settings.steps
         rate = METHODS[method].learning_rates[cell.tuning]
         chosen = Hyperparameters(rate, EPS[cell.tuning], self.steps, cell.tuning)
         self.trainer = Trainer(cell.model, Recipe(method, chosen), self.problem)
 
-    def judge(self, parameters: Any, part: str) -> Evaluation:
+    def judge(self, parameters: Any, part: Part) -> Evaluation:
         """How well a model does on a part of the task."""
-        return self.trainer.judge(parameters, self.problem, self.parts[part].all())
+        return self.trainer.judge(parameters, self.problem, self.problem.held_out(part))
 
-    def mean_scores(self, parameters: Any, part: str) -> tuple[float, ...]:
+    def mean_scores(self, parameters: Any, part: Part) -> tuple[float, ...]:
         """The mean score of each option over a part."""
         model, frozen = self.trainer.tuning.model, self.trainer.tuning.frozen
 
@@ -161,11 +162,13 @@ class Bench:
         def totals(trainable, frozen, batch):
             likelihoods = token_log_likelihoods(model(trainable, frozen), batch)
             scores = option_scores(likelihoods, batch.mask)
-            return jnp.sum(batch.weights[:, None] * scores, axis=0)
+            present = (batch.weights[:, None] > 0) & jnp.isfinite(scores)
+            return jnp.sum(jnp.where(present, scores, 0), axis=0)
 
-        batches = self.parts[part]
-        sums = [totals(parameters, frozen, batch) for batch in batches.all()]
-        return tuple((np.sum(sums, axis=0) / len(batches.examples)).tolist())
+        batches = [*self.problem.held_out(part)]
+        sums = [totals(parameters, frozen, batch) for batch in batches]
+        count = sum(batch.weights.sum() for batch in batches)
+        return tuple((np.sum(sums, axis=0) / count).tolist())
 
 
 class _Runs(Bench):
@@ -181,7 +184,7 @@ class _Runs(Bench):
         trainer = self.trainer
         # Read again for every run: a copy to start from would count as memory of the method.
         state = trainer.start(trainer.parameters(seed), seed)
-        trainer.problem = replace(self.problem, seed=seed)
+        trainer.learn(replace(self.problem, seed=seed))
         for number in range(self.steps if is_final else self.trial_steps):
             state, cost = trainer.step(state, number, rate)
             if is_final:

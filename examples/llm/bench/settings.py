@@ -12,7 +12,7 @@ from examples.llm.program.settings import (
     check_objective,
     check_seeds,
 )
-from examples.llm.tasks.loading import task_path
+from examples.llm.tasks.sources import find_source
 from examples.llm.training.methods import METHODS, check_method_names
 
 Scheme = Literal["full", "lora", "qlora", "prefix", "prompt"]
@@ -99,7 +99,7 @@ class BenchSettings:
             check_above_zero("--rate-factors", factor)
         check_seeds(self.seeds)
         for task in self.task:
-            task_path(task, self.data)
+            find_source(task, self.data)
         for method in self.method:
             check_objective(method, self.objective)
         if self.model is not None:

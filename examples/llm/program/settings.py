@@ -9,8 +9,8 @@ from typing import Literal
 from examples.llm.errors import UsageError
 from examples.llm.models.opening import named_model
 from examples.llm.program.cluster import Cluster, find_cluster
-from examples.llm.tasks.loading import task_path
 from examples.llm.tasks.scoring import OBJECTIVES
+from examples.llm.tasks.sources import Source, find_source
 from examples.llm.training.layout import Layout, make_layout, mesh_sizes
 from examples.llm.training.methods import (
     EPS,
@@ -42,11 +42,15 @@ class Settings:
     lozo, sparse, forward-grad, blockwise; and hybrid, which backpropagates through
     the last norm and head."""
     task: str = "sotu"
-    """sotu, the State of the Union addresses, or a .txt file: any text. A file of instructions:
-    JSON, JSON lines or CSV, as of Alpaca (instruction, input, output), self-instruct (prompt,
-    completion), Chip2 or OASST1 (text), HH-RLHF (chosen), or with input and output. Or a task with
-    options: polarity, sms, or a file in the format of SST-2 (tsv), COPA, WinoGrande or MultiRC
-    (jsonl), or MMLU as in QLoRA's program (input, output, subject)."""
+    """sotu, the State of the Union addresses; polarity or sms; a file; a folder of files that are
+    called train, dev and test; or hf:NAME[:CONFIG], a data set of the Hugging Face hub. A .txt file
+    is any text. Rows of JSON, JSON lines, CSV or TSV are told by their fields: a task with options
+    (SST-2, COPA, WinoGrande, MultiRC, BoolQ, RTE, CB, MMLU, BBH), one that is answered freely
+    (SQuAD, GSM8K), or instructions (Alpaca, self-instruct, ShareGPT, Chip2, OASST1, HH-RLHF)."""
+    dev: Path | None = None
+    """A file to make choices by; left out, a part of the task."""
+    test: Path | None = None
+    """A file whose scores are reported; left out, a part of the task."""
     tuning: Literal["full", "lora", "qlora", "prefix", "prompt"] = "full"
     """What is trained: all weights, or a small tree beside them; qlora: adapters of all linear
     layers, whose kernels are frozen in 4 bits."""
@@ -57,22 +61,23 @@ class Settings:
     lora_dropout: float = 0.0
     """Share of their inputs that is dropped in training."""
     objective: Literal["classification", "language-model", "accuracy", "f1"] | None = None
-    """What training on a task with options improves: the cross-entropy of the options, of the
-    right option's tokens, or, without backpropagation, accuracy or F1 themselves. Left out, every
-    task has its own."""
+    """What training on a task improves: the cross-entropy of the options, of the right option's or
+    answer's tokens, or, without backpropagation, accuracy (of answers: exact match) or F1
+    themselves. Left out, every task has its own."""
     template: bool = True
     """Word a task such that its answer is likely text."""
     data: Path = Path("data")
     """Folder with sentence_polarity.zip, SMSSpamCollection.tsv and stories260K."""
     judge: tuple[str, ...] = ()
-    """Other tasks with options, by whose accuracy models are judged as well, such as MMLU."""
+    """Other tasks, by whose scores models are judged as well, such as MMLU."""
     train_on_source: bool = False
     """Learn the tokens of instructions, too, not those of answers alone."""
     train_examples: int | None = None
-    """Examples to learn from at most; left out, 1000 of a task with options, and of a file of
-    instructions all that are not held out."""
+    """Examples to learn from at most; left out, 1000 of a task, and of instructions all that are
+    not held out."""
     eval_examples: int = 200
-    """Other examples to judge by, at most half of a file of instructions."""
+    """Examples to judge by, and as many others to make choices by; of a file that comes in no
+    parts, at most a quarter each."""
     steps: int = 16
     """Training steps."""
     batch_size: int = 2
@@ -230,18 +235,25 @@ class Settings:
         if self.train_examples is not None:
             check_at_least("--train-examples", self.train_examples, 1)
         check_at_least("--eval-examples", self.eval_examples, 1)
-        for task in self.judge:
-            task_path(task, self.data, "--judge")
+        judges = self.judge_sources()
         if self.task == "sotu":
             if self.objective is not None or not self.template:
                 flag = "--no-template" if self.objective is None else "--objective"
                 raise UsageError(f"{flag}: sotu has no options")
             return
-        path = task_path(self.task, self.data)
-        if any(path.samefile(task_path(task, self.data)) for task in self.judge):
-            raise UsageError(f"--judge: {path} is what is learnt from; it is judged by anyway")
+        source = self.source()
+        if any(source.names & judge.names for judge in judges):
+            raise UsageError(f"--judge: {self.task} is what is learnt from; it is judged by anyway")
         for method in self.method:
             check_objective(method, self.objective)
+
+    def source(self) -> Source:
+        """Return where the data of a task are that is not the addresses."""
+        return find_source(self.task, self.data, dev=self.dev, test=self.test)
+
+    def judge_sources(self) -> list[Source]:
+        """Return where the data of the other tasks are, in their order."""
+        return [find_source(task, self.data, "--judge") for task in self.judge]
 
     def hyperparameters_of(self, method: str) -> Hyperparameters:
         """Return what `method` is built with."""

@@ -15,7 +15,6 @@ import orbax.checkpoint as ocp
 from examples.llm.errors import UsageError
 from examples.llm.models.opening import content_hash
 from examples.llm.program.events import Job
-from examples.llm.tasks.loading import task_path
 from examples.llm.training.steps import TrainState
 from examples.llm.training.tuning import base_dtype
 
@@ -50,7 +49,7 @@ def run_identity(job: Job) -> dict[str, Any]:
         "alpha": settings.alpha,
         "lora-dropout": settings.lora_dropout,
         "model": content_hash(job.model),
-        "task": task if task == "sotu" else content_hash(task_path(task, settings.data)),
+        "task": task if task == "sotu" else settings.source().identity(),
         "template": settings.template,
         "objective": settings.objective,
         "train-examples": settings.train_examples,
@@ -59,7 +58,7 @@ def run_identity(job: Job) -> dict[str, Any]:
         "batch-size": settings.batch_size,
         "accumulate": settings.accumulate,
         "train-on-source": settings.train_on_source,
-        "judge": [content_hash(task_path(name, settings.data)) for name in settings.judge],
+        "judge": [source.identity() for source in settings.judge_sources()],
         "dtype": base_dtype(settings.tuning, settings.dtype),
         "schedule": hyperparameters.schedule,
         "clip-norm": hyperparameters.clip_norm,

@@ -68,10 +68,11 @@ class Trainer:
         Args:
           model: its file or folder.
           recipe: what trains, and by what.
-          problem: what is learnt; may be replaced by one with another seed.
+          problem: what is learnt.
           layout: where all that is; None for one device.
         """
-        self.recipe, self.problem, self.layout = recipe, problem, layout
+        self.recipe, self.layout = recipe, layout
+        self.learn(problem)
         self._path = model
         self._tuning: Tuning | None = None
         self._steps: dict[Any, Any] = {}
@@ -82,6 +83,10 @@ class Trainer:
         """What has been read: the frozen part, and how to make a model of both."""
         assert self._tuning is not None, "no parameters were read"
         return self._tuning
+
+    def learn(self, problem: Problem) -> None:
+        """Take the batches of further steps from a problem that differs in its seed at most."""
+        self.problem, self._batches = problem, None
 
     def adopt(self, tuning: Tuning) -> None:
         """Take what trains and what does not, in place of reading it; shapes will do."""
@@ -187,9 +192,11 @@ class Trainer:
 
     def _batch(self, step: int) -> tuple[Any, Any]:
         """What a step learns from, and the number of each batch, by which dropout is drawn."""
+        if self._batches is None:
+            self._batches = self.problem.batches
         count = self.recipe.accumulate
         numbers = np.arange(step * count, (step + 1) * count, dtype=np.int32)
-        batches = [self.problem.batch(int(number)) for number in numbers]
+        batches = [self._batches[int(number)] for number in numbers]
         if count == 1:
             return batches[0], numbers[0]
         return jax.tree.map(lambda *leaves: np.stack(leaves), *batches), numbers
