@@ -1,5 +1,8 @@
 import dataclasses
-import resource
+import pathlib
+import pickle
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -220,20 +223,29 @@ def test_a_stopped_zeroth_order_run_goes_on_bit_for_bit(mezo_job, tmp_path):
         np.testing.assert_array_equal(leaf, states[1][path])
 
 
+FULL_DISK = """
+import pickle, resource, sys
+from examples.llm.program.events import StepDone
+from examples.llm.program.worker import fine_tune
+
+def fill_up(event):
+    if isinstance(event, StepDone) and event.step == 4:  # before the second checkpoint
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+try:
+    fine_tune(pickle.load(sys.stdin.buffer), fill_up)
+except OSError as error:
+    print(error.filename, error.strerror)
+"""
+
+
 def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_one_before(mezo_job, tmp_path):
     folder = tmp_path / "run" / "mezo" / "seed-0"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def fill_up(event):
-        if isinstance(event, StepDone) and event.step == 4:  # before the second checkpoint
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-
-    try:
-        with pytest.raises(OSError, match="File too large") as caught:
-            fine_tune(mezo_job, fill_up)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert caught.value.filename == str(folder / "checkpoints")
+    found = subprocess.run(
+        [sys.executable, "-c", FULL_DISK], input=pickle.dumps(mezo_job), capture_output=True,
+        cwd=pathlib.Path(__file__).parents[2], timeout=300,
+    )  # fmt: skip
+    assert found.stdout.decode() == f"{folder / 'checkpoints'} File too large\n", found.stderr
     whole = fine_tune(changed(mezo_job, output=tmp_path / "whole"), lambda _: None)
     events = []
     resumed = fine_tune(changed(mezo_job, resume=True), events.append)

@@ -14,6 +14,7 @@ from examples.llm.models.tokenizer import plain_tokens
 from examples.llm.program.events import Job, Report, RunResult, Stage, StepDone
 from examples.llm.program.metrics_log import MetricsLog
 from examples.llm.program.processes import StoppedError
+from examples.llm.program.results import finished_result, write_result
 from examples.llm.program.stopping import StopRequestedError, StopSwitch
 from examples.llm.tasks.encoders import ClassProblem
 from examples.llm.training.checkpoints import Checkpoints, Progress, run_identity
@@ -26,7 +27,9 @@ from examples.llm.training.tuning import save_adapter
 
 
 def fine_tune(job: Job, report: Report) -> RunResult:
-    """Fine-tune the model with one method, from its newest checkpoint if asked to resume.
+    """Fine-tune the model with one method.
+
+    If asked to resume, go on from the newest checkpoint, or give the result that is there.
 
     Raises:
       StoppedError: the process was asked to end; what was trained is saved.
@@ -39,9 +42,13 @@ def fine_tune(job: Job, report: Report) -> RunResult:
 
 
 def _fine_tune(job: Job, report: Report) -> RunResult | StoppedError:
+    identity = run_identity(job)
+    result = finished_result(job.folder, identity) if job.settings.resume else None
+    if result is not None:
+        return result
     with (
         StopSwitch() as switch,
-        Checkpoints(job.folder / "checkpoints", run_identity(job)) as checkpoints,
+        Checkpoints(job.folder / "checkpoints", identity) as checkpoints,
     ):
         resume = job.settings.resume and checkpoints.newest_step is not None
         if resume:
@@ -56,9 +63,12 @@ def _fine_tune(job: Job, report: Report) -> RunResult | StoppedError:
             is_first = job.settings.cluster.is_first
             path = job.folder / "metrics.jsonl" if is_first else None
             with MetricsLog(path, checkpoints.newest_step or 0) as log:
-                return run.whole(log)
+                result = run.whole(log)
         except StopRequestedError:
             return StoppedError(run.save_if_trained())
+    if is_first:
+        write_result(result, identity, job.folder)
+    return result
 
 
 class _Run:

@@ -109,7 +109,7 @@ class AnswerProblem:
         """Random texts of like length."""
         return self._learnt.random
 
-    def loss(self, model: LanguageModel, batch: PairBatch) -> jax.Array:
+    def loss(self, model: Generator, batch: PairBatch) -> jax.Array:
         """The mean over the tokens of answers."""
         return summed_loss(model, batch) / self.weight(batch)
 

@@ -72,29 +72,26 @@ class Trainer:
         Args:
           model: its file or folder.
           recipe: what trains, and by what.
-          problem: what is learnt; may be replaced by one with another seed.
+          problem: what is learnt.
           layout: where all that is; None for one device.
         """
-        self.recipe, self.problem, self.layout = recipe, problem, layout
+        self.recipe, self.layout = recipe, layout
+        self.learn(problem)
         self._path = model
         self._tuning: Tuning | None = None
         self._steps: dict[Any, Any] = {}
         self._judges: dict[int, tuple[Problem, Callable[..., Evaluation]]] = {}
 
     @property
-    def problem(self) -> Problem:
-        """What is learnt."""
-        return self._problem
-
-    @problem.setter
-    def problem(self, problem: Problem) -> None:
-        self._problem, self._feed = problem, Feed(problem.batches, self.recipe.accumulate)
-
-    @property
     def tuning(self) -> Tuning:
         """What has been read: the frozen part, and how to make a model of both."""
         assert self._tuning is not None, "no parameters were read"
         return self._tuning
+
+    def learn(self, problem: Problem) -> None:
+        """Take the batches of further steps from a problem that differs in its seed at most."""
+        self.problem = problem
+        self._feed: Feed | None = None  # made where a step needs it: a plan has no data
 
     def adopt(self, tuning: Tuning) -> None:
         """Take what trains and what does not, in place of reading it; shapes will do."""
@@ -146,8 +143,12 @@ class Trainer:
         self, state: TrainState, number: int, rate: float | None = None
     ) -> tuple[TrainState, StepMeasurement]:
         """Take step `number`, which counts from 0; the old state is used up."""
-        chosen = self.recipe.hyperparameters.learning_rate if rate is None else rate
-        batch = self._placed(self._feed.step(number), 0 if self.recipe.accumulate == 1 else 1)
+        accumulate, chosen = self.recipe.accumulate, rate
+        if chosen is None:
+            chosen = self.recipe.hyperparameters.learning_rate
+        if self._feed is None:
+            self._feed = Feed(self.problem.batches, accumulate)
+        batch = self._placed(self._feed.step(number), 0 if accumulate == 1 else 1)
         arguments = (np.float32(chosen), self.tuning.frozen, batch)
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if shapes not in self._steps:
