@@ -94,10 +94,9 @@ class MaskedLanguageModel(Encoder):
 
     def logits(self, features: jax.Array, /) -> jax.Array:
         """Map `(..., hidden_size)` to those of the token there, float32 `(..., vocabulary)`."""
-        logits = self.embedding.attend(self.head(features))
-        return (logits + jnp.expand_dims(self.head.bias[...], range(logits.ndim - 1))).astype(
-            jnp.float32
-        )
+        logits = self.embedding.attend(self.head(features)).astype(jnp.float32)
+        bias = self.head.bias[...].astype(jnp.float32)
+        return logits + jnp.expand_dims(bias, range(logits.ndim - 1))
 
 
 class ClassificationHead(nnx.Module):
