@@ -26,7 +26,7 @@ from benchmarks.quality.report import markdown_table
 from benchmarks.records import run_record
 from examples.llm.models.decoder import Decoder
 from examples.llm.models.gguf_files import GGUFModel, bundled_model_path
-from examples.llm.text import load_addresses, train_and_held_out_windows
+from examples.llm.text import load_addresses, windows_of
 from examples.llm.training.steps import abstract_decoder, build_model
 from optax_lowbit import qlora
 
@@ -38,8 +38,8 @@ FLOAT = "float32"
 def main():
     """Measures all types, writes the results and prints the table."""
     model = GGUFModel(bundled_model_path())
-    _, held_out = train_and_held_out_windows(model.tokenizer(), *load_addresses(), TOKENS, seed=0)
-    batches = [jnp.asarray(held_out.batch(index, BATCH)) for index in range(WINDOWS // BATCH)]
+    _, _, held_out = windows_of(model.tokenizer(), load_addresses(), TOKENS, seed=0)
+    batches = [jnp.asarray(held_out.batches(BATCH)[index]) for index in range(WINDOWS // BATCH)]
     decoder = build_model(abstract_decoder(model.config)[0], model.parameters())
     types = {}
     for name, spec in {FLOAT: None, **TYPES}.items():

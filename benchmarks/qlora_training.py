@@ -24,7 +24,7 @@ from benchmarks.quality.report import markdown_table
 from benchmarks.records import run_record
 from examples.llm.models.gguf_files import GGUFModel, bundled_model_path
 from examples.llm.program.processes import Tell, run_in_process
-from examples.llm.text import load_addresses, train_and_held_out_windows
+from examples.llm.text import load_addresses, windows_of
 from examples.llm.training.memory import buffer_bytes
 from examples.llm.training.methods import FirstOrder
 from examples.llm.training.steps import (
@@ -101,8 +101,8 @@ def fine_tuned(run: Run, tell: Tell) -> dict[str, Any]:
     """Trains; returns losses, seconds of the steps, and bytes: of buffers, and at the peak."""
     scheme, batch = SCHEMES[run.scheme], SETTINGS["batch"]
     model = GGUFModel(bundled_model_path())
-    train, held_out = train_and_held_out_windows(
-        model.tokenizer(), *load_addresses(), SETTINGS["tokens of a window"], run.seed
+    train, _, held_out = windows_of(
+        model.tokenizer(), load_addresses(), SETTINGS["tokens of a window"], run.seed
     )
     trainable, frozen, apply, _ = tuned(
         scheme.tuning, abstract_decoder(model.config)[0], model.parameters(), run.seed,
@@ -115,7 +115,8 @@ def fine_tuned(run: Run, tell: Tell) -> dict[str, Any]:
 
     def judged(trainable):
         indices = range(SETTINGS["held-out windows"] // batch)
-        return float(np.mean([judge(trainable, frozen, held_out.batch(i, batch)) for i in indices]))
+        windows = held_out.batches(batch)
+        return float(np.mean([judge(trainable, frozen, windows[i]) for i in indices]))
 
     judge = jax.jit(loss)
     optimizer = FirstOrder(optax_lowbit.adamw4bit(scheme.rate))
@@ -128,10 +129,10 @@ def fine_tuned(run: Run, tell: Tell) -> dict[str, Any]:
     before = judged(trainable)
     del trainable  # steps consume it
     step = make_train_step(loss, optimizer)
-    step = step.lower(state, frozen, train.batch(0, batch)).compile()
+    step = step.lower(state, frozen, train.batches(batch)[0]).compile()
     measurements, processor_seconds = [], []
     for index in range(SETTINGS["steps"]):
-        windows = jnp.asarray(train.batch(index, batch))
+        windows = jnp.asarray(train.batches(batch)[index])
         started = time.process_time()
         state, measured = measured_step(step, state, frozen, windows)
         processor_seconds.append(round(time.process_time() - started, 4))

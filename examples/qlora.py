@@ -16,13 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if __name__ == "__main__":
-    # Imported here so that the methods' processes, which import this file, stay small.
-    try:
-        from examples.llm.program.command import main
-        from examples.llm.program.settings import QLORA_RECIPE
-    except ModuleNotFoundError as error:
-        sys.exit(f'error: {error.name} is missing: run `pip install "optax-lowbit[examples]"`')
-    except KeyboardInterrupt:
-        sys.exit(130)
+    # Imported here so that the runs' processes, which import this file, stay small.
+    from examples.llm.launching import launch
 
-    sys.exit(main(recipe=QLORA_RECIPE))
+    sys.exit(launch("qlora"))

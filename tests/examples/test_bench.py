@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from examples.llm.bench.cells import CALIBRATED, ZERO_SHOT, Bench, Cell, CellResult, Cost, run_cell
-from examples.llm.bench.command import cells_of, main
-from examples.llm.bench.report import Results, draw, markdown_table
+from examples.llm.bench.command import cells_of
+from examples.llm.bench.report import Results, markdown_table, write_page
 from examples.llm.bench.search import SEARCH_SEED, FinalRun, Trial, best_trial, search
 from examples.llm.bench.settings import BenchSettings
+from examples.llm.program.about import about_this_run
+from examples.llm.program.command import main
 from examples.llm.tasks.scoring import option_scores, token_log_likelihoods
 from examples.llm.training.judging import Evaluation
 from examples.llm.training.methods import METHODS
@@ -89,7 +91,7 @@ RUNS = [FinalRun(seed, evaluation(0.5), evaluation(0.1 * seed)) for seed in (5, 
 @pytest.fixture
 def results(tmp_path):
     settings = BenchSettings()
-    results = Results(tmp_path / "results.json", settings, "m.gguf", {"date": "today"})
+    results = Results(tmp_path / "results.json", settings, "m.gguf", about_this_run())
     zero_shot = Cell("polarity", "full", ZERO_SHOT, settings, tmp_path)
     results.add(zero_shot, CellResult([], RUNS[:1]))
     mezo = Cell("polarity", "lora", "mezo", settings, tmp_path)
@@ -104,15 +106,16 @@ def test_the_table_has_means_and_deviations(results):
     ]
     assert rows[2][:7] == ["polarity", "", "zero-shot", "", "", "50.0", "50.0"]
     assert rows[3] == [
-        "polarity", "lora", "mezo", "0.001", "1e-02", "60.0 ± 10.0", "50.0 ± 0.0", "1,000", "1.0",
+        "polarity", "lora", "mezo", "0.001", "1e-02", "60.0 ± 10.0", "50.0", "1,000", "1.0",
         "3", "0.25", "10", "20",
     ]  # fmt: skip
     assert len({len(row) for row in rows}) == 1
 
 
-def test_a_picture_is_drawn(results, tmp_path):
-    draw(results.cells, tmp_path / "a.png")
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+def test_a_page_has_the_table_and_a_figure_of_each_kind(results, tmp_path):
+    write_page(results, tmp_path / "a.html")
+    text = (tmp_path / "a.html").read_text()
+    assert "60.0 ± 10.0" in text and text.count("<figure>") == 2
 
 
 def test_results_are_kept_for_the_same_settings_only(results):
@@ -147,7 +150,7 @@ def test_all_cells_are_there(tmp_path):
     ],
 )
 def test_bad_settings_are_one_line_and_exit_code_two(arguments, message, capsys):
-    assert main(arguments) == 2
+    assert main(["zo_bench", *arguments]) == 2
     errors = capsys.readouterr().err
     assert message in errors
     assert errors.startswith("error: ") and errors.count("\n") == 1
@@ -184,9 +187,9 @@ def test_mean_scores_are_those_of_all_examples(tiny_gguf, messages):
     settings = BenchSettings(
         train_examples=20, dev_examples=7, test_examples=8, batch_size=4, sequence_length=64
     )
-    bench = Bench(Cell(str(messages), "full", CALIBRATED, settings, tiny_gguf))
-    model = bench.tuned(0)
-    decoder = bench.model(model.trainable, model.frozen)
-    (batch,) = dataclasses.replace(bench.parts["dev"], size=7).all()
+    bench = Bench(Cell(str(messages), "full", CALIBRATED, settings, tiny_gguf), "adam")
+    parameters = bench.trainer.parameters(0)
+    decoder = bench.trainer.tuning.model(parameters, {})
+    (batch,) = dataclasses.replace(bench.problem.dev, size=7).all()
     scores = option_scores(token_log_likelihoods(decoder, batch), batch.mask)
-    np.testing.assert_allclose(bench.mean_scores(model, "dev"), scores.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(bench.mean_scores(parameters, "dev"), scores.mean(axis=0), rtol=1e-5)

@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from examples.llm.models.tiny import TINY
 from examples.llm.program.command import main
+from examples.llm.program.metrics_log import read_metrics
 from examples.llm.training.checkpoints import Checkpoints
 from examples.llm.training.methods import METHODS, Hyperparameters
 from examples.llm.training.steps import TrainState, abstract_decoder
@@ -41,10 +43,10 @@ def finish(process):
     return process.returncode, output, errors
 
 
-def interrupt(process):
-    """Press Ctrl-C, and again if nothing happens: Python drops one that falls into a callback."""
+def stop(process, number):
+    """Send a signal, and again if nothing happens: Python drops one that falls into a callback."""
     for _ in range(5):
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, number)
         try:
             process.wait(timeout=30)
         except subprocess.TimeoutExpired:
@@ -52,12 +54,16 @@ def interrupt(process):
         return
 
 
-def wait_for_checkpoint(folder, process):
+def wait_until(is_true, process):
     deadline = time.monotonic() + PATIENCE
-    while not any(path.name.isdigit() for path in folder.glob("checkpoints/*")):
+    while not is_true():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def wait_for_checkpoint(folder, process):
+    wait_until(lambda: any(path.name.isdigit() for path in folder.glob("checkpoints/*")), process)
 
 
 def tiny_run(tiny_gguf, *more):
@@ -68,7 +74,7 @@ def final_state(folder, method, steps):
     parameters = abstract_decoder(TINY)[1]
     optimizer = METHODS[method].build(Hyperparameters(1.0, 1e-3, steps))
     optimizer_state = jax.eval_shape(lambda like: optimizer.init(like, 0), parameters)
-    with Checkpoints(folder / method / "checkpoints", identity={}) as checkpoints:
+    with Checkpoints(folder / method / "seed-0" / "checkpoints", identity={}) as checkpoints:
         assert checkpoints.newest_step == steps
         state, _ = checkpoints.restore(TrainState(parameters, optimizer_state))
     return state
@@ -87,8 +93,9 @@ def test_a_comparison_from_start_to_end(tiny_gguf, tmp_path):
     assert adamw["losses"][0] == sgd["losses"][0]
     assert adamw["loss_before"] == sgd["loss_before"]
     assert adamw["state_bytes"] > 1.9 * sgd["state_bytes"]
-    assert json.loads((results / "sgd" / "metrics.json").read_text()) == sgd
-    assert (results / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    run = json.loads((results / "sgd" / "seed-0" / "metrics.json").read_text())
+    assert run.pop("identity")["method"] == "sgd" and run == sgd
+    assert (results / "report.html").read_text().startswith("<!DOCTYPE html>")
 
 
 @pytest.mark.slow
@@ -103,7 +110,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tiny_gguf, tmp_path, method):
 
     often = ("--checkpoint-every", 3, "--output", killed)
     process = start(*arguments, *often, folder=tmp_path)
-    wait_for_checkpoint(killed / method, process)
+    wait_for_checkpoint(killed / method / "seed-0", process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (killed / "metrics.json").exists()
@@ -124,14 +131,33 @@ def test_a_killed_run_goes_on_bit_for_bit(tiny_gguf, tmp_path, method):
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_with_a_message(tiny_gguf, tmp_path):
-    arguments = tiny_run(tiny_gguf, "--steps", 100_000, "--checkpoint-every", 5)
-    process = start(*arguments, folder=tmp_path)
-    wait_for_checkpoint(tmp_path / "runs" / "finetune" / "adamw", process)
-    interrupt(process)
+@pytest.mark.parametrize(
+    ("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
+)
+def test_a_stopped_run_saves_and_goes_on_bit_for_bit(tiny_gguf, tmp_path, number, word):
+    arguments = tiny_run(tiny_gguf, "--method", "sgd", "adamw4bit", "--steps", 1500)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    process = start(*arguments, "--output", stopped, folder=tmp_path)
+    log = stopped / "adamw4bit" / "seed-0" / "metrics.jsonl"
+    wait_until(lambda: len(list(read_metrics(log))) > 3, process)
+    stop(process, number)
     code, _, errors = finish(process)
-    assert code == 130
-    assert errors == "error: interrupted: --resume goes on from the last checkpoint\n"
+    assert code == 128 + number, errors
+    (done,) = re.findall(rf"^error: {word}: saved after step (\d+), --resume goes on", errors)
+    assert [line["step"] for line in read_metrics(log)] == list(range(int(done) + 1))
+
+    code, _, errors = finish(start(*arguments, "--output", whole, folder=tmp_path))
+    assert code == 0, errors
+    code, _, errors = finish(start(*arguments, "--output", stopped, "--resume", folder=tmp_path))
+    assert code == 0, errors
+    for name in ("sgd", "adamw4bit"):
+        logs = [folder / name / "seed-0" / "metrics.jsonl" for folder in (whole, stopped)]
+        expected, found = (list(map(untimed, read_metrics(path))) for path in logs)
+        assert found == expected and len(found) == 1502
+
+
+def untimed(line):
+    return {name: value for name, value in line.items() if name != "seconds"}
 
 
 @pytest.mark.slow
@@ -139,13 +165,13 @@ def test_ctrl_c_ends_with_a_message(tiny_gguf, tmp_path):
 def test_the_death_of_a_run_is_told(tiny_gguf, tmp_path):
     arguments = tiny_run(tiny_gguf, "--steps", 100_000, "--checkpoint-every", 5)
     process = start(*arguments, folder=tmp_path)
-    wait_for_checkpoint(tmp_path / "runs" / "finetune" / "adamw", process)
+    wait_for_checkpoint(tmp_path / "runs" / "finetune" / "adamw" / "seed-0", process)
     for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
         if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text():
             os.kill(int(child), signal.SIGKILL)
     code, _, errors = finish(process)
     assert code == 1
-    assert errors == "error: the adamw run was killed by SIGKILL, out of memory?\n"
+    assert errors == "error: the adamw seed 0 run was killed by SIGKILL, out of memory?\n"
 
 
 @pytest.mark.slow
@@ -166,7 +192,14 @@ def test_a_mistake_found_by_a_run_is_one_line(tiny_gguf, tmp_path):
         (["--sequence-length", "1"], "--sequence-length: must be at least 2, got 1"),
         (["--eval-batches", "0"], "--eval-batches: must be at least 1, got 0"),
         (["--checkpoint-every", "-5"], "--checkpoint-every: must be at least 0, got -5"),
-        (["--seed", "-1"], "--seed: must be at least 0, got -1"),
+        (["--seeds", "-1"], "--seeds: must be at least 0, got -1"),
+        (["--seeds", "1", "1"], "--seeds: give at least one, and none twice, got (1, 1)"),
+        (["--rank", "4"], "--rank: full tuning has no adapters"),
+        (["--tuning", "lora", "--rank", "0"], "--rank: must be at least 1, got 0"),
+        (
+            ["--tuning", "lora", "--lora-dropout", "1"],
+            "--lora-dropout: must be at least 0 and below 1, got 1.0",
+        ),
         (["--learning-rate", "0"], "--learning-rate: must be a number above 0, got 0"),
         (
             ["--method", "blockwise", "--tuning", "prompt"],
@@ -179,7 +212,6 @@ def test_a_mistake_found_by_a_run_is_one_line(tiny_gguf, tmp_path):
             "--schedule: mezo is without backpropagation",
         ),
         (["--method", "mezo", "--clip-norm", "1"], "--clip-norm: mezo is without backpropagation"),
-        (["--dtype", "bfloat16"], "--dtype: full tuning trains float32 weights, got bfloat16"),
         (["--judge", "nowhere.json"], "--judge: nowhere.json is neither a file nor one of"),
         (["--eps", "-1"], "--eps: must be a number above 0, got -1"),
         (["--task", "rte"], "--task: rte is neither a file nor one of sotu, polarity, sms"),
@@ -189,7 +221,8 @@ def test_a_mistake_found_by_a_run_is_one_line(tiny_gguf, tmp_path):
         (["--train-examples", "0"], "--train-examples: must be at least 1, got 0"),
         (["--eval-examples", "0"], "--eval-examples: must be at least 1, got 0"),
         (["--learning-rate", "nan"], "--learning-rate: must be a number above 0, got nan"),
-        (["--model", "nowhere.gguf"], "--model: there is no file or folder nowhere.gguf"),
+        (["--model", "x.gguf"], "--model: x.gguf is neither a file, nor a folder, nor one of smo"),
+        (["--model", "stories260k"], "--data: stories260k needs stories260K/stories260K.bin, whi"),
     ],
 )
 def test_bad_settings_are_one_line_and_exit_code_two(arguments, message, capsys):

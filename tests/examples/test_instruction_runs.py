@@ -15,7 +15,7 @@ from examples.llm.models.gguf_files import GGUFModel
 from examples.llm.models.huggingface_files import HuggingFaceModel
 from examples.llm.models.huggingface_names import module_names
 from examples.llm.models.tiny import TINY
-from examples.llm.models.tokenizer import SpecialTokens
+from examples.llm.models.tokenizer import NO_SPECIAL_TOKENS, SpecialTokens
 from examples.llm.program.command import main
 from examples.llm.program.events import Job, StepDone
 from examples.llm.program.settings import DEFAULTS, QLORA_RECIPE
@@ -182,11 +182,11 @@ def test_the_command_fine_tunes_a_folder(tiny_gguf, instructions, tmp_path, caps
         "--train-examples", 20, "--eval-examples", 2, "--accumulate", 2,
         "--prompt", "10", "--output", tmp_path / "run",
     )  # fmt: skip
-    assert main([*map(str, arguments)], recipe=QLORA_RECIPE) == 0
+    assert main(["qlora", *map(str, arguments)]) == 0
     (run,) = json.loads((tmp_path / "run" / "metrics.json").read_text())["runs"]
     assert run["method"] == "mezo" and run["continuation"] and len(run["losses"]) == 2
-    assert (tmp_path / "run" / "mezo" / "adapter" / "adapter_config.json").is_file()
-    assert f"{tmp_path / 'run'}/METHOD/adapter" in capsys.readouterr().out
+    assert (tmp_path / "run" / "mezo" / "seed-0" / "adapter" / "adapter_config.json").is_file()
+    assert f"{tmp_path / 'run'}/METHOD/seed-N/adapter" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -237,28 +237,30 @@ def test_files_in_4_bits_are_for_qlora(tiny_gguf):
 
 def test_letters_are_options(questions, tiny_gguf):
     settings = dataclasses.replace(DEFAULTS, judge=(str(questions),))
-    (problem,) = build_judges(settings, GGUFModel(tiny_gguf).tokenizer(), None, 64).values()
+    (problem,) = build_judges(
+        settings, GGUFModel(tiny_gguf).tokenizer(), NO_SPECIAL_TOKENS, 64
+    ).values()
     batch = next(iter(problem.held_out()))
     tokenizer = GGUFModel(tiny_gguf).tokenizer()
     for letter, targets in zip("ABCD", batch.targets[0], strict=True):
         assert tokenizer.decode(targets.tolist()) == f" {letter}"
-    assert problem.judged.subjects == ("more", "odd")
-    assert len(problem.judged.examples) == 9
+    assert problem.test.subjects == ("more", "odd")
+    assert len(problem.test.examples) == 9
 
 
 def test_a_judge_without_examples_is_refused(tiny_gguf, tmp_path):
     path = tmp_path / "empty.tsv"
     path.write_text("sentence\tlabel\n")
     settings = dataclasses.replace(DEFAULTS, judge=(str(path),))
-    with pytest.raises(UsageError, match=r"--judge: .*empty\.tsv has no examples"):
-        build_judges(settings, GGUFModel(tiny_gguf).tokenizer(), None, 64)
+    with pytest.raises(UsageError, match=r"--judge: .*empty\.tsv is empty"):
+        build_judges(settings, GGUFModel(tiny_gguf).tokenizer(), NO_SPECIAL_TOKENS, 64)
 
 
 def test_judges_of_one_name_are_told_apart(questions, tiny_gguf, tmp_path):
     other = tmp_path / questions.name
     other.write_text(questions.read_text())
     settings = dataclasses.replace(DEFAULTS, judge=(str(questions), str(other)))
-    judges = build_judges(settings, GGUFModel(tiny_gguf).tokenizer(), None, 64)
+    judges = build_judges(settings, GGUFModel(tiny_gguf).tokenizer(), NO_SPECIAL_TOKENS, 64)
     assert judges.keys() == {str(questions), str(other)}
 
 
@@ -281,8 +283,9 @@ def test_all_that_is_not_held_out_is_learnt_from(instructions, tiny_gguf):
     stored = GGUFModel(tiny_gguf)
     settings = dataclasses.replace(DEFAULTS, task=str(instructions), sequence_length=16)
     problem = build_problem(settings, stored.tokenizer(), stored.special_tokens())
-    assert sum(int((b.weights.sum(-1) > 0).sum()) for b in problem.held_out()) == 15
-    assert sum(int((b.weights.sum(-1) > 0).sum()) for b in problem.train.all()) == 15
+    parts = (problem.train.all(), problem.held_out("dev"), problem.held_out("test"))
+    counts = [sum(int((b.weights.sum(-1) > 0).sum()) for b in batches) for batches in parts]
+    assert counts == [16, 7, 7]
 
 
 def test_accuracy_by_subject_counts_every_subject_alike():

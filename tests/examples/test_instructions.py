@@ -9,14 +9,19 @@ import pytest
 from tokenizers import processors
 
 from examples.llm.errors import UsageError
-from examples.llm.instructions.batches import LengthGroups, PairBatch, PairBatches
-from examples.llm.instructions.encoding import EncodedPair, encode_pair
-from examples.llm.instructions.formats import Pair, read_pairs, reader_of
+from examples.llm.instructions.batches import PairBatch, PairBatches
+from examples.llm.instructions.encoding import EncodedText, encode_dialogue
+from examples.llm.instructions.formats import Dialogue, Pair, one, reader_of
 from examples.llm.instructions.problem import InstructionProblem
 from examples.llm.models.gguf_files import GGUFModel
 from examples.llm.models.tokenizer import SpecialTokens
+from examples.llm.sampling import of_like_length
 from examples.llm.tasks.batches import encode
 from examples.llm.tasks.example import Example
+from examples.llm.tasks.files import File
+from examples.llm.tasks.loading import read_data
+from examples.llm.tasks.published import read_rows
+from examples.llm.tasks.sources import find_source
 from examples.llm.text import TokenWindows
 from examples.llm.training.accumulation import AccumulatedLoss, loss_and_gradients
 from optax_lowbit import zo
@@ -46,15 +51,24 @@ FORMATS = {
 }
 
 
+def dialogues_in(path):
+    rows = read_rows(File(path))
+    reader = reader_of(rows)
+    assert reader
+    return [dialogue for row in rows for dialogue in reader(row)]
+
+
+def pairs_in(path):
+    return [pair for dialogue in dialogues_in(path) for pair in dialogue.pairs]
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("is_array", [True, False])
 def test_formats(name, is_array, tmp_path):
     rows, expected = FORMATS[name]
     path = tmp_path / "file.json"
     path.write_text(json.dumps(rows) if is_array else "\n".join(map(json.dumps, rows)))
-    reader = reader_of(path)
-    assert reader
-    pairs = read_pairs(path, reader)
+    pairs = pairs_in(path)
     assert [pair.target for pair in pairs] == [target for _, target in expected]
     for pair, (source, _) in zip(pairs, expected, strict=True):
         assert pair.source.endswith(source) and bool(pair.source) == bool(source)
@@ -64,9 +78,7 @@ def test_formats(name, is_array, tmp_path):
 def test_csv_with_quotes_and_line_feeds(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text('input,output\n"one, ""two""\nthree",four\nfive,"six"\n')
-    reader = reader_of(path)
-    assert reader
-    assert read_pairs(path, reader) == [Pair('one, "two"\nthree', "four"), Pair("five", "six")]
+    assert pairs_in(path) == [Pair('one, "two"\nthree', "four"), Pair("five", "six")]
 
 
 @pytest.mark.parametrize(
@@ -79,8 +91,9 @@ def test_csv_with_quotes_and_line_feeds(tmp_path):
         ("a.jsonl", '{"input": "a", "output": "b"}\n{"input', "line 2: not JSON"),
         ("a.json", "[" * 100_000, "line 1: not JSON"),
         ("a.jsonl", '{"input": "a", "output": "\\ud83d"}', "line 1: output must be text, got half"),
-        ("a.csv", "input,output\na\n", "row 1: must have the 2 columns"),
-        ("a.csv", "input,output\na,b,c\n", "row 1: must have the 2 columns"),
+        ("a.csv", "input,output\na\n", "row 1: must have 2 columns, got 1"),
+        ("a.CSV", "input,output\na,b,c\n", "row 1: must have 2 columns, got 3"),
+        ("a.tsv", "input\toutput\na\n", "line 2: must have 2 columns, got 1"),
         ("a.csv", 'input,output\na,"b\n', "not CSV"),
     ],
 )
@@ -88,26 +101,30 @@ def test_what_is_wrong_is_told_with_its_place(name, content, message, tmp_path):
     path = tmp_path / name
     path.write_text(content)
     with pytest.raises(UsageError, match=f"--task: {path}, .*{message}"):
-        reader = reader_of(path)
-        assert reader
-        read_pairs(path, reader)
+        pairs_in(path)
 
 
-def test_other_files_have_no_reader(tmp_path):
-    for number, content in enumerate(
-        ["", "[]", '{"a": 1}', "sentence\tlabel\n", '{"input": "", "output": "A", "subject": ""}']
-    ):
+def test_other_rows_have_no_reader(tmp_path):
+    for number, content in enumerate(['{"a": 1}', "sentence\tlabel\nfine\t1"]):
         path = tmp_path / str(number)
         path.write_text(content)
-        assert reader_of(path) is None
+        assert reader_of(read_rows(File(path))) is None
+
+
+@pytest.mark.parametrize("outputs", [("A", "B"), ("A", "Because.")])
+def test_a_subject_alone_makes_no_questions_of_instructions(outputs, tmp_path):
+    path = tmp_path / "a.json"
+    rows = [{"input": "x", "output": output, "subject": "y"} for output in outputs]
+    path.write_text(json.dumps(rows))
+    data = read_data(find_source(str(path), tmp_path))
+    assert (data.format is None) == ("Because." in outputs)
+    assert reader_of(data.any_rows)
 
 
 def test_long_fields_of_csv(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text(f"input,output\na,{'b' * 200_000}\n")
-    reader = reader_of(path)
-    assert reader
-    assert len(read_pairs(path, reader)[0].target) == 200_000
+    assert len(pairs_in(path)[0].target) == 200_000
 
 
 @pytest.fixture(scope="module")
@@ -128,81 +145,110 @@ def tokenizer_with_begin(tiny_gguf):
 
 def test_a_tokenizer_with_a_begin_puts_it_nowhere_else(tokenizer, tokenizer_with_begin):
     special = SpecialTokens(3, 2)
-    pair = encode_pair(Pair("ab", "cd"), tokenizer_with_begin, special, 20)
-    assert pair == encode_pair(Pair("ab", "cd"), tokenizer, special, 20)
-    assert pair.tokens.count(3) == 1 and pair.tokens[0] == 3
+    text = encode_dialogue(one("ab", "cd"), tokenizer_with_begin, special, 20)
+    assert text == encode_dialogue(one("ab", "cd"), tokenizer, special, 20)
+    assert text.tokens.count(3) == 1 and text.tokens[0] == 3
     example = Example("ab", ("c", "d"), 0)
-    options = encode(example, tokenizer_with_begin, 20, 3)
-    assert options == encode(example, tokenizer, 20, 3)
+    options = encode(example, tokenizer_with_begin, special, 20)
+    assert options == encode(example, tokenizer, special, 20)
     assert options.prompt[0] == 3 and all(len(option) == 1 for option in options.options)
-    window = TokenWindows(["one two three " * 50], tokenizer_with_begin, 17, 0).batch(0, 1)
+    window = TokenWindows(["one two three " * 50], tokenizer_with_begin, 17, 0).batches(1)[0]
     assert (window != 3).all()
 
 
+def shown(text, tokenizer):
+    """Letters, those to be written in upper case."""
+    letters = {1: "<", 2: ">"}
+    return "".join(
+        (letters.get(token) or tokenizer.decode([token])).translate(UPPER if is_target else {})
+        for token, is_target in zip(text.tokens, text.is_target, strict=True)
+    )
+
+
+UPPER = {ord(x): x.upper() for x in "abcdefghijklmnopqrstuvwxyz"} | {ord(">"): "!"}
+
+
 @pytest.mark.parametrize(
-    ("source", "target", "kept"),
+    ("pairs", "kept"),
     [
-        ("abc", "de", "<abc|de>"),
-        ("abc", "", "<abc|>"),
-        ("", "abc", "<|abc>"),
-        ("abcdefgh", "z", "<bcdefgh|z>"),  # ten tokens in all
-        ("ab", "qrstuvwxyz", "<ab|qrstuvw"),
-        ("abcdefgh", "qrstuvwxyz", "<efgh|qrstu"),
+        (("abc", "de"), "<abcDE!"),
+        (("abc", ""), "<abc!"),
+        (("", "abc"), "<ABC!"),
+        (("abcdefgh", "z"), "<bcdefghZ!"),  # ten tokens in all
+        (("ab", "qrstuvwxyz"), "<abQRSTUVW"),
+        (("abcdefgh", "qrstuvwxyz"), "<efghQRSTU"),
+        (("a", "b", "c", "d"), "<aB!cD!"),
+        (("a", "b", "c", "defghijk"), "<aB!cDEFGH"),
+        (("ab", "cd", "efghij", "k"), "<abCD!efgh"),
+        (("ab", "qrstuvwxyz", "a", "b"), "<abQRSTUVW"),
     ],
 )
-def test_a_text_is_cut_to_its_length(source, target, kept, tokenizer):
-    encoded = encode_pair(Pair(source, target), tokenizer, SpecialTokens(1, 2), max_length=9)
-    before, after = kept.split("|")
-    letters = {1: "<", 2: ">"}
-    text = "".join(letters.get(token) or tokenizer.decode([token]) for token in encoded.tokens)
-    assert text == before + after
-    assert encoded.source_length == len(before)
+def test_a_text_is_cut_to_its_length(pairs, kept, tokenizer):
+    dialogue = Dialogue(tuple(map(Pair, pairs[::2], pairs[1::2])))
+    encoded = encode_dialogue(dialogue, tokenizer, SpecialTokens(1, 2), max_length=9)
+    assert shown(encoded, tokenizer) == kept
 
 
 def test_without_special_tokens_nothing_may_be_left_to_write(tokenizer):
     none = SpecialTokens(None, None)
-    assert encode_pair(Pair("", "ab"), tokenizer, none, 8).source_length == 0
-    for pair in (Pair("abc", ""), Pair("", "a")):
+    assert encode_dialogue(one("", "ab"), tokenizer, none, 8).is_target == (True, True)
+    for dialogue in (one("abc", ""), one("", "a")):
         with pytest.raises(UsageError, match="nothing is to be written after"):
-            encode_pair(pair, tokenizer, none, 8)
+            encode_dialogue(dialogue, tokenizer, none, 8)
 
 
 LENGTHS = np.random.default_rng(0).integers(1, 200, 103)
 
 
+def groups_of(lengths, size, seed, **options):
+    groups = of_like_length(lengths, size, seed, **options)
+    return lambda number: groups[number].texts
+
+
 def test_no_text_is_in_two_groups_of_an_epoch():
-    groups = LengthGroups(LENGTHS, 10, seed=3)
-    epochs = [np.concatenate([groups[10 * epoch + n] for n in range(10)]) for epoch in range(6)]
+    group = groups_of(LENGTHS, 10, seed=3)
+    epochs = [np.concatenate([group(10 * epoch + n) for n in range(10)]) for epoch in range(6)]
     assert all(len(set(epoch.tolist())) == 100 for epoch in epochs)
     # Those left over are others each time.
     assert len({tuple(sorted(set(range(103)) - set(epoch.tolist()))) for epoch in epochs}) == 6
-    again = LengthGroups(LENGTHS, 10, seed=3)
-    assert (again[17] == groups[17]).all() and (again[2] == groups[2]).all()
-    other = LengthGroups(LENGTHS, 10, seed=4)
-    assert any((other[number] != groups[number]).any() for number in range(5))
+    again = groups_of(LENGTHS, 10, seed=3)
+    assert (again(17) == group(17)).all() and (again(2) == group(2)).all()
+    other = groups_of(LENGTHS, 10, seed=4)
+    assert any((other(number) != group(number)).any() for number in range(5))
 
 
 def test_groups_are_of_like_length_and_in_no_order():
     for epoch in range(3):
         numbers = range(10 * epoch, 10 * epoch + 10)
-        groups = [LENGTHS[LengthGroups(LENGTHS, 10, seed=0)[number]] for number in numbers]
+        groups = [LENGTHS[groups_of(LENGTHS, 10, seed=0)(number)] for number in numbers]
         assert np.mean([np.ptp(group) for group in groups]) < np.ptp(LENGTHS) / 5
         means = [group.mean() for group in groups]
         assert means != sorted(means) and means != sorted(means, reverse=True)
 
 
 def test_a_set_smaller_than_a_group_is_repeated():
-    groups = LengthGroups(LENGTHS[:3], 8, seed=0)
+    group = groups_of(LENGTHS[:3], 8, seed=0)
     for number in range(3):
-        assert sorted(np.bincount(groups[number]).tolist()) == [2, 3, 3]
+        assert sorted(np.bincount(group(number)).tolist()) == [2, 3, 3]
 
 
-PAIRS = [EncodedPair(tuple(range(1, n + 1)), source) for n, source in [(5, 2), (40, 1), (9, 0)]]
+def test_batches_of_a_step_are_a_group():
+    wide, narrow = groups_of(LENGTHS, 12, seed=0), of_like_length(LENGTHS, 3, 0, alike=4)
+    for number in range(9):
+        np.testing.assert_array_equal(narrow[number].alike, wide(number // 4))
+    together = np.concatenate([narrow[number].texts for number in range(4, 8)])
+    np.testing.assert_array_equal(together, wide(1))
+
+
+TEXTS = [
+    EncodedText(tuple(range(1, n + 1)), tuple(place >= source for place in range(n)))
+    for n, source in [(5, 2), (40, 1), (9, 0)]
+]
 
 
 @pytest.mark.parametrize("on_source", [False, True])
 def test_weights_are_of_the_tokens_to_predict(on_source):
-    batches = PairBatches(PAIRS, 3, train_on_source=on_source)
+    batches = PairBatches(TEXTS, 3, train_on_source=on_source)
     (batch,) = batches.all()
     # Tokens that come after a place: the first of a text is never predicted.
     assert batch.tokens.shape == (3, 49) and batch.weights.shape == (3, 48)
@@ -212,9 +258,9 @@ def test_weights_are_of_the_tokens_to_predict(on_source):
 
 
 def test_batches_of_a_step_have_one_shape_and_shapes_are_few():
-    pairs = [EncodedPair((1,) * (n + 1), 0) for n in LENGTHS]
-    batches = PairBatches(pairs, 2, alike=4)
-    lengths = [batches.random(number).tokens.shape[1] for number in range(40)]
+    texts = [EncodedText((1,) * (n + 1), (True,) * (n + 1)) for n in LENGTHS]
+    batches = PairBatches(texts, 2, alike=4).random
+    lengths = [batches[number].tokens.shape[1] for number in range(40)]
     assert all(len(set(lengths[start : start + 4])) == 1 for start in range(0, 40, 4))
     assert 1 < len(set(lengths)) <= 4
 
@@ -251,7 +297,7 @@ def by_hand(table, batches):
 
 
 def test_the_loss_is_the_mean_over_answers(table):
-    problem = InstructionProblem(PairBatches(PAIRS, 2), PairBatches(PAIRS, 2))
+    problem = InstructionProblem(*[PairBatches(TEXTS, 2)] * 3)
     batches = [*problem.held_out()]
     assert len(batches) == 2  # the second is half empty
     measured = [problem.measure(table_model(table), batch) for batch in batches]
@@ -265,8 +311,8 @@ def test_the_loss_is_the_mean_over_answers(table):
 
 @pytest.fixture
 def accumulated():
-    problem = InstructionProblem(PairBatches(PAIRS, 1, alike=3), PairBatches(PAIRS, 1))
-    batches = [problem.batch(number) for number in range(3)]
+    problem = InstructionProblem(*[PairBatches(TEXTS, 1, alike=3)] * 3)
+    batches = [problem.batches[number] for number in range(3)]
     stacked = PairBatch(*(np.stack(leaves) for leaves in zip(*batches, strict=True)))
     whole = PairBatch(*(np.concatenate(leaves) for leaves in zip(*batches, strict=True)))
 

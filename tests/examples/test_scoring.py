@@ -11,6 +11,7 @@ from examples.llm.errors import UsageError
 from examples.llm.models.decoder import Decoder
 from examples.llm.models.gguf_files import GGUFModel
 from examples.llm.models.tiny import TINY
+from examples.llm.models.tokenizer import NO_SPECIAL_TOKENS, SpecialTokens
 from examples.llm.tasks.batches import Batches, EncodedExample, OptionBatch, encode
 from examples.llm.tasks.example import Example
 from examples.llm.tasks.scoring import (
@@ -162,7 +163,7 @@ def test_a_whole_set_is_judged_as_if_it_were_one_batch(table):
         )
         for _ in range(11)
     ]
-    problem = OptionProblem(Batches(examples, 4), Batches(examples, 4), "classification", 0)
+    problem = OptionProblem(*[Batches(examples, 4)] * 3, "classification", 0)
     judge = make_judge(lambda trainable, frozen: Bigrams(trainable), problem)
     found = judge(table, {}, problem.held_out())
     whole = one_batch(*examples)
@@ -179,7 +180,7 @@ def test_a_whole_set_is_judged_as_if_it_were_one_batch(table):
 def test_offsets_are_taken_away_from_scores(table):
     batch = one_batch(LONG, SHORT)
     model = Bigrams(table)
-    problem = OptionProblem(Batches([LONG], 1), Batches([LONG], 1), "classification", 0)
+    problem = OptionProblem(*[Batches([LONG], 1)] * 3, "classification", 0)
     found = scores(model, batch)
     for favoured, offsets in enumerate(((0.0, 100.0), (100.0, 0.0))):
         measured = dataclasses.replace(problem, offsets=offsets).measure(model, batch)
@@ -192,40 +193,54 @@ def test_offsets_are_taken_away_from_scores(table):
 def test_random_batches_have_one_shape_and_go_through_all_examples():
     examples = [EncodedExample((1,) * (n + 1), ((2,), (3,)), 0) for n in range(20)]
     batches = Batches(examples, 5)
-    drawn = [batches.random(number, seed=3) for number in range(8)]
+    drawn = [batches.random(3)[number] for number in range(8)]
     assert {batch.tokens.shape for batch in drawn} == {(5, 1, 32)}
     lengths = [sorted((batch.tokens != 0).sum(axis=(1, 2))) for batch in drawn]
     for epoch in (drawn[:4], drawn[4:]):
         seen = np.concatenate([(batch.tokens != 0).sum(axis=(1, 2)) for batch in epoch])
         assert sorted(seen) == list(range(1, 21))
     assert lengths[0] != lengths[4]
-    again = batches.random(5, seed=3)
-    np.testing.assert_array_equal(again.tokens, drawn[5].tokens)
-    assert not np.array_equal(batches.random(5, seed=4).tokens, drawn[5].tokens)
+    np.testing.assert_array_equal(batches.random(3)[5].tokens, drawn[5].tokens)
+    # Nor is an epoch of one seed the one of another.
+    others = [batches.random(4)[number].tokens for number in range(8)]
+    assert not any(np.array_equal(batch.tokens, other) for batch in drawn for other in others)
 
 
-def test_examples_with_more_and_fewer_options_are_refused():
-    three = EncodedExample((1,), ((2,), (3,), (4,)), 0)
-    with pytest.raises(ValueError, match="same number of options"):
-        Batches([SINGLE, three], 2)
+def test_an_option_that_an_example_lacks_is_never_chosen(table):
+    more = EncodedExample((1, 2), ((3,), (4,), (5,)), 2)
+    batch = one_batch(SINGLE, more)
+    (fewer, whole), model = [0, 1] if batch.labels[0] == 0 else [1, 0], Bigrams(table)
+    found = scores(model, batch)
+    assert jnp.isneginf(found[fewer, 2]) and jnp.isfinite(found[whole]).all()
+    alone = [by_hand(table, SINGLE.prompt, option) for option in SINGLE.options]
+    np.testing.assert_allclose(found[fewer, :2], alone, rtol=1e-5)
+
+    def loss(table, batch):
+        likelihoods = token_log_likelihoods(Bigrams(table), batch)
+        return OBJECTIVES["classification"].loss(likelihoods, batch)
+
+    value, gradient = jax.value_and_grad(loss)(jnp.asarray(table, jnp.float32), batch)
+    expected = [loss(table, one_batch(example)) for example in (SINGLE, more)]
+    np.testing.assert_allclose(value, np.mean(expected), rtol=1e-6)
+    assert jnp.isfinite(gradient).all()
 
 
 def test_encoding_cuts_the_beginning_of_a_prompt(tiny_gguf):
     tokenizer = GGUFModel(tiny_gguf).tokenizer()
     example = Example("one two", (" a", " bcd"), 1)
-    whole = encode(example, tokenizer, 64)
+    whole = encode(example, tokenizer, NO_SPECIAL_TOKENS, 64)
     assert tokenizer.decode(whole.prompt) == "one two"
     assert [tokenizer.decode(option) for option in whole.options] == [" a", " bcd"]
-    cut = encode(example, tokenizer, 6)
+    cut = encode(example, tokenizer, NO_SPECIAL_TOKENS, 6)
     assert tokenizer.decode(cut.prompt) == "two"
     assert cut.length == 6 and cut.options == whole.options
     with pytest.raises(UsageError, match="--sequence-length: 3 tokens are too few"):
-        encode(example, tokenizer, 3)
-    assert encode(Example("", ("a",), 0), tokenizer, 8, begin=5).prompt == (5,)
+        encode(example, tokenizer, NO_SPECIAL_TOKENS, 3)
+    assert encode(Example("", ("a",), 0), tokenizer, SpecialTokens(5, None), 8).prompt == (5,)
 
 
 def test_batches_hold_what_they_say():
-    batch = Batches([LONG], 1).random(0, seed=0)
+    batch = Batches([LONG], 1).random(0)[0]
     assert isinstance(batch, OptionBatch)
     np.testing.assert_array_equal(batch.tokens[0, :, :6], [[1, 2, 3, 4, 5, 0], [1, 2, 3, 0, 0, 0]])
     np.testing.assert_array_equal(batch.positions[0], [[2, 3, 4], [2, 0, 0]])
@@ -236,7 +251,7 @@ def test_batches_hold_what_they_say():
 def test_accumulated_language_model_loss_is_that_of_the_whole_batch():
     """Options of one and of four tokens: microbatches count by their tokens."""
     objective = OBJECTIVES["language-model"]
-    whole = Batches([LONG, SHORT], 2).random(0, 0)
+    whole = Batches([LONG, SHORT], 2).random(0)[0]
     likelihoods = -jnp.abs(jnp.sin(jnp.arange(whole.mask.size, dtype=jnp.float32)))
     likelihoods = likelihoods.reshape(whole.mask.shape) * whole.mask
     parts = [jax.tree.map(lambda x, i=i: x[i : i + 1], whole) for i in range(2)]

@@ -6,9 +6,12 @@ import zipfile
 import pytest
 
 from examples.llm.errors import UsageError
+from examples.llm.models.tokenizer import NO_SPECIAL_TOKENS
+from examples.llm.tasks import templates
 from examples.llm.tasks.example import Example, Record
-from examples.llm.tasks.formats import format_of
-from examples.llm.tasks.loading import load_task, task_path
+from examples.llm.tasks.loading import known_format, load_task, read_data
+from examples.llm.tasks.problem import decoder_reading
+from examples.llm.tasks.sources import find_source
 from examples.llm.tasks.splits import split
 
 SST2 = 'sentence\tlabel\nhide new secretions \t0\ncontains "no wit , \t0\nworth it \t1\n'
@@ -43,16 +46,29 @@ def written(folder, name, content):
     return path
 
 
+def data_in(path):
+    return read_data(find_source(str(path), path.parent))
+
+
+def format_in(path):
+    return known_format(data_in(path))
+
+
+def records_in(path):
+    data = data_in(path)
+    return [known_format(data).record(row) for row in data.any_rows]
+
+
 def examples(path, *, aligned=True):
-    format_ = format_of(path)
-    template = format_.wording.aligned if aligned else format_.wording.bare
-    return [template.example(record) for record in format_.read(path)]
+    wording = format_in(path).wording
+    template = wording.aligned if aligned else wording.bare
+    return [template.example(record) for record in records_in(path)]
 
 
 def test_sst2_as_glue_has_it(tmp_path):
     path = written(tmp_path, "train.tsv", SST2)
     options = (" terrible", " great")
-    assert format_of(path).name == "sst2"
+    assert format_in(path).name == "sst2"
     assert examples(path) == [
         Example("hide new secretions It was", options, 0),
         Example('contains "no wit , It was', options, 0),
@@ -63,7 +79,7 @@ def test_sst2_as_glue_has_it(tmp_path):
 
 def test_copa_as_superglue_has_it(tmp_path):
     path = written(tmp_path, "train.jsonl", jsonl(COPA))
-    assert format_of(path).name == "copa"
+    assert format_in(path).name == "copa"
     assert examples(path) == [
         Example("My body cast a shadow over the grass because",
                 (" the sun was rising.", " the grass was cut."), 0),
@@ -77,18 +93,18 @@ def test_copa_as_superglue_has_it(tmp_path):
 
 def test_winogrande(tmp_path):
     path = written(tmp_path, "train_xs.jsonl", jsonl(WINOGRANDE))
-    assert format_of(path).name == "winogrande"
+    assert format_in(path).name == "winogrande"
     assert examples(path) == [
         Example("Ian ate", (" Bob 's stew.", " Al 's stew."), 1),
         Example("", ("Bob won.", "Al won."), 0),
     ]
     with pytest.raises(UsageError, match="--no-template: winogrande has no template"):
-        load_task(path, (1, 1, 1), aligned=False)
+        decoder_reading(format_in(path), None, NO_SPECIAL_TOKENS, 8, aligned=False)
 
 
 def test_multirc_as_superglue_has_it(tmp_path):
     path = written(tmp_path, "val.jsonl", jsonl(MULTIRC))
-    assert format_of(path).name == "multirc"
+    assert format_in(path).name == "multirc"
     first, second, third = examples(path)
     assert first == Example(
         "It rained.\nQuestion: Did it rain?\nAnswer: Yes\nIs this answer correct?",
@@ -100,7 +116,7 @@ def test_multirc_as_superglue_has_it(tmp_path):
 
 def test_sms_and_its_tabs(tmp_path):
     path = written(tmp_path, "messages.tsv", SMS)
-    assert format_of(path).name == "sms"
+    assert format_in(path).name == "sms"
     ham, spam = examples(path)
     assert ham == Example("See you\tat 5\nThis message is", (" normal", " spam"), 0)
     assert spam.label == 1 and "£" in spam.prompt
@@ -122,7 +138,7 @@ def test_polarity_is_latin_1(tmp_path):
         ("good . It was", 1),
         ("fine It was", 1),
     ]
-    assert task_path("polarity", tmp_path) == path
+    assert find_source("polarity", tmp_path) == find_source(str(path), tmp_path)
 
 
 def test_files_of_the_real_world(tmp_path):
@@ -136,22 +152,22 @@ def test_files_of_the_real_world(tmp_path):
     [
         ("a.tsv", "sentence\tlabel\nfine\t2\n", "line 2: label must be '0' or '1', got '2'"),
         ("a.tsv", "sentence\tlabel\n\nfine\n", "line 3: must have 2 columns, got 1"),
-        ("a.tsv", "index\tsentence\n0\tfine\n", "line 1: there is no column label"),
+        ("a.tsv", "index\tsentence\n0\tfine\n", "line 2: there is no field 'label'"),
         ("a.tsv", b"sentence\tlabel\n\xff\t1\n", "line 2: not utf-8-sig: invalid start byte"),
-        ("a.tsv", "ham\tx\nspam x\n", "line 2: there is no tab between label and message"),
-        ("a.tsv", "ham\tx\neggs\tx\n", "line 2: the label must be 'ham' or 'spam', got 'eggs'"),
-        ("a.tsv", "one\ttwo\tthree\n", "line 1: neither the columns of SST-2"),
+        ("a.tsv", "ham\tx\nspam x\n", "line 2: must have 2 columns, got 1"),
+        ("a.tsv", "ham\tx\neggs\tx\n", "line 2: label must be 'ham' or 'spam', got 'eggs'"),
+        ("a.tsv", "one\ttwo\nthree\tfour\n", "line 2: these are not the fields of SST-2"),
         ("a.tsv", "\n", "is empty"),
         ("a.jsonl", jsonl(COPA[:1]) + "{\n", "line 2: not JSON"),
-        ("a.jsonl", jsonl([*COPA, {"premise": "x"}]), "line 3: there is no field 'choice1'"),
+        ("a.jsonl", jsonl([*COPA, {"premise": "x"}]), "line 3: there is no field 'question'"),
         ("a.jsonl", jsonl([COPA[0] | {"label": -1}]), "line 1: label must be 0 or 1, got -1"),
-        ("a.jsonl", jsonl([COPA[0] | {"label": True}]), "line 1: label must be a int, got True"),
+        ("a.jsonl", jsonl([COPA[0] | {"label": True}]), "line 1: label must be 0 or 1, got True"),
         ("a.jsonl", jsonl([COPA[0] | {"question": "why"}]), "must be 'cause' or 'effect'"),
         ("a.jsonl", jsonl([COPA[0]]) + "[]\n", "line 2: must be a JSON object, got list"),
         ("a.jsonl", jsonl([WINOGRANDE[0] | {"answer": ""}]), "answer must be '1' or '2', got ''"),
         ("a.jsonl", jsonl([WINOGRANDE[0] | {"sentence": "none"}]), "must have one gap _"),
-        ("a.jsonl", jsonl([{"passage": "text"}]), "line 1: passage must be a dict, got 'text'"),
-        ("a.jsonl", jsonl([{"text": "x"}]), "line 1: these are not the fields of COPA"),
+        ("a.jsonl", jsonl([{"passage": "text"}]), "line 1: these are not the fields of SST-2"),
+        ("a.jsonl", jsonl([{"text": "x"}]), "line 1: these are not the fields of SST-2"),
         ("a.zip", "no zip", "is no zip file"),
     ],
 )  # fmt: skip
@@ -170,13 +186,13 @@ def test_a_zip_of_something_else_is_refused(tmp_path):
 
 def test_tasks_that_are_not_there_are_named(tmp_path):
     with pytest.raises(UsageError, match=r"--data: polarity needs sentence_polarity\.zip, which"):
-        task_path("polarity", tmp_path)
-    with pytest.raises(UsageError, match="--task: nowhere is neither a file nor one of sotu, pol"):
-        task_path("nowhere", tmp_path)
+        find_source("polarity", tmp_path)
+    with pytest.raises(UsageError, match="--task: nowhere is neither a file or folder nor"):
+        find_source("nowhere", tmp_path)
 
 
 def records(count, *keys):
-    return [Record({"text": str(n)}, n % 2, tuple(key(n) for key in keys)) for n in range(count)]
+    return [Record({"text": str(n)}, tuple(key(n) for key in keys), n % 2) for n in range(count)]
 
 
 def keys_of(part):
@@ -200,13 +216,13 @@ def test_records_that_hang_together_stay_together():
 
 def test_equal_texts_are_equal_whatever_their_case_and_space(tmp_path):
     path = written(tmp_path, "a.tsv", "ham\tSee  you \nspam\tsee YOU\nham\tother\n")
-    first, second, third = format_of(path).read(path)
+    first, second, third = records_in(path)
     assert first.keys == second.keys != third.keys
 
 
 def test_winogrande_twins_stay_together(tmp_path):
     path = written(tmp_path, "a.jsonl", jsonl(WINOGRANDE))
-    first, second = format_of(path).read(path)
+    first, second = records_in(path)
     assert set(first.keys) & set(second.keys) == {"ABC"}
 
 
@@ -225,13 +241,14 @@ def test_too_few_examples_are_refused():
 
 def test_real_files(shared_dir):
     data = shared_dir / "data"
-    polarity = load_task(task_path("polarity", data), (1000, 500, 1000))
+    polarity = load_task(
+        read_data(find_source("polarity", data)), (1000, 500, 1000), templates.SENTIMENT.aligned
+    )
     assert [len(part) for part in (polarity.train, polarity.dev, polarity.test)] == [
         1000,
         500,
         1000,
     ]
     assert 450 < sum(example.label for example in polarity.test) < 550
-    path = task_path("sms", data)
-    labels = [record.label for record in format_of(path).read(path)]
+    labels = [record.label for record in records_in(data / "SMSSpamCollection.tsv")]
     assert (labels.count(0), labels.count(1)) == (4827, 747)

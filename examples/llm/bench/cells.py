@@ -15,20 +15,16 @@ from examples.llm.errors import UsageError
 from examples.llm.models.opening import open_model
 from examples.llm.program.events import Stage
 from examples.llm.program.processes import Tell
-from examples.llm.tasks.loading import load_task, task_path
+from examples.llm.tasks.loading import known_format, load_task, read_data
+from examples.llm.tasks.problem import OptionProblem, decoder_reading
 from examples.llm.tasks.scoring import option_scores, token_log_likelihoods
-from examples.llm.training.judging import Evaluation, make_judge
+from examples.llm.tasks.sources import find_source
+from examples.llm.training.judging import Evaluation, Part
 from examples.llm.training.memory import buffer_bytes
-from examples.llm.training.methods import EPS, METHODS, Hyperparameters, Optimizer
-from examples.llm.training.problems import OptionProblem, encoded_parts
-from examples.llm.training.steps import (
-    StepMeasurement,
-    TrainState,
-    abstract_decoder,
-    measured_step,
-    take_step,
-)
-from examples.llm.training.tuning import Tuning, tuned
+from examples.llm.training.methods import EPS, METHODS, Hyperparameters
+from examples.llm.training.problems import encoded_parts
+from examples.llm.training.steps import StepMeasurement
+from examples.llm.training.trainer import Recipe, Trainer
 
 # The model as it is; and with each option's mean score on the development examples, whose labels
 # are not looked at, taken away from its score: a bias that training would first of all remove.
@@ -111,123 +107,97 @@ def run_cell(cell: Cell, tell: Tell) -> CellResult:
         run = _untrained(cell)
         say(f"accuracy {100 * run.test.scores['accuracy']:.1f}% on test")
         return CellResult([], [run])
-    trainer = _Trainer(cell)
+    runs = _Runs(cell)
     own = METHODS[cell.method].learning_rates[cell.tuning]
     rates = [own * factor for factor in cell.settings.rate_factors]
-    trials, rate, runs = search(trainer.train, trainer.judge, rates, cell.settings.seeds, say)
-    return CellResult(trials, runs, rate, EPS[cell.tuning], trainer.cost())
+    trials, rate, finals = search(runs.train, runs.judge, rates, cell.settings.seeds, say)
+    return CellResult(trials, finals, rate, EPS[cell.tuning], runs.cost())
 
 
 def _untrained(cell: Cell) -> FinalRun:
-    bench = Bench(cell)
-    model = bench.tuned(0)
+    bench = Bench(cell, "adam")  # it takes no step
+    parameters = bench.trainer.parameters(0)
     if cell.method == CALIBRATED:
-        problem = replace(bench.problem, offsets=bench.mean_scores(model, "dev"))
-        bench.judge_model = make_judge(bench.model, problem)
-    return FinalRun(0, bench.judge(model, "dev"), bench.judge(model, "test"))
+        bench.problem = replace(bench.problem, offsets=bench.mean_scores(parameters, "dev"))
+    return FinalRun(0, bench.judge(parameters, "dev"), bench.judge(parameters, "test"))
 
 
 class Bench:
-    """A model and a task, ready to be judged."""
+    """A model and a task, ready to be trained and judged."""
 
-    def __init__(self, cell: Cell):
-        settings = self.settings = cell.settings
-        self.cell = cell
-        model = open_model(cell.model)
+    def __init__(self, cell: Cell, method: str):
+        settings, model = cell.settings, open_model(cell.model)
         if settings.sequence_length > model.config.context_length:
             raise UsageError(
                 f"--sequence-length: the model takes at most {model.config.context_length} "
                 f"tokens, got {settings.sequence_length}"
             )
-        self.graph, _ = abstract_decoder(model.config)
         sizes = (settings.train_examples, settings.dev_examples, settings.test_examples)
-        path = task_path(cell.task, settings.data)
-        task = load_task(path, sizes, aligned=settings.template)
-        train, dev, test = encoded_parts(
-            task,
-            model.tokenizer(),
-            model.special_tokens().begin,
-            settings.sequence_length,
-            settings.batch_size,
+        data, tokenizer = read_data(find_source(cell.task, settings.data)), model.tokenizer()
+        special, length = model.special_tokens(), settings.sequence_length
+        reading = decoder_reading(
+            known_format(data), tokenizer, special, length, aligned=settings.template
         )
-        self.train_batches, self.parts = train, {"dev": dev, "test": test}
+        task = load_task(data, sizes, reading.template)
+        if task.format.answers:
+            raise UsageError(f"--task: {cell.task} is answered freely, but must have options")
+        parts = encoded_parts(task, reading.encode, settings.batch_size)
         objective = settings.objective or task.format.objective
-        self.problem = OptionProblem(train, dev, objective, SEARCH_SEED)
-        # Functions without arrays, the same for every run: so each compiles once.
-        self.model = self.tuned(0).model
-        self.judge_model = make_judge(self.model, self.problem)
-        self.costs: list[StepMeasurement] = []
+        self.problem = OptionProblem(*parts, objective, SEARCH_SEED)
+        is_backward = METHODS[method].derivative == "backward"
+        self.steps = settings.first_order_steps if is_backward else settings.steps
+        rate = METHODS[method].learning_rates[cell.tuning]
+        chosen = Hyperparameters(rate, EPS[cell.tuning], self.steps, cell.tuning)
+        self.trainer = Trainer(cell.model, Recipe(method, chosen), self.problem)
 
-    def tuned(self, seed: int) -> Tuning:
-        """The model as it is, for a run with this seed."""
-        # Read again for every run: a copy to start from would count as memory of the method.
-        parameters = open_model(self.cell.model).parameters()
-        return tuned(self.cell.tuning, self.graph, parameters, seed)
-
-    def judge(self, tuning: Tuning, part: str) -> Evaluation:
+    def judge(self, parameters: Any, part: Part) -> Evaluation:
         """How well a model does on a part of the task."""
-        return self.judge_model(tuning.trainable, tuning.frozen, self.parts[part].all())
+        return self.trainer.judge(parameters, self.problem, self.problem.held_out(part))
 
-    def mean_scores(self, tuning: Tuning, part: str) -> tuple[float, ...]:
+    def mean_scores(self, parameters: Any, part: Part) -> tuple[float, ...]:
         """The mean score of each option over a part."""
+        model, frozen = self.trainer.tuning.model, self.trainer.tuning.frozen
 
         @jax.jit
         def totals(trainable, frozen, batch):
-            likelihoods = token_log_likelihoods(self.model(trainable, frozen), batch)
+            likelihoods = token_log_likelihoods(model(trainable, frozen), batch)
             scores = option_scores(likelihoods, batch.mask)
-            return jnp.sum(batch.weights[:, None] * scores, axis=0)
+            present = (batch.weights[:, None] > 0) & jnp.isfinite(scores)
+            return jnp.sum(jnp.where(present, scores, 0), axis=0)
 
-        batches = self.parts[part]
-        sums = [totals(tuning.trainable, tuning.frozen, batch) for batch in batches.all()]
-        return tuple((np.sum(sums, axis=0) / len(batches.examples)).tolist())
+        batches = [*self.problem.held_out(part)]
+        sums = [totals(parameters, frozen, batch) for batch in batches]
+        count = sum(batch.weights.sum() for batch in batches)
+        return tuple((np.sum(sums, axis=0) / count).tolist())
 
 
-class _Trainer(Bench):
+class _Runs(Bench):
     def __init__(self, cell: Cell):
-        super().__init__(cell)
-        self.method, settings = METHODS[cell.method], cell.settings
-        is_backward = self.method.derivative == "backward"
-        self.steps = settings.first_order_steps if is_backward else settings.steps
+        super().__init__(cell, cell.method)
+        self.method, self.tuning, settings = METHODS[cell.method], cell.tuning, cell.settings
         # Trials are the beginnings of runs.
         self.trial_steps = -(-self.steps * settings.search_steps // settings.steps)
-        self.train_step = None
+        self.costs: list[StepMeasurement] = []
         self.trainable = self.state_bytes = 0
 
-    def optimizer(self, rate: Any) -> Optimizer:
-        tuning = self.cell.tuning
-        return self.method.build(Hyperparameters(rate, EPS[tuning], self.steps, tuning))
-
-    def train(self, rate: float, seed: int, is_final: bool) -> Tuning:
-        tuning = self.tuned(seed)
-        frozen, learning_rate = tuning.frozen, jnp.float32(rate)
-        state = TrainState(tuning.trainable, self.optimizer(rate).init(tuning.trainable, seed))
-        tuning = tuning._replace(trainable=None)  # the first step consumes it
-        problem = replace(self.problem, seed=seed)
-        if self.train_step is None:
-            self.train_step = self.compiled(state, learning_rate, frozen, problem.batch(0))
-        for step in range(self.steps if is_final else self.trial_steps):
-            batch = jax.tree.map(jnp.asarray, problem.batch(step))
-            state, cost = measured_step(self.train_step, state, learning_rate, frozen, batch)
+    def train(self, rate: float, seed: int, is_final: bool) -> Any:
+        trainer = self.trainer
+        # Read again for every run: a copy to start from would count as memory of the method.
+        state = trainer.start(trainer.parameters(seed), seed)
+        trainer.learn(replace(self.problem, seed=seed))
+        for number in range(self.steps if is_final else self.trial_steps):
+            state, cost = trainer.step(state, number, rate)
             if is_final:
                 self.costs.append(cost)
         self.state_bytes = buffer_bytes(state.optimizer_state)
         self.trainable = sum(leaf.size for leaf in jax.tree.leaves(state.parameters))
-        return tuning._replace(trainable=state.parameters)
-
-    def compiled(self, state: TrainState, *args: Any) -> Any:
-        def loss(trainable, frozen, batch):
-            return self.problem.loss(self.model(trainable, frozen), batch)
-
-        def step(state, rate, frozen, batch):
-            return take_step(loss, self.optimizer(rate), state, frozen, batch)
-
-        return jax.jit(step, donate_argnums=0).lower(state, *args).compile()
+        return state.parameters
 
     def cost(self) -> Cost:
         return Cost(
             steps=self.steps,
             trainable=self.trainable,
-            forward_passes=self.steps * self.method.forward_passes[self.cell.tuning],
+            forward_passes=self.steps * self.method.forward_passes[self.tuning],
             derivative=self.method.derivative,
             step_seconds=statistics.median(cost.seconds for cost in self.costs),
             state_bytes=self.state_bytes,

@@ -1,16 +1,16 @@
-"""The benchmark's results: a file of numbers, a table, a picture."""
+"""The benchmark's results: a file of numbers, a table, a page."""
 
 import json
-import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib.figure
-
 from examples.llm.bench.cells import UNTRAINED, Cell, CellResult
 from examples.llm.bench.settings import BenchSettings
+from examples.llm.program import page
+from examples.llm.program.figures import bars, points
+from examples.llm.program.spreads import Spread, spread_of
 
 # What a result is made with; a file made with something else is not added to.
 _SHARED = (
@@ -58,10 +58,9 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
-def spread(cell: Mapping[str, Any], score: str) -> tuple[float, float | None]:
-    """Mean and sample standard deviation of a test score over the runs, in percent."""
-    values = [100 * run["test"]["scores"][score] for run in cell["runs"]]
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+def test_score(cell: Mapping[str, Any], score: str) -> Spread:
+    """A test score over the runs, in percent."""
+    return spread_of(100 * run["test"]["scores"][score] for run in cell["runs"])
 
 
 def markdown_table(cells: Mapping[str, Mapping[str, Any]]) -> str:
@@ -78,7 +77,8 @@ def _fields(cell: Mapping[str, Any]) -> list[str]:
     name = Path(cell["task"]).stem
     known = cell["runs"][0]["test"]["scores"]
     scores = [
-        _with_spread(*spread(cell, score)) if score in known else "" for score in ("accuracy", "f1")
+        test_score(cell, score).words(".1f") if score in known else ""
+        for score in ("accuracy", "f1")
     ]
     cost = cell["cost"]
     if cost is None:
@@ -101,37 +101,45 @@ def _fields(cell: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _with_spread(mean: float, deviation: float | None) -> str:
-    return f"{mean:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
+def write_page(results: Results, path: Path) -> None:
+    """Write the results as a page of HTML: a table, and for each task accuracy and memory."""
+    cells, about = results.cells, results.about
+    tasks = dict.fromkeys(cell["task"] for cell in cells.values())
+    rows = [_fields(cell) for cell in cells.values()]
+    sections = [
+        page.Section("Results", page.table(_HEADINGS, rows, texts=3)),
+        *(
+            page.Section(Path(task).stem, _figures(f"task-{number}", task, cells.values()))
+            for number, task in enumerate(tasks)
+        ),
+        page.Section("Command", page.preformatted(about["command"])),
+        page.Section("Settings", page.pairs(results.made_with)),
+        page.Section("Versions", page.pairs(about["versions"])),
+    ]
+    title = f"Fine-tuning {results.made_with['model']} without backpropagation"
+    path.write_text(page.page(title, f"{about['date']} · {about['machine']}", sections))
 
 
-def draw(cells: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Write a PNG: accuracy of each method by scheme, and its peak memory; a row for each task."""
-    tasks = list(dict.fromkeys(cell["task"] for cell in cells.values()))
-    figure = matplotlib.figure.Figure(figsize=(12, 5 * len(tasks)), layout="constrained")
-    axes = figure.subplots(len(tasks), 2, squeeze=False)
-    for (left, right), task in zip(axes, tasks, strict=True):
-        ours = [cell for cell in cells.values() if cell["task"] == task]
-        trained = [cell for cell in ours if cell["method"] not in UNTRAINED]
-        methods = list(dict.fromkeys(cell["method"] for cell in trained))
-        schemes = list(dict.fromkeys(cell["tuning"] for cell in trained))
-        for number, scheme in enumerate(schemes):
-            chosen = [cell for cell in trained if cell["tuning"] == scheme]
-            height = 0.8 / len(schemes)
-            places = [methods.index(cell["method"]) + number * height for cell in chosen]
-            spreads = [spread(cell, "accuracy") for cell in chosen]
-            means, errors = [mean for mean, _ in spreads], [error or 0 for _, error in spreads]
-            left.barh(places, means, height, xerr=errors, label=scheme)
-            peaks = [cell["cost"]["peak_bytes"] / _MEBIBYTE for cell in chosen]
-            right.barh(places, peaks, height, label=scheme)
-        for cell in ours:
-            if cell["method"] in UNTRAINED:
-                style = {"ls": ("--", ":")[UNTRAINED.index(cell["method"])], "color": "black"}
-                left.axvline(spread(cell, "accuracy")[0], label=cell["method"], **style)
-        for part, label in ((left, "test accuracy, %"), (right, "peak memory, MiB")):
-            centers = [row + 0.4 - 0.4 / max(len(schemes), 1) for row in range(len(methods))]
-            part.set_yticks(centers, methods)
-            part.invert_yaxis()
-            part.set(title=Path(task).stem, xlabel=label)
-        left.legend()
-    figure.savefig(path, dpi=120)
+def _figures(name: str, task: str, cells: Iterable[Mapping[str, Any]]) -> str:
+    ours = [cell for cell in cells if cell["task"] == task]
+    trained = [cell for cell in ours if cell["method"] not in UNTRAINED]
+    accuracies: dict[str, dict[str, Spread]] = {}
+    peaks: dict[str, dict[str, Spread]] = {}
+    for cell in trained:
+        scheme, method = cell["tuning"], cell["method"]
+        accuracies.setdefault(scheme, {})[method] = test_score(cell, "accuracy")
+        peak = cell["cost"]["peak_bytes"] / _MEBIBYTE
+        peaks.setdefault(scheme, {})[method] = Spread(peak, None)
+    if not trained:
+        return ""
+    lines = {
+        cell["method"]: test_score(cell, "accuracy").mean
+        for cell in ours
+        if cell["method"] in UNTRAINED
+    }
+    return page.figures(
+        [
+            points(f"{name}-accuracy", "Test accuracy", "%", accuracies, lines),
+            bars(f"{name}-memory", "Peak memory", "MiB", peaks),
+        ]
+    )

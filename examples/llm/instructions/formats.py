@@ -1,15 +1,14 @@
-"""The files that instructions come in, as their authors publish them.
+"""The rows that instructions come in, as their authors publish them.
 
-The formats and wordings are those of the QLoRA paper's program (arXiv 2305.14314, appendix B.3).
+The formats and wordings are those of the QLoRA paper's program (arXiv 2305.14314, appendix B.3);
+conversations are ShareGPT's, in Vicuna's wording.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from examples.llm.tasks.files import Place, holds_rows, read_rows
-from examples.llm.tasks.formats import MMLU_FIELDS, text_key
+from examples.llm.tasks.files import Row
+from examples.llm.tasks.records import text_key
 
 # Stanford Alpaca's wording, with and without an input.
 _WITH_INPUT = (
@@ -22,6 +21,16 @@ _WITHOUT_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response: "
 )
+# Vicuna's wording (version 1.1), whose system message another one can replace.
+_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+_ROLES = {
+    **dict.fromkeys(("system",), "system"),
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard"), "assistant"),
+}
 
 
 @dataclass(frozen=True)
@@ -30,82 +39,109 @@ class Pair:
 
     Attributes:
       source: may be empty.
-      target: the rest of the text.
+      target: what follows.
     """
 
     source: str
     target: str
 
+
+@dataclass(frozen=True)
+class Dialogue:
+    """Pairs that follow each other in one text.
+
+    Attributes:
+      pairs: at least one.
+    """
+
+    pairs: tuple[Pair, ...]
+
     @property
     def keys(self) -> tuple[str, ...]:
-        """Pairs that share one are never split up."""
-        return (text_key(self.source or self.target),)
+        """Dialogues that share one are never split up."""
+        first = self.pairs[0]
+        return (text_key(first.source or first.target),)
 
 
-Reader = Callable[[Place, Mapping[str, Any]], Iterator[Pair]]
+Reader = Callable[[Row], Iterator[Dialogue]]
 
 
-def reader_of(path: Path) -> Reader | None:
-    """Tell how to read the records of a file by the fields of its first; None if it has others."""
-    row = next(read_rows(path), None) if holds_rows(path) else None
-    if row is None or MMLU_FIELDS <= row.values.keys():
-        return None
-    for names, reader in _READERS:
-        if names <= row.values.keys():
-            return reader
-    return None
+def reader_of(rows: Sequence[Row]) -> Reader | None:
+    """Tell how to read rows by the fields of the first; None if it has others."""
+    names = rows[0].values.keys()
+    return next((reader for fields, reader in _READERS if fields <= names), None)
 
 
-def read_pairs(path: Path, reader: Reader) -> list[Pair]:
-    """All instructions of a file.
-
-    Raises:
-      UsageError: a record is of another form.
-    """
-    return [pair for place, row in read_rows(path) for pair in reader(place, row)]
+def one(source: str, target: str) -> Dialogue:
+    """A dialogue of one pair."""
+    return Dialogue((Pair(source, target),))
 
 
-def _alpaca(place: Place, row: Mapping[str, Any]) -> Iterator[Pair]:
+def _alpaca(row: Row) -> Iterator[Dialogue]:
     """Alpaca's, and its cleaned form: an instruction, perhaps its input, an output."""
-    context = "" if row.get("input") is None else place.field(row, "input")
-    yield _worded(place.field(row, "instruction"), context, place.field(row, "output"))
+    context = "" if row.values.get("input") is None else row.text("input")
+    yield _worded(row.text("instruction"), context, row.text("output"))
 
 
-def _seeds(place: Place, row: Mapping[str, Any]) -> Iterator[Pair]:
+def _seeds(row: Row) -> Iterator[Dialogue]:
     """Self-instruct's seed tasks: an instruction and its instances."""
-    instruction = place.field(row, "instruction")
-    for instance in place.field(row, "instances", list):
-        context, output = (place.field(instance, name) for name in ("input", "output"))
-        yield _worded(instruction, context, output)
+    instruction = row.text("instruction")
+    for instance in row.inner("instances"):
+        yield _worded(instruction, instance.text("input"), instance.text("output"))
 
 
-def _self_instruct(place: Place, row: Mapping[str, Any]) -> Iterator[Pair]:
-    yield Pair(place.field(row, "prompt"), place.field(row, "completion"))
+def _self_instruct(row: Row) -> Iterator[Dialogue]:
+    yield one(row.text("prompt"), row.text("completion"))
 
 
-def _input_output(place: Place, row: Mapping[str, Any]) -> Iterator[Pair]:
-    yield Pair(place.field(row, "input"), place.field(row, "output"))
+def _input_output(row: Row) -> Iterator[Dialogue]:
+    yield one(row.text("input"), row.text("output"))
 
 
-def _chosen(place: Place, row: Mapping[str, Any]) -> Iterator[Pair]:
+def _chosen(row: Row) -> Iterator[Dialogue]:
     """HH-RLHF's: the dialogue that was preferred; all of it is learnt."""
-    yield Pair("", place.field(row, "chosen"))
+    yield one("", row.text("chosen"))
 
 
-def _text(place: Place, row: Mapping[str, Any]) -> Iterator[Pair]:
+def _text(row: Row) -> Iterator[Dialogue]:
     """Chip2's question and answer, or a dialogue as OASST1's, all of which is learnt."""
-    text = place.field(row, "text")
+    text = row.text("text")
     question, bot, answer = text.partition("\n<bot>: ")
-    yield Pair(question.removeprefix("<human>: "), answer) if bot else Pair("", text)
+    yield one(question.removeprefix("<human>: "), answer) if bot else one("", text)
 
 
-def _worded(instruction: str, context: str, output: str) -> Pair:
+def _turns(field: str, role: str, content: str) -> Reader:
+    """Of conversations, in which every turn of the assistant's is learnt."""
+
+    def read(row: Row) -> Iterator[Dialogue]:
+        source, pairs = _SYSTEM, []
+        for turn in row.inner(field):
+            speaker, text = _ROLES.get(turn.text(role)), turn.text(content).strip()
+            if speaker == "system":
+                source = source.removesuffix(_SYSTEM) + text
+            elif speaker == "user":
+                source = f"{source} USER: {text}".lstrip()
+            elif speaker == "assistant":
+                pairs.append(Pair(f"{source} ASSISTANT:".lstrip(), f" {text}"))
+                source = ""
+            else:
+                known = ", ".join(_ROLES)
+                raise row.place.error(f"{role} must be of {known}, got {turn.values[role]!r}")
+        if pairs:  # else there is nothing to learn, as in some of ShareGPT's
+            yield Dialogue(tuple(pairs))
+
+    return read
+
+
+def _worded(instruction: str, context: str, output: str) -> Dialogue:
     template = _WITH_INPUT if context else _WITHOUT_INPUT
-    return Pair(template.format(instruction=instruction, input=context), output)
+    return one(template.format(instruction=instruction, input=context), output)
 
 
 # By the fields of their records, the more particular first.
 _READERS: tuple[tuple[frozenset[str], Reader], ...] = (
+    (frozenset({"conversations"}), _turns("conversations", "from", "value")),
+    (frozenset({"messages"}), _turns("messages", "role", "content")),
     (frozenset({"instruction", "instances"}), _seeds),
     (frozenset({"instruction", "output"}), _alpaca),
     (frozenset({"prompt", "completion"}), _self_instruct),

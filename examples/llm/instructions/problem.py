@@ -3,13 +3,14 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import grain
 import jax
 import jax.numpy as jnp
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 from examples.llm.instructions.batches import PairBatch, PairBatches
 from examples.llm.models.decoder import LanguageModel
-from examples.llm.training.judging import Evaluation, text_evaluation
+from examples.llm.training.judging import Evaluation, Part, text_evaluation
 
 
 @dataclass(frozen=True)
@@ -18,31 +19,34 @@ class InstructionProblem:
 
     Attributes:
       train: texts to learn from.
-      judged: texts to judge by.
+      dev: texts that choices are made by.
+      test: texts that are reported.
     """
 
     train: PairBatches
-    judged: PairBatches
+    dev: PairBatches
+    test: PairBatches
 
-    def batch(self, number: int) -> PairBatch:
+    @property
+    def batches(self) -> grain.MapDataset:
         """Random texts of like length."""
-        return self.train.random(number)
+        return self.train.random
 
     def loss(self, model: LanguageModel, batch: PairBatch) -> jax.Array:
         """The mean over the tokens that are to be predicted."""
-        return _summed_loss(model, batch) / self.weight(batch)
+        return summed_loss(model, batch) / self.weight(batch)
 
     def weight(self, batch: PairBatch) -> jax.Array:
         """The number of these tokens."""
         return jnp.sum(batch.weights)
 
-    def held_out(self) -> Iterable[PairBatch]:
-        """All texts to judge by."""
-        return self.judged.all()
+    def held_out(self, part: Part = "test") -> Iterable[PairBatch]:
+        """All texts of a part."""
+        return (self.dev if part == "dev" else self.test).all()
 
     def measure(self, model: LanguageModel, batch: PairBatch) -> tuple[jax.Array, jax.Array]:
         """The summed loss, and the number of its tokens."""
-        return _summed_loss(model, batch), self.weight(batch)
+        return summed_loss(model, batch), self.weight(batch)
 
     def evaluation(self, measured: Sequence[tuple[jax.Array, jax.Array]]) -> Evaluation:
         """The mean loss over all tokens, and its exponential."""
@@ -51,6 +55,7 @@ class InstructionProblem:
         return text_evaluation(loss)
 
 
-def _summed_loss(model: LanguageModel, batch: PairBatch) -> jax.Array:
+def summed_loss(model: LanguageModel, batch: PairBatch) -> jax.Array:
+    """The cross-entropy of the tokens that are to be predicted, float32 `()`."""
     logits = model.logits(model.features(batch.tokens[:, :-1]))
     return jnp.sum(batch.weights * cross_entropy(logits, batch.tokens[:, 1:]))

@@ -1,5 +1,6 @@
-"""Runs the methods one after the other, each in its own process, and shows how far they are."""
+"""Runs methods and seeds one by one, each in its own process, and shows how far they are."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -7,21 +8,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from examples.llm.program.events import Job, Report, RunResult, Stage
 from examples.llm.program.processes import run_in_process
-from examples.llm.program.report import write_run_metrics
 from examples.llm.program.settings import Settings
 from examples.llm.program.worker import fine_tune
 
 
 def compare(settings: Settings, model: Path, console: Console) -> list[RunResult]:
-    """Fine-tune `model` with every method of `settings`.
+    """Fine-tune `model` with every method of `settings`, once for each seed.
 
     Args:
       settings: checked settings.
-      model: the GGUF file or folder.
+      model: the model's file or folder.
       console: where the progress is shown.
 
     Returns:
-      One result per method, in their order; each is also written to the method's folder.
+      One result per method and seed, in their order; each is also in the run's folder.
     """
     columns = (
         TextColumn("[bold]{task.description}"),
@@ -30,21 +30,24 @@ def compare(settings: Settings, model: Path, console: Console) -> list[RunResult
         TextColumn("{task.fields[status]}"),
         TimeElapsedColumn(),
     )
+    jobs = [
+        Job(method, replace(settings, seeds=(seed,)), model)
+        for method in settings.method
+        for seed in settings.seeds
+    ]
     results = []
     with Progress(*columns, console=console) as progress:
-        rows = {
-            method: progress.add_task(method, total=settings.steps, status="waiting", start=False)
-            for method in settings.method
-        }
-        for method, row in rows.items():
-            job = Job(method, settings, model)
+        rows = [
+            progress.add_task(job.name, total=settings.steps, status="waiting", start=False)
+            for job in jobs
+        ]
+        for job, row in zip(jobs, rows, strict=True):
             progress.start_task(row)
-            result = run_in_process(fine_tune, job, method, _show_on(progress, row))
+            result = run_in_process(fine_tune, job, job.name, _show_on(progress, row))
             progress.update(
                 row, completed=settings.steps, status=f"held-out loss {result.loss_after:.3f}"
             )
             progress.stop_task(row)
-            write_run_metrics(result, job.folder)
             results.append(result)
     return results
 

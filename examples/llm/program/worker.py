@@ -1,131 +1,165 @@
-"""The process of one method: load, fine-tune, measure."""
+"""The process of one run: load, fine-tune, measure."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
+from jax.experimental import multihost_utils
 
 from examples.llm.errors import UsageError
 from examples.llm.models.generation import continue_text, generate
 from examples.llm.models.opening import open_model
 from examples.llm.models.tokenizer import plain_tokens
 from examples.llm.program.events import Job, Report, RunResult, Stage, StepDone
-from examples.llm.training.accumulation import AccumulatedLoss
+from examples.llm.program.metrics_log import MetricsLog
+from examples.llm.program.processes import StoppedError
+from examples.llm.program.results import finished_result, write_result
+from examples.llm.program.stopping import StopRequestedError, StopSwitch
+from examples.llm.tasks.encoders import ClassProblem
 from examples.llm.training.checkpoints import Checkpoints, Progress, run_identity
-from examples.llm.training.judging import Evaluation, make_judge
+from examples.llm.training.judging import Evaluation
 from examples.llm.training.memory import buffer_bytes
-from examples.llm.training.methods import METHODS
 from examples.llm.training.problems import build_judges, build_problem
-from examples.llm.training.steps import (
-    TrainState,
-    abstract_decoder,
-    make_train_step,
-    measured_step,
-)
-from examples.llm.training.tuning import base_parameters, save_adapter, tuned
-
-_CONTINUATION_TOKENS = 24
+from examples.llm.training.steps import TrainState
+from examples.llm.training.trainer import Trainer
+from examples.llm.training.tuning import save_adapter
 
 
 def fine_tune(job: Job, report: Report) -> RunResult:
-    """Fine-tune the model with one method, from its newest checkpoint if asked to resume."""
-    settings = job.settings
-    with Checkpoints(job.folder / "checkpoints", run_identity(job)) as checkpoints:
-        resume = settings.resume and checkpoints.newest_step is not None
+    """Fine-tune the model with one method.
+
+    If asked to resume, go on from the newest checkpoint, or give the result that is there.
+
+    Raises:
+      StoppedError: the process was asked to end; what was trained is saved.
+    """
+    with job.settings.cluster.joined():
+        result = _fine_tune(job, report)
+    if isinstance(result, StoppedError):
+        raise result
+    return result
+
+
+def _fine_tune(job: Job, report: Report) -> RunResult | StoppedError:
+    identity = run_identity(job)
+    result = finished_result(job.folder, identity) if job.settings.resume else None
+    if result is not None:
+        return result
+    with (
+        StopSwitch() as switch,
+        Checkpoints(job.folder / "checkpoints", identity) as checkpoints,
+    ):
+        resume = job.settings.resume and checkpoints.newest_step is not None
         if resume:
             checkpoints.check_identity()
-        elif settings.checkpoint_every and checkpoints.newest_step is not None:
+        elif checkpoints.newest_step is not None:
             raise UsageError(
                 f"--output: {job.folder} already holds checkpoints: "
                 "add --resume to go on from them, or choose another folder"
             )
-        run = _Run(job, report)
-        state, progress = run.restore(checkpoints) if resume else run.start()
-        state = run.train(state, progress, checkpoints)
-        return run.result(state, progress)
+        run = _Run(job, report, switch, checkpoints)
+        try:
+            is_first = job.settings.cluster.is_first
+            path = job.folder / "metrics.jsonl" if is_first else None
+            with MetricsLog(path, checkpoints.newest_step or 0) as log:
+                result = run.whole(log)
+        except StopRequestedError:
+            return StoppedError(run.save_if_trained())
+    if is_first:
+        write_result(result, identity, job.folder)
+    return result
 
 
 class _Run:
-    def __init__(self, job: Job, report: Report):
+    def __init__(self, job: Job, report: Report, switch: StopSwitch, checkpoints: Checkpoints):
         settings = job.settings
         report(Stage("reading the model"))
-        self.job, self.settings, self.report = job, settings, report
-        self.model = open_model(job.model)
-        if settings.sequence_length > self.model.config.context_length:
+        self.job, self.settings, self.report, self.switch = job, settings, report, switch
+        self.checkpoints = checkpoints
+        model = open_model(job.model)
+        self.config = model.config
+        if settings.sequence_length > self.config.context_length:
             raise UsageError(
-                f"--sequence-length: the model takes at most {self.model.config.context_length} "
+                f"--sequence-length: the model takes at most {self.config.context_length} "
                 f"tokens, got {settings.sequence_length}"
             )
-        self.tokenizer = self.model.tokenizer()
-        self.special = self.model.special_tokens()
-        self.problem = build_problem(settings, self.tokenizer, self.special)
-        self.config = self.model.config
-        begin, context_length = self.special.begin, self.config.context_length
-        judges = build_judges(settings, self.tokenizer, begin, context_length)
-        if settings.prompt and begin is None and not plain_tokens(self.tokenizer, settings.prompt):
-            raise UsageError(f"--prompt: {settings.prompt!r} has no tokens")
-        graph, _ = abstract_decoder(self.config)
-        parameters = base_parameters(self.model.parameters(), settings.tuning, settings.dtype)
-        self.tuning = tuned(settings.tuning, graph, parameters, settings.seed)
-        self.judges = {
-            name: (make_judge(self.tuning.model, problem), problem)
-            for name, problem in {"": self.problem, **judges}.items()
-        }
-        self.optimizer = METHODS[job.method].build(settings.hyperparameters_of(job.method))
+        self.tokenizer, self.special = model.tokenizer(), model.special_tokens()
+        head = settings.head_of(self.config)
+        self.problem = build_problem(settings, self.tokenizer, self.special, head)
+        context_length, prompt = self.config.context_length, settings.prompt
+        judges = build_judges(settings, self.tokenizer, self.special, context_length)
+        self.judges = {"": self.problem, **judges}
+        if prompt and self.special.begin is None and not plain_tokens(self.tokenizer, prompt):
+            raise UsageError(f"--prompt: {prompt!r} has no tokens")
+        recipe = settings.recipe_of(job.method)
+        if isinstance(self.problem, ClassProblem):
+            recipe = replace(recipe, num_classes=self.problem.train.num_options)
+        self.trainer = Trainer(job.model, recipe, self.problem, settings.layout())
+        self.state: TrainState | None = None
+        self.progress = Progress()
 
-    def start(self) -> tuple[TrainState, Progress]:
-        trainable = self._take_trainable()
-        before = self._evaluate(trainable)
-        state = jax.jit(self.optimizer.init, static_argnums=1)(trainable, self.settings.seed)
-        return TrainState(trainable, state), Progress(before.loss, before.scores)
+    def whole(self, log: MetricsLog) -> RunResult:
+        """Start or go on, train and judge."""
+        if self.checkpoints.newest_step is None:
+            self._start()
+        else:
+            self._restore()
+        before = Evaluation(self.progress.loss_before, self.progress.scores_before)
+        log.write(0, part="held-out", **before._asdict())
+        self._train(log)
+        result = self._result()
+        after = Evaluation(result.loss_after, result.scores_after)
+        log.write(self.settings.steps, part="held-out", **after._asdict())
+        return result
 
-    def restore(self, checkpoints: Checkpoints) -> tuple[TrainState, Progress]:
+    def save_if_trained(self) -> int:
+        """Save what is not saved yet, and return how many steps are."""
+        done = len(self.progress.losses)
+        if self.state is not None and done > (self.checkpoints.newest_step or 0):
+            self._save(self.state)
+        return self.checkpoints.newest_step or 0
+
+    def _start(self) -> None:
+        seed = self.settings.seed
+        parameters = self.trainer.parameters(seed)
+        before = self._evaluate(parameters)
+        self.progress = Progress(before.loss, before.scores)
+        self.state = self.trainer.start(parameters, seed)
+
+    def _restore(self) -> None:
         self.report(Stage("restoring the checkpoint"))
-        like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._take_trainable()
-        )
-        init = jax.jit(self.optimizer.init, static_argnums=1)
-        # Compiled for where its results are: a paged state is on the host.
-        shardings = init.lower(like, self.settings.seed).compile().output_shardings
-        state = jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            init.eval_shape(like, self.settings.seed),
-            shardings,
-        )
-        return checkpoints.restore(TrainState(like, state))
+        seed = self.settings.seed
+        like = self.trainer.abstract_start(self.trainer.parameters(seed), seed)
+        self.state, self.progress = self.checkpoints.restore(like)
 
-    def _take_trainable(self) -> Any:
-        """What training starts from; it is not held here any longer, since steps consume it."""
-        trainable = self.tuning.trainable
-        self.tuning = self.tuning._replace(trainable=None)
-        return trainable
-
-    def train(self, state: TrainState, progress: Progress, checkpoints: Checkpoints) -> TrainState:
+    def _train(self, log: MetricsLog) -> None:
         self.report(Stage("compiling the step"))
-        del self.model  # its memory map must not count
-        settings, compiled = self.settings, {}
-        train_step = make_train_step(self._step_loss(), self.optimizer)
-        for step in range(len(progress.losses), settings.steps):
-            batch = jax.tree.map(jax.numpy.asarray, self._batch(step))
-            shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
-            if shapes not in compiled:
-                compiled[shapes] = train_step.lower(state, self.tuning.frozen, batch).compile()
-            state, measured = measured_step(compiled[shapes], state, self.tuning.frozen, batch)
+        settings, progress = self.settings, self.progress
+        for number in range(len(progress.losses), settings.steps):
+            self.switch.check()
+            assert self.state is not None
+            self.state, measured = self.trainer.step(self.state, number)
             progress.losses.append(measured.loss)
             progress.step_seconds.append(measured.seconds)
             progress.peak_bytes = max(progress.peak_bytes, measured.peak_bytes)
-            self.report(StepDone(step + 1, progress.losses[-1]))
-            if settings.checkpoint_due(step + 1):
-                self.report(Stage("saving a checkpoint"))
-                checkpoints.save(state, progress)
-        return state
+            log.write(number + 1, loss=measured.loss, seconds=measured.seconds)
+            self.report(StepDone(number + 1, measured.loss))
+            if settings.checkpoint_due(number + 1):
+                self._save(self.state)
 
-    def result(self, state: TrainState, progress: Progress) -> RunResult:
+    def _save(self, state: TrainState) -> None:
+        self.report(Stage("saving a checkpoint"))
+        self.checkpoints.save(state, self.progress)
+
+    def _result(self) -> RunResult:
+        assert self.state is not None
+        state, progress = self.state, self.progress
         after = self._evaluate(state.parameters)
-        save_adapter(self.job.folder / "adapter", self.tuning, state.parameters, self.config)
+        self._save_adapter(state.parameters)
         return RunResult(
             method=self.job.method,
+            seed=self.settings.seed,
             loss_before=progress.loss_before,
             loss_after=after.loss,
             scores_before=progress.scores_before,
@@ -137,27 +171,17 @@ class _Run:
             continuation=self._continuation(state.parameters),
         )
 
-    def _loss(self, trainable: Any, frozen: Any, batch: Any) -> jax.Array:
-        return self.problem.loss(self.tuning.model(trainable, frozen), batch)
+    def _save_adapter(self, parameters: Any) -> None:
+        if jax.process_count() > 1:
+            parameters = multihost_utils.process_allgather(parameters, tiled=True)
+        if self.settings.cluster.is_first:
+            save_adapter(self.job.folder / "adapter", self.trainer.tuning, parameters, self.config)
 
-    def _step_loss(self) -> Any:
-        if self.settings.accumulate == 1:
-            return self._loss
-        return AccumulatedLoss(self._loss, self.problem.weight)
-
-    def _batch(self, step: int) -> Any:
-        count = self.settings.accumulate
-        if count == 1:
-            return self.problem.batch(step)
-        batches = (self.problem.batch(step * count + number) for number in range(count))
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
-
-    def _evaluate(self, trainable: Any) -> Evaluation:
+    def _evaluate(self, parameters: Any) -> Evaluation:
         self.report(Stage("judging by held-out data"))
-        frozen = self.tuning.frozen
         found = {
-            name: judge(trainable, frozen, problem.held_out())
-            for name, (judge, problem) in self.judges.items()
+            name: self.trainer.judge(parameters, problem, self.switch.checked(problem.held_out()))
+            for name, problem in self.judges.items()
         }
         scores = {
             f"{name} {score}".strip(): value
@@ -171,12 +195,21 @@ class _Run:
         if not prompt:
             return ""
         self.report(Stage("continuing the prompt"))
+        settings, special, tuning = self.settings, self.special, self.trainer.tuning
+        everywhere = None if self.trainer.layout is None else self.trainer.layout.everywhere
 
-        @jax.jit
+        @partial(jax.jit, out_shardings=everywhere)
         def continued(trainable, frozen, prompts, lengths):
-            model = self.tuning.model(trainable, frozen)
-            end, count = self.special.end, _CONTINUATION_TOKENS
-            return generate(model, prompts, lengths, count=count, end=end)
+            return generate(
+                tuning.model(trainable, frozen),
+                prompts,
+                lengths,
+                count=settings.max_new_tokens,
+                end=special.end,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                key=jax.random.key(settings.seed),
+            )
 
-        run = partial(continued, trainable, self.tuning.frozen)
-        return continue_text(run, self.tokenizer, prompt, self.special)
+        run = partial(continued, trainable, tuning.frozen)
+        return continue_text(run, self.tokenizer, prompt, special)

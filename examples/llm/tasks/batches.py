@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import grain
 import numpy as np
 from tokenizers import Tokenizer
 
 from examples.llm.errors import UsageError
-from examples.llm.models.tokenizer import plain_tokens
+from examples.llm.models.tokenizer import SpecialTokens, plain_tokens
+from examples.llm.sampling import shuffled
 from examples.llm.tasks.example import Example
 
 # Rows are as long as a multiple of this, so that lengths, each of which compiles, are few.
@@ -21,20 +23,23 @@ Array = Any
 
 
 class OptionBatch(NamedTuple):
-    """Examples with the same number of options, padded; nothing depends on the padding.
+    """Examples, padded; nothing depends on the padding.
 
     Attributes:
       tokens: int32 `(batch, rows, length)`: what the model reads. One row where every option is a
         single token, since the model then reads no option; else one for each option.
+      seen: int32, the same shape: 1 for a token, 0 for padding.
       positions: int32 `(batch, options, option length)`: where in its row a token is predicted.
       targets: int32, the same shape: the tokens of the options.
-      mask: float32, the same shape: 1 for a token, 0 for padding.
+      mask: float32, the same shape: 1 for a token, 0 for padding, all of it for an option that an
+        example lacks.
       labels: int32 `(batch,)`: number of the right option.
       weights: float32 `(batch,)`: 1 for an example, 0 for one that fills the batch up.
       subjects: int32 `(batch,)`: number of the part of the task that an example belongs to.
     """
 
     tokens: Array
+    seen: Array
     positions: Array
     targets: Array
     mask: Array
@@ -52,12 +57,15 @@ class EncodedExample:
       options: each at least one.
       label: number of the right option.
       subject: the part of the task that it belongs to.
+      place: where in the prompt an option of a single token stands, of a model that sees what is
+        after it; None: after the prompt.
     """
 
     prompt: tuple[int, ...]
     options: tuple[tuple[int, ...], ...]
     label: int
     subject: str = ""
+    place: int | None = None
 
     @property
     def length(self) -> int:
@@ -66,15 +74,15 @@ class EncodedExample:
 
 
 def encode(
-    example: Example, tokenizer: Tokenizer, max_length: int, begin: int | None = None
+    example: Example, tokenizer: Tokenizer, special: SpecialTokens, max_length: int
 ) -> EncodedExample:
     """Turn an example into tokens; a prompt that is too long loses its beginning.
 
     Args:
       example: to be encoded.
       tokenizer: of the model.
+      special: of the model; without a token in front, 0 stands for an empty prompt.
       max_length: tokens that the model reads at most.
-      begin: the token in front of a prompt; None: none, and 0 stands for an empty prompt.
 
     Raises:
       UsageError: an option alone is too long, or has no token.
@@ -82,13 +90,12 @@ def encode(
     options = tuple(tuple(plain_tokens(tokenizer, option)) for option in example.options)
     if not all(options):
         raise UsageError(f"--task: an option of {example.options} is empty")
-    front = [] if begin is None else [begin]
-    room = max_length + 1 - max(map(len, options)) - len(front)
+    room = max_length + 1 - max(map(len, options)) - len(special.front)
     if room < 1:
         raise UsageError(
             f"--sequence-length: {max_length} tokens are too few for the options {example.options}"
         )
-    prompt = [*front, *plain_tokens(tokenizer, example.prompt)[-room:]] or [0]
+    prompt = [*special.front, *plain_tokens(tokenizer, example.prompt)[-room:]] or [0]
     return EncodedExample(tuple(prompt), options, example.label, example.subject)
 
 
@@ -97,37 +104,27 @@ class Batches:
     """Batches of a set of examples.
 
     Attributes:
-      examples: all with the same number of options.
+      examples: those with fewer options than others are given some of no tokens.
       size: examples in a batch.
     """
 
     examples: Sequence[EncodedExample]
     size: int
 
-    def __post_init__(self):
-        numbers = {len(example.options) for example in self.examples}
-        if len(numbers) != 1:
-            raise ValueError(f"examples must have the same number of options, got {numbers}")
-
     @property
     def num_options(self) -> int:
-        """Options of every example."""
-        return len(self.examples[0].options)
+        """Options of the example that has most."""
+        return max(len(example.options) for example in self.examples)
 
     @cached_property
     def subjects(self) -> tuple[str, ...]:
         """The parts of the task, by their numbers."""
         return tuple(sorted({example.subject for example in self.examples}))
 
-    def random(self, number: int, seed: int) -> OptionBatch:
-        """Batch `number` of an endless sequence that `seed` chooses; all have one shape.
-
-        Every example is in one batch before any is in another: an epoch is a new order.
-        """
-        count = len(self.examples)
-        places = np.arange(number * self.size, (number + 1) * self.size)
-        chosen = [self._order(place // count, seed)[place % count] for place in places.tolist()]
-        return self._padded(chosen, max(example.length for example in self.examples))
+    def random(self, seed: int) -> grain.MapDataset:
+        """An endless sequence of `OptionBatch`es of one shape, in an order that `seed` chooses."""
+        groups = shuffled(len(self.examples), self.size, seed)
+        return groups.map(lambda group: self._padded(group.tolist(), self._longest))
 
     def all(self) -> Iterator[OptionBatch]:
         """All examples once, those of like length together, so that shapes are few and small."""
@@ -136,8 +133,9 @@ class Batches:
             chosen = order[start : start + self.size].tolist()
             yield self._padded(chosen, max(self.examples[index].length for index in chosen))
 
-    def _order(self, epoch: int, seed: int) -> np.ndarray:
-        return np.random.default_rng([seed, epoch]).permutation(len(self.examples))
+    @cached_property
+    def _longest(self) -> int:
+        return max(example.length for example in self.examples)
 
     def _padded(self, chosen: Sequence[int], length: int) -> OptionBatch:
         length = -(-length // _LENGTH_STEP) * _LENGTH_STEP
@@ -146,6 +144,7 @@ class Batches:
         rows = 1 if width == 1 else options
         batch = OptionBatch(
             tokens=np.zeros((self.size, rows, length), np.int32),
+            seen=np.zeros((self.size, rows, length), np.int32),
             positions=np.zeros((self.size, options, width), np.int32),
             targets=np.zeros((self.size, options, width), np.int32),
             mask=np.zeros((self.size, options, width), np.float32),
@@ -162,11 +161,13 @@ class Batches:
 
 
 def _write(batch: OptionBatch, row: int, example: EncodedExample) -> None:
-    start = len(example.prompt)
+    start = len(example.prompt) - 1 if example.place is None else example.place
     batch.labels[row] = example.label
     for number, option in enumerate(example.options):
         line = (*example.prompt, *option[:-1])
-        batch.tokens[row, number % batch.tokens.shape[1], : len(line)] = line
-        batch.positions[row, number, : len(option)] = np.arange(start - 1, len(line))
+        copy = number % batch.tokens.shape[1]
+        batch.tokens[row, copy, : len(line)] = line
+        batch.seen[row, copy, : len(line)] = 1
+        batch.positions[row, number, : len(option)] = np.arange(start, start + len(option))
         batch.targets[row, number, : len(option)] = option
         batch.mask[row, number, : len(option)] = 1

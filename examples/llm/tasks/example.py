@@ -1,4 +1,4 @@
-"""A question with options, and the template that words it."""
+"""A question with options, or one that is answered freely, and the template that words it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,19 +6,23 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Record:
-    """What a line of a task's file says, before it is worded.
+    """What a row of a task says, before it is worded.
 
     Attributes:
       fields: texts by name, for a `Template`.
-      label: number of the right option.
       keys: what the record is about; records that share a key are never split up.
+      label: number of the right option.
       subject: the part of the task that it belongs to, if that has any.
+      options: its own, where they are not those of the template.
+      answers: texts that are right, of a task that is answered freely.
     """
 
     fields: Mapping[str, str]
-    label: int
     keys: tuple[str, ...]
+    label: int = 0
     subject: str = ""
+    options: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -27,15 +31,18 @@ class Example:
 
     Attributes:
       prompt: the text; empty if there is nothing before the options.
-      options: the continuations, each with the space before it.
+      options: the continuations, each with the space before it; of a task that is answered freely
+        the only one is what is learnt.
       label: number of the right option.
       subject: the part of the task that it belongs to, if that has any.
+      answers: see `Record`.
     """
 
     prompt: str
     options: tuple[str, ...]
-    label: int
+    label: int = 0
     subject: str = ""
+    answers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,8 @@ class Template:
 
     Attributes:
       prompt: what the options continue.
-      options: the continuations.
+      options: the continuations; where records bring options of their own, the only one has
+        `{option}` for each.
     """
 
     prompt: str
@@ -52,6 +60,11 @@ class Template:
 
     def example(self, record: Record) -> Example:
         """Word a record."""
-        options = tuple(option.format_map(record.fields) for option in self.options)
-        prompt = self.prompt.format_map(record.fields)
-        return Example(prompt, options, record.label, record.subject)
+        fields = record.fields
+        if record.options:
+            (option,) = self.options
+            options = tuple(option.format(**fields, option=own) for own in record.options)
+        else:
+            options = tuple(option.format_map(fields) for option in self.options)
+        prompt = self.prompt.format_map(fields)
+        return Example(prompt, options, record.label, record.subject, record.answers)

@@ -1,4 +1,4 @@
-"""Records in files, and errors that name the file and the place in it."""
+"""Rows of files, and errors that name the file and the place in it."""
 
 import csv
 import io
@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from examples.llm.errors import UsageError
 
@@ -19,55 +19,23 @@ class Place:
     """Where something stands.
 
     Attributes:
-      path: its file.
+      origin: the flag that named it, and what it named.
       number: which it is there, from 1.
       unit: of what it is the so manieth.
     """
 
-    path: Path
+    origin: str
     number: int
     unit: str = "line"
 
     def error(self, problem: str) -> UsageError:
         """The error that says what is wrong here."""
-        return UsageError(f"--task: {self.path}, {self.unit} {self.number}: {problem}")
-
-    def field(self, record: Any, name: str, kind: type = str) -> Any:
-        """A field of a JSON object here.
-
-        Raises:
-          UsageError: there is no such field, or it is not of this type.
-        """
-        if not isinstance(record, Mapping) or name not in record:
-            raise self.error(f"there is no field {name!r}")
-        value = record[name]
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise self.error(f"{name} must be a {kind.__name__}, got {value!r}")
-        if kind is str and not _is_text(value):
-            raise self.error(f"{name} must be text, got half a character in {value!r}")
-        return value
-
-    def choice(self, name: str, value: Any, choices: tuple[Any, ...]) -> int:
-        """The number of `value` among `choices`."""
-        if isinstance(value, bool) or value not in choices:
-            names = " or ".join(map(repr, choices))
-            raise self.error(f"{name} must be {names}, got {value!r}")
-        return choices.index(value)
+        return UsageError(f"{self.origin}, {self.unit} {self.number}: {problem}")
 
 
 @dataclass(frozen=True)
-class Line(Place):
-    """A line that is not blank.
-
-    Attributes:
-      text: what it says, without its end.
-    """
-
-    text: str = ""
-
-
-class Row(NamedTuple):
-    """A JSON object, or a row of a CSV file.
+class Row:
+    """A JSON object, or a row of a table.
 
     Attributes:
       place: where it stands.
@@ -75,80 +43,178 @@ class Row(NamedTuple):
     """
 
     place: Place
-    values: dict[str, Any]
+    values: Mapping[str, Any]
+
+    def field(self, name: str, kind: type) -> Any:
+        """A field of this type.
+
+        Raises:
+          UsageError: there is no such field, or it is not of this type.
+        """
+        if name not in self.values:
+            raise self.place.error(f"there is no field {name!r}")
+        value = self.values[name]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise self.place.error(f"{name} must be a {kind.__name__}, got {value!r}")
+        if kind is str and not _is_text(value):
+            raise self.place.error(f"{name} must be text, got half a character in {value!r}")
+        return value
+
+    def text(self, name: str) -> str:
+        """A field that is text."""
+        return self.field(name, str)
+
+    def choice(self, name: str, *choices: tuple[Any, ...]) -> int:
+        """The number of the choice that a field names; each has one spelling or several."""
+        if name not in self.values:
+            raise self.place.error(f"there is no field {name!r}")
+        value = self.values[name]
+        for number, spellings in enumerate(choices):
+            # True is no 1, nor 1.0.
+            if any(type(value) is type(known) and value == known for known in spellings):
+                return number
+        names = " or ".join(repr(spellings[0]) for spellings in choices)
+        raise self.place.error(f"{name} must be {names}, got {value!r}")
+
+    def inner(self, name: str) -> "list[Row]":
+        """The objects in a list, each a row; all are at this one's place."""
+        items = self.field(name, list)
+        return [Row(self.place, _object(self.place, item, f"{name}: ")) for item in items]
 
 
-def read_lines(path: Path, encoding: str = _ENCODING) -> Iterator[Line]:
-    """The lines of a file.
+@dataclass(frozen=True)
+class File:
+    """A file that the user named.
+
+    Attributes:
+      path: where it is.
+      flag: that named it.
+    """
+
+    path: Path
+    flag: str = "--task"
+
+    def __str__(self):
+        return f"{self.flag}: {self.path}"
+
+    def error(self, problem: str) -> UsageError:
+        """The error that says what is wrong with it."""
+        return UsageError(f"{self} {problem}")
+
+    def content(self) -> bytes:
+        """All its bytes.
+
+        Raises:
+          UsageError: it can't be read.
+        """
+        try:
+            return self.path.read_bytes()
+        except OSError as error:
+            raise UsageError(f"{self.flag}: cannot read {self.path}: {error.strerror}") from error
+
+    def text(self) -> str:
+        """All its text.
+
+        Raises:
+          UsageError: it can't be read, or is not in UTF-8.
+        """
+        try:
+            return self.content().decode(_ENCODING)
+        except UnicodeDecodeError as error:
+            raise self.error(f"is not UTF-8: {error.reason}") from error
+
+
+def decoded_lines(
+    origin: str, content: bytes, encoding: str = _ENCODING
+) -> Iterator[tuple[Place, str]]:
+    """The lines that are not blank; only a line feed ends one.
 
     Raises:
-      UsageError: it can't be read, or a line is in another encoding.
+      UsageError: a line is in another encoding.
     """
-    return decoded_lines(path, _content(path), encoding)
-
-
-def decoded_lines(path: Path, content: bytes, encoding: str) -> Iterator[Line]:
-    """The lines in `content`, which was found at `path`; only a line feed ends one."""
     for number, line in enumerate(content.split(b"\n"), 1):
+        place = Place(origin, number)
         try:
             text = line.decode(encoding).removesuffix("\r")
         except UnicodeDecodeError as error:
-            raise Line(path, number).error(f"not {encoding}: {error.reason}") from error
+            raise place.error(f"not {encoding}: {error.reason}") from error
         if text.strip():
-            yield Line(path, number, text=text)
+            yield place, text
 
 
-def holds_rows(path: Path) -> bool:
-    """Whether `read_rows` is for a file: it is named `.csv`, or begins like JSON."""
-    if path.suffix == ".csv":
-        return True
-    return _content(path, 1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[")
-
-
-def read_rows(path: Path) -> Iterator[Row]:
-    """The objects of a JSON file, which is an array or has one in each line, or a CSV file's rows.
+def json_rows(file: File) -> Iterator[Row]:
+    """The objects of a JSON file: an array, one in each line, or a single one over many lines.
 
     Raises:
       UsageError: it can't be read, or is something else.
     """
-    if path.suffix == ".csv":
-        yield from _csv_rows(path)
-    elif _content(path, 1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
-        whole = Place(path, 1)
-        for number, item in enumerate(_parsed(whole, _text(path)), 1):
-            place = Place(path, number, "item")
+    content = file.content()
+    whole = Place(str(file), 1)
+    if _starts(content, b"["):
+        for number, item in enumerate(_parsed(whole, file.text()), 1):
+            place = Place(str(file), number, "item")
             yield Row(place, _object(place, item))
-    else:
-        for line in read_lines(path):
-            yield Row(line, _object(line, _parsed(line, line.text)))
+        return
+    lines = decoded_lines(str(file), content)
+    first = next(lines, (whole, ""))
+    try:
+        json.loads(first[1])
+    except (ValueError, RecursionError):
+        yield Row(whole, _object(whole, _parsed(whole, file.text())))
+        return
+    for place, line in (first, *lines):
+        yield Row(place, _object(place, _parsed(place, line)))
 
 
-def _csv_rows(path: Path) -> Iterator[Row]:
+def csv_cells(file: File) -> Iterator[tuple[Place, list[str]]]:
+    """The rows of a CSV file, its header among them, which is row 0.
+
+    Raises:
+      UsageError: it can't be read, or is no CSV.
+    """
     csv.field_size_limit(_LONGEST_FIELD)
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(file.text(), newline=""), strict=True)
     try:
-        for number, row in enumerate(reader, 1):
-            place = Place(path, number, "row")
-            if None in row or None in row.values():
-                raise place.error(f"must have the {len(reader.fieldnames or ())} columns of row 0")
-            yield Row(place, row)
+        for number, cells in enumerate(filter(None, reader)):
+            yield Place(str(file), number, "row"), cells
     except csv.Error as error:
-        raise Place(path, reader.line_num).error(f"not CSV: {error}") from error
+        raise Place(str(file), reader.line_num).error(f"not CSV: {error}") from error
 
 
-def _content(path: Path, most: int = -1) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(most)
-    except OSError as error:
-        raise UsageError(f"--task: cannot read {path}: {error.strerror}") from error
+def tsv_cells(file: File, most: int = -1) -> Iterator[tuple[Place, list[str]]]:
+    """The lines of a file of columns between tabs, which has no quoting, its header among them.
+
+    Args:
+      file: to be read.
+      most: tabs of a line that count; those after it belong to the last column; -1 for all.
+    """
+    for place, line in decoded_lines(str(file), file.content()):
+        yield place, line.split("\t", most)
 
 
-def _text(path: Path) -> str:
-    try:
-        return _content(path).decode(_ENCODING)
-    except UnicodeDecodeError as error:
-        raise UsageError(f"--task: {path} is not {_ENCODING}: {error.reason}") from error
+def named_cells(place: Place, names: tuple[str, ...], cells: list[str]) -> Row:
+    """A row of a table.
+
+    Raises:
+      UsageError: it has more columns than there are names, or fewer.
+    """
+    if len(cells) != len(names):
+        raise place.error(f"must have {len(names)} columns, got {len(cells)}")
+    return Row(place, dict(zip(names, cells, strict=True)))
+
+
+def is_json(file: File) -> bool:
+    """Whether a file begins like JSON.
+
+    Raises:
+      UsageError: it can't be read.
+    """
+    content = file.content()
+    return _starts(content, b"{") or _starts(content, b"[")
+
+
+def _starts(content: bytes, bracket: bytes) -> bool:
+    return content[:1024].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(bracket)
 
 
 def _parsed(place: Place, text: str) -> Any:
@@ -167,7 +233,7 @@ def _is_text(value: str) -> bool:
     return True
 
 
-def _object(place: Place, value: Any) -> dict[str, Any]:
+def _object(place: Place, value: Any, where: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise place.error(f"must be a JSON object, got {type(value).__name__}")
+        raise place.error(f"{where}must be a JSON object, got {type(value).__name__}")
     return value

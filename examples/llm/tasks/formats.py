@@ -1,205 +1,112 @@
-"""The files that tasks come in, as their authors publish them."""
+"""The tasks that are known, and which of them rows belong to."""
 
-import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
-from examples.llm.errors import UsageError
-from examples.llm.tasks import templates
+from examples.llm.tasks import answers, records, templates
+from examples.llm.tasks.answers import Answers
 from examples.llm.tasks.example import Record
-from examples.llm.tasks.files import decoded_lines, holds_rows, read_lines, read_rows
+from examples.llm.tasks.files import Row
+from examples.llm.tasks.published import LETTERS
 from examples.llm.tasks.templates import Wording
+
+# A BBH task whose examples list no options has those that are answers, if they are so few.
+_MOST_OPTIONS = 4
 
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of file.
+    """A task.
 
     Attributes:
       name: of the task.
-      read: gives the records of a file.
+      record: what a row says.
       wording: its templates.
+      label: the field without which a row can't be learnt from, nor judged by.
       objective: what is trained on unless the user chooses; a name in `scoring.OBJECTIVES`.
+      answers: how answers are judged, of a task that is answered freely; None: it has options.
     """
 
     name: str
-    read: Callable[[Path], Iterator[Record]]
+    record: Callable[[Row], Record]
     wording: Wording
-    objective: str
+    label: str = "label"
+    objective: str = "classification"
+    answers: Answers | None = None
+
+    def is_labelled(self, row: Row) -> bool:
+        """Whether the right answer is told, as it is not in the test files of benchmarks."""
+        return row.values.get(self.label) not in (None, -1, "")
 
 
-def format_of(path: Path) -> Format:
-    """Tell a file's format by its first line.
-
-    Raises:
-      UsageError: it can't be read, is empty, or is of no known format.
-    """
-    if path.suffix == ".zip":
-        return POLARITY
-    if holds_rows(path):
-        return _format_of_rows(path)
-    line = next(read_lines(path), None)
-    if line is None:
-        raise UsageError(f"--task: {path} is empty")
-    columns = line.text.split("\t")
-    if "sentence" in columns:
-        return SST2
-    if len(columns) > 1 and columns[0] in _SMS_LABELS:
-        return SMS
-    raise line.error("neither the columns of SST-2 (sentence, label), nor an SMS, nor JSON")
+def format_of(rows: Sequence[Row]) -> Format | None:
+    """Tell the task that rows are of by the fields of the first; None if it is none of these."""
+    names = rows[0].values.keys()
+    return next((find(rows) for fields, find in _FORMATS if fields <= names and find(rows)), None)
 
 
-def _format_of_rows(path: Path) -> Format:
-    row = next(read_rows(path), None)
-    if row is None:
-        raise UsageError(f"--task: {path} is empty")
-    for format_, names in _JSON_FORMATS:
-        if names <= row.values.keys():
-            return format_
-    raise row.place.error(
-        "these are not the fields of COPA (premise, choice1), WinoGrande (sentence, option1), "
-        "MultiRC (passage) or MMLU (input, output, subject); instructions to fine-tune on have "
-        "instruction and output or instances, prompt and completion, input and output, chosen, or "
-        "text"
-    )
+def _always(format_: Format) -> Callable[[Sequence[Row]], Format]:
+    return lambda rows: format_
 
 
-_SMS_LABELS = ("ham", "spam")
-_POLARITY_LABELS = ("neg", "pos")
+def _entailment(rows: Sequence[Row]) -> Format | None:
+    """RTE or CB, whose fields are the same; other pairs of sentences have other labels."""
+    labels = [row.values.get("label") for row in rows]
+    if any(label in ("contradiction", "neutral", 2) for label in labels):
+        return CB
+    is_rte = all(label in ("entailment", "not_entailment", 0, 1, -1, None) for label in labels)
+    return RTE if is_rte else None
 
 
-def _polarity(path: Path) -> Iterator[Record]:
-    """Pang and Lee's `rt-polarity.neg` and `.pos`, in NLTK's zip: a snippet a line, Latin-1."""
-    for label, ending in enumerate(_POLARITY_LABELS):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                (name,) = (n for n in archive.namelist() if n.endswith(f"rt-polarity.{ending}"))
-                content = archive.read(name)
-        except OSError as error:
-            raise UsageError(f"--task: cannot read {path}: {error.strerror}") from error
-        except zipfile.BadZipFile as error:
-            raise UsageError(f"--task: {path} is no zip file: {error}") from error
-        except ValueError as error:
-            raise UsageError(f"--task: {path} does not hold one rt-polarity.{ending}") from error
-        for line in decoded_lines(path / name, content, "latin-1"):
-            yield _text_record(line.text, label)
+def _text_with_label(rows: Sequence[Row]) -> Format | None:
+    return POLARITY if rows[0].values["label"] in ("neg", "pos") else None
 
 
-def _sms(path: Path) -> Iterator[Record]:
-    for line in read_lines(path):
-        label, tab, text = line.text.partition("\t")
-        if not tab:
-            raise line.error("there is no tab between label and message")
-        yield _text_record(text, line.choice("the label", label, _SMS_LABELS))
+def _letters(rows: Sequence[Row]) -> Format | None:
+    """MMLU with letters; other inputs and outputs that have a subject are instructions."""
+    is_letter = (str(row.values.get("output")).strip() in LETTERS for row in rows)
+    return MMLU_LETTERS if all(is_letter) else None
 
 
-def _sst2(path: Path) -> Iterator[Record]:
-    """GLUE's `train.tsv` and `dev.tsv`: a header, and no quoting."""
-    lines = read_lines(path)
-    header = next(lines)
-    columns = header.text.split("\t")
-    if "label" not in columns:
-        raise header.error(f"there is no column label, only {', '.join(columns)}")
-    for line in lines:
-        values = line.text.split("\t")
-        if len(values) != len(columns):
-            raise line.error(f"must have {len(columns)} columns, got {len(values)}")
-        row = dict(zip(columns, values, strict=True))
-        yield _text_record(row["sentence"], line.choice("label", row["label"], ("0", "1")))
+def _bbh(rows: Sequence[Row]) -> Format:
+    """Examples list their options, or have those of the task, or are answered freely."""
+    found = {row.text("target").strip() for row in rows if not records.listed_options(row)}
+    own = tuple(sorted(found)) if len(found) <= _MOST_OPTIONS else None
+    judged = answers.FREE_TEXT if own is None else None
+    return Format("bbh", lambda row: records.bbh(row, own), templates.BBH, "target", answers=judged)
 
 
-def _copa(path: Path) -> Iterator[Record]:
-    """SuperGLUE's: which of two is the cause, or the effect, of a premise."""
-    for line, row in read_rows(path):
-        premise, *choices = (line.field(row, name) for name in ("premise", "choice1", "choice2"))
-        question = line.choice("question", line.field(row, "question"), ("cause", "effect"))
-        fields = {
-            "premise": premise.strip(),
-            "clause": premise.strip().removesuffix("."),
-            "conjunction": ("because", "so")[question],
-        }
-        for number, choice in enumerate(choices, 1):
-            fields[f"choice{number}"] = choice.strip()
-            fields[f"continuation{number}"] = _mid_sentence(choice.strip())
-        label = line.choice("label", line.field(row, "label", int), (0, 1))
-        yield Record(fields, label, (text_key(premise),))
+POLARITY = Format("polarity", records.polarity, templates.SENTIMENT)
+SMS = Format("sms", records.sms, templates.SPAM)
+SST2 = Format("sst2", records.sst2, templates.SENTIMENT)
+COPA = Format("copa", records.copa, templates.COPA, objective="language-model")
+WINOGRANDE = Format(
+    "winogrande", records.winogrande, templates.WINOGRANDE, "answer", "language-model"
+)
+MULTIRC = Format("multirc", records.multirc, templates.MULTIRC)
+BOOLQ = Format("boolq", records.boolq, templates.BOOLQ)
+RTE = Format("rte", records.rte, templates.RTE)
+CB = Format("cb", records.cb, templates.CB)
+MMLU = Format("mmlu", records.mmlu, templates.FOUR_CHOICES, "answer")
+MMLU_LETTERS = Format("mmlu", records.letters, templates.LETTERS, "output")
+SQUAD = Format("squad", records.squad, templates.SQUAD, "answers", answers=answers.SQUAD)
+GSM8K = Format("gsm8k", records.gsm8k, templates.GSM8K, "answer", answers=answers.GSM8K)
 
-
-def _winogrande(path: Path) -> Iterator[Record]:
-    """A sentence with a gap; `qID`s of twin sentences differ after the last hyphen."""
-    for line, row in read_rows(path):
-        sentence = line.field(row, "sentence")
-        if sentence.count("_") != 1:
-            raise line.error(f"sentence must have one gap _, got {sentence!r}")
-        before, after = sentence.split("_")
-        fields = {
-            "before": before.rstrip(),
-            "space": before[len(before.rstrip()) :],
-            "after": after,
-            "option1": line.field(row, "option1"),
-            "option2": line.field(row, "option2"),
-        }
-        label = line.choice("answer", line.field(row, "answer"), ("1", "2"))
-        keys = (text_key(sentence),)
-        if "qID" in row:
-            keys += (line.field(row, "qID").rpartition("-")[0] or row["qID"],)
-        yield Record(fields, label, keys)
-
-
-def _multirc(path: Path) -> Iterator[Record]:
-    """SuperGLUE's: is this an answer to this question on this passage? All of one passage agree."""
-    for line, row in read_rows(path):
-        passage = line.field(row, "passage", dict)
-        text = line.field(passage, "text")
-        for question in line.field(passage, "questions", list):
-            for answer in line.field(question, "answers", list):
-                fields = {
-                    "passage": text.strip(),
-                    "question": line.field(question, "question").strip(),
-                    "answer": line.field(answer, "text").strip(),
-                }
-                label = line.choice("label", line.field(answer, "label", int), (0, 1))
-                yield Record(fields, label, (text_key(text),))
-
-
-def _mmlu(path: Path) -> Iterator[Record]:
-    """Questions with a letter for an answer, solved ones before them, as the QLoRA paper has it."""
-    for place, row in read_rows(path):
-        text = place.field(row, "input")
-        label = place.choice("output", place.field(row, "output").strip(), ("A", "B", "C", "D"))
-        fields = {"text": text.rstrip()}
-        yield Record(fields, label, (text_key(text),), place.field(row, "subject"))
-
-
-def text_key(text: str) -> str:
-    """The same for texts that differ in nothing but case and space."""
-    return " ".join(text.casefold().split())
-
-
-def _text_record(text: str, label: int) -> Record:
-    return Record({"text": text.strip()}, label, (text_key(text),))
-
-
-def _mid_sentence(text: str) -> str:
-    is_pronoun = text.split(maxsplit=1)[:1] == ["I"] or text.startswith("I'")
-    return text if is_pronoun else text[:1].lower() + text[1:]
-
-
-POLARITY = Format("polarity", _polarity, templates.SENTIMENT, "classification")
-SMS = Format("sms", _sms, templates.SPAM, "classification")
-SST2 = Format("sst2", _sst2, templates.SENTIMENT, "classification")
-COPA = Format("copa", _copa, templates.COPA, "language-model")
-WINOGRANDE = Format("winogrande", _winogrande, templates.WINOGRANDE, "language-model")
-MULTIRC = Format("multirc", _multirc, templates.MULTIRC, "classification")
-
-MMLU = Format("mmlu", _mmlu, templates.LETTERS, "classification")
-MMLU_FIELDS = frozenset({"input", "output", "subject"})
-
-# Told apart by the fields of their records.
-_JSON_FORMATS: tuple[tuple[Format, frozenset[str]], ...] = (
-    (COPA, frozenset({"premise", "choice1"})),
-    (WINOGRANDE, frozenset({"sentence", "option1"})),
-    (MULTIRC, frozenset({"passage"})),
-    (MMLU, MMLU_FIELDS),
+# By the fields of their records, the more particular first.
+_FORMATS: tuple[tuple[frozenset[str], Callable[[Sequence[Row]], Format | None]], ...] = (
+    (frozenset({"premise", "choice1"}), _always(COPA)),
+    (frozenset({"sentence", "option1"}), _always(WINOGRANDE)),
+    (frozenset({"paragraph", "question", "answer"}), _always(MULTIRC)),
+    (frozenset({"passage", "question", "answer"}), _always(replace(BOOLQ, label="answer"))),
+    (frozenset({"passage", "question"}), _always(BOOLQ)),
+    (frozenset({"premise", "hypothesis"}), _entailment),
+    (frozenset({"sentence1", "sentence2"}), _entailment),
+    (frozenset({"context", "question", "answers"}), _always(SQUAD)),
+    (frozenset({"question", "choices", "answer"}), _always(MMLU)),
+    (frozenset({"question", "answer"}), _always(GSM8K)),
+    (frozenset({"input", "output", "subject"}), _letters),
+    (frozenset({"input", "target"}), _bbh),
+    (frozenset({"sms", "label"}), _always(SMS)),
+    (frozenset({"text", "label"}), _text_with_label),
+    (frozenset({"sentence"}), _always(SST2)),
 )

@@ -1,20 +1,40 @@
-"""From what the user calls a task to its examples."""
+"""From a source of data to worded examples."""
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from examples.llm.errors import UsageError
-from examples.llm.tasks.example import Example
+from examples.llm.tasks.example import Example, Template
+from examples.llm.tasks.files import Row
 from examples.llm.tasks.formats import Format, format_of
-from examples.llm.tasks.splits import split
+from examples.llm.tasks.sources import Source
+from examples.llm.tasks.splits import Splits, fill, with_test
 
-# The files of tasks that have a name, and where they come from.
-NAMED_FILES = {
-    "polarity": ("sentence_polarity.zip", "nltk.download('sentence_polarity') fetches it"),
-    "sms": ("SMSSpamCollection.tsv", "the UCI machine learning repository has it"),
-}
+_UNKNOWN = (
+    "these are not the fields of SST-2 (sentence), COPA (premise, choice1), WinoGrande (sentence, "
+    "option1), MultiRC or BoolQ (passage), RTE or CB (premise, hypothesis), SQuAD (context), GSM8K "
+    "(question, answer), MMLU (question, choices or input, output, subject) or BBH (input, "
+    "target); instructions to fine-tune on have instruction and output or instances, prompt and "
+    "completion, input and output, conversations, messages, chosen, or text"
+)
+
+
+class Data(NamedTuple):
+    """What a source holds.
+
+    Attributes:
+      format: the task; None if it is none that is known.
+      rows: its parts; those that it does not come in are empty.
+    """
+
+    format: Format | None
+    rows: Splits[Row]
+
+    @property
+    def any_rows(self) -> list[Row]:
+        """A part that is not empty."""
+        return next(part for part in self.rows if part)
 
 
 @dataclass(frozen=True)
@@ -22,7 +42,7 @@ class Task:
     """The worded examples of a task.
 
     Attributes:
-      format: what it was read from.
+      format: what they were read as.
       train: what methods learn from.
       dev: what hyperparameters are chosen by.
       test: what is reported.
@@ -34,46 +54,59 @@ class Task:
     test: list[Example]
 
 
-def task_path(task: str, data: Path, flag: str = "--task") -> Path:
-    """Find the file of a task: a name in `NAMED_FILES`, whose file is in `data`, or a path."""
-    name, origin = NAMED_FILES.get(task, (None, ""))
-    path = Path(task) if name is None else data / name
-    if not path.is_file():
-        if name is None:
-            known = ", ".join(("sotu", *NAMED_FILES))
-            raise UsageError(f"{flag}: {task} is neither a file nor one of {known}")
-        raise UsageError(f"--data: {task} needs {name}, which is not in {data}; {origin}")
-    return path
+def read_data(source: Source) -> Data:
+    """Read a source.
+
+    A part without labels, as benchmarks have it for the test, is left out; see also `with_test`.
+
+    Raises:
+      UsageError: it can't be read.
+    """
+    rows = source.rows()
+    format_ = format_of(next(part for part in rows if part))
+    if format_ is not None:
+        labelled = (part if part and format_.is_labelled(part[0]) else [] for part in rows[1:])
+        rows = Splits(rows.train, *labelled)
+    return Data(format_, with_test(rows, source.dev_is_named))
 
 
-def load_task(path: Path, sizes: tuple[int, int, int], *, aligned: bool = True) -> Task:
-    """Read, split and word the examples in a file.
+def load_task(data: Data, sizes: tuple[int, int, int], template: Template) -> Task:
+    """Deal out and word the examples of a task.
 
     Args:
-      path: the file; its format is told by its content.
-      sizes: of the parts, see `splits.split`.
-      aligned: with the template that makes the answer likely text, or the bare one.
+      data: what was read.
+      sizes: of the parts, see `splits.fill`.
+      template: one of the task's.
 
     Raises:
-      UsageError: it can't be read, or has no bare template.
+      UsageError: a row is not what it should be, or there are too few.
     """
-    format_ = format_of(path)
-    template = format_.wording.aligned if aligned else format_.wording.bare
-    if template is None:
-        raise UsageError(f"--no-template: {format_.name} has no template that could be left out")
-    parts = split(list(format_.read(path)), sizes)
-    return Task(format_, *([template.example(record) for record in part] for part in parts))
+    format_ = known_format(data)
+    records = Splits(*([format_.record(row) for row in part] for part in data.rows))
+    return Task(
+        format_, *([template.example(record) for record in part] for part in fill(records, sizes))
+    )
 
 
-def load_examples(path: Path, count: int) -> list[Example]:
-    """Read and word at most `count` examples of a file, of all its parts.
+def load_test(data: Data, count: int, template: Template) -> Task:
+    """Word at most `count` examples of a task to be reported, of its test if there is one.
 
     Raises:
-      UsageError: it can't be read, or has none.
+      UsageError: a row is not what it should be.
     """
-    format_ = format_of(path)
-    records = list(format_.read(path))
-    if not records:
-        raise UsageError(f"--judge: {path} has no examples")
-    order = np.random.default_rng(0).permutation(len(records))[:count]
-    return [format_.wording.aligned.example(records[index]) for index in order]
+    format_ = known_format(data)
+    rows = data.rows.test or data.rows.dev or data.rows.train
+    order = np.random.default_rng(0).permutation(len(rows))[:count]
+    examples = [template.example(format_.record(rows[index])) for index in order]
+    return Task(format_, [], [], examples)
+
+
+def known_format(data: Data) -> Format:
+    """The task that a source holds.
+
+    Raises:
+      UsageError: it is none that is known.
+    """
+    if data.format is None:
+        raise data.any_rows[0].place.error(_UNKNOWN)
+    return data.format

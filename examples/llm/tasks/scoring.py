@@ -18,20 +18,30 @@ def token_log_likelihoods(model: LanguageModel, batch: OptionBatch) -> jax.Array
       float32 `(batch, options, option length)`, 0 at padding.
     """
     size, rows, length = batch.tokens.shape
-    options = batch.targets.shape[1]
     features = model.features(batch.tokens.reshape(size * rows, length))
+    return option_log_likelihoods(model.logits, features, batch)
+
+
+def option_log_likelihoods(
+    head: Callable[[jax.Array], jax.Array], features: jax.Array, batch: OptionBatch
+) -> jax.Array:
+    """The same from the features of all rows, `(batch x rows, length, hidden_size)`."""
+    (size, rows, _), options = batch.tokens.shape, batch.targets.shape[1]
     row = jnp.arange(size)[:, None] * rows + jnp.arange(options)[None, :] % rows
     # The head sees the places of options alone: on whole rows it costs as much as many layers.
-    logits = model.logits(features[row[:, :, None], batch.positions])
+    logits = head(features[row[:, :, None], batch.positions])
     return -batch.mask * optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
 
 
 def option_scores(log_likelihoods: jax.Array, mask: jax.Array) -> jax.Array:
     """The mean log-probability of an option's tokens, float32 `(batch, options)`.
 
-    The mean instead of the sum: long options are not less likely for being long.
+    The mean instead of the sum: long options are not less likely for being long. An option that an
+    example lacks is never chosen.
     """
-    return jnp.sum(log_likelihoods, axis=-1) / jnp.sum(mask, axis=-1)
+    count = jnp.sum(mask, axis=-1)
+    mean = jnp.sum(log_likelihoods, axis=-1) / jnp.maximum(count, 1)
+    return jnp.where(count > 0, mean, -jnp.inf)
 
 
 def classification_loss(log_likelihoods: jax.Array, batch: OptionBatch) -> jax.Array:

@@ -1,6 +1,7 @@
 """Train, development and test examples that share nothing."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -17,10 +18,14 @@ class Keyed(Protocol):
         ...
 
 
+Item = TypeVar("Item")
 AnyRecord = TypeVar("AnyRecord", bound=Keyed)
 
+# What parts are called in files of data, those of one part by how much they are preferred.
+_NAMES = (("train",), ("validation", "valid", "val", "dev"), ("test",))
 
-class Splits(NamedTuple, Generic[AnyRecord]):
+
+class Splits(NamedTuple, Generic[Item]):
     """The parts of a task.
 
     Attributes:
@@ -29,9 +34,9 @@ class Splits(NamedTuple, Generic[AnyRecord]):
       test: what is reported.
     """
 
-    train: list[AnyRecord]
-    dev: list[AnyRecord]
-    test: list[AnyRecord]
+    train: list[Item]
+    dev: list[Item]
+    test: list[Item]
 
 
 def split(
@@ -65,6 +70,65 @@ def split(
             f"for training, development and test"
         )
     return Splits(*parts)
+
+
+def with_test(given: Splits[Item], dev_is_named: bool) -> Splits[Item]:
+    """Make the development part the test where there is none, as for GLUE and SuperGLUE.
+
+    Another one is then taken from what there is to train on.
+
+    Args:
+      given: parts as they came; those that did not are empty.
+      dev_is_named: whether the user said what is for development; it then stays that.
+    """
+    if given.test or dev_is_named:
+        return given
+    return Splits(given.train, [], given.dev)
+
+
+def fill(given: Splits[AnyRecord], sizes: tuple[int, int, int], seed: int = 0) -> Splits[AnyRecord]:
+    """Deal what there is to train on out to the parts that are not given; see `split`.
+
+    Args:
+      given: parts as they came; those that did not are empty.
+      sizes: at most so many for training, development and test.
+      seed: of the order in which they are dealt.
+
+    Raises:
+      UsageError: there is nothing to train on, or too little for a part to have any.
+    """
+    if not given.train:
+        raise UsageError("--task: there is nothing to train on, only what models are judged by")
+    train_size, dev_size, test_size = sizes
+    wanted = (train_size, 0 if given.dev else dev_size, 0 if given.test else test_size)
+    dealt = split(given.train, wanted, seed)
+    dev = split(given.dev, (0, dev_size, 0), seed).dev if given.dev else dealt.dev
+    test = split(given.test, (0, 0, test_size), seed).test if given.test else dealt.test
+    return Splits(dealt.train, dev, test)
+
+
+def names_of_parts(names: Iterable[str], origin: str) -> tuple[str | None, str | None, str | None]:
+    """Find the parts among names such as `train-v2.0.json`; None for one that is not there.
+
+    Args:
+      names: their first word tells the part.
+      origin: the flag that named them, and what it named.
+
+    Raises:
+      UsageError: several are called by the same word.
+    """
+    by_word: dict[str, list[str]] = {}
+    for name in names:
+        by_word.setdefault(re.split(r"\W|_", name.lower(), maxsplit=1)[0], []).append(name)
+
+    def find(words: tuple[str, ...]) -> str | None:
+        found = next((by_word[word] for word in words if word in by_word), [])
+        if len(found) > 1:
+            raise UsageError(f"{origin} has several parts {', '.join(found)}: choose one of them")
+        return found[0] if found else None
+
+    train, dev, test = map(find, _NAMES)
+    return train, dev, test
 
 
 def _groups(records: Sequence[Keyed]) -> list[list[int]]:

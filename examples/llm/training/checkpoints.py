@@ -1,5 +1,9 @@
 """Checkpoints from which a run goes on bit for bit, kept with Orbax."""
 
+import logging
+import math
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,7 +15,6 @@ import orbax.checkpoint as ocp
 from examples.llm.errors import UsageError
 from examples.llm.models.opening import content_hash
 from examples.llm.program.events import Job
-from examples.llm.tasks.loading import task_path
 from examples.llm.training.steps import TrainState
 from examples.llm.training.tuning import base_dtype
 
@@ -28,7 +31,7 @@ class Progress:
       peak_bytes: highest resident memory during the training steps.
     """
 
-    loss_before: float
+    loss_before: float = math.nan
     scores_before: dict[str, float] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
@@ -42,9 +45,13 @@ def run_identity(job: Job) -> dict[str, Any]:
     return {
         "method": job.method,
         "tuning": settings.tuning,
+        "rank": settings.rank,
+        "alpha": settings.alpha,
+        "lora-dropout": settings.lora_dropout,
         "model": content_hash(job.model),
-        "task": task if task == "sotu" else content_hash(task_path(task, settings.data)),
+        "task": task if task == "sotu" else settings.source().identity(),
         "template": settings.template,
+        "head": settings.head,
         "objective": settings.objective,
         "train-examples": settings.train_examples,
         "eval-examples": settings.eval_examples,
@@ -52,7 +59,7 @@ def run_identity(job: Job) -> dict[str, Any]:
         "batch-size": settings.batch_size,
         "accumulate": settings.accumulate,
         "train-on-source": settings.train_on_source,
-        "judge": [content_hash(task_path(name, settings.data)) for name in settings.judge],
+        "judge": [source.identity() for source in settings.judge_sources()],
         "dtype": base_dtype(settings.tuning, settings.dtype),
         "schedule": hyperparameters.schedule,
         "clip-norm": hyperparameters.clip_norm,
@@ -62,6 +69,16 @@ def run_identity(job: Job) -> dict[str, Any]:
         "seed": settings.seed,
         "eval-batches": settings.eval_batches,
     }
+
+
+def check_same(saved: Mapping[str, Any], identity: Mapping[str, Any], folder: Path) -> None:
+    """Raise a `UsageError` naming the first field in which what was saved is of another run."""
+    for name, value in identity.items():
+        if saved.get(name) != value:
+            raise UsageError(
+                f"--resume: what is in {folder} was made with {name} {saved.get(name)}, "
+                f"this run has {value}"
+            )
 
 
 class Checkpoints:
@@ -75,6 +92,7 @@ class Checkpoints:
         self._folder = folder
         self._identity = dict(identity)
         folder.mkdir(parents=True, exist_ok=True)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # what Orbax logs it raises, too
         self._manager = ocp.CheckpointManager(
             folder,
             options=ocp.CheckpointManagerOptions(
@@ -95,28 +113,31 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, progress: Progress) -> None:
-        """Save a run after `len(progress.losses)` steps."""
-        self._manager.save(
-            len(progress.losses),
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                progress=ocp.args.JsonSave(asdict(progress)),
-                identity=ocp.args.JsonSave(self._identity),
-            ),
+        """Save a run after `len(progress.losses)` steps.
+
+        Raises:
+          OSError: it can't be written; the checkpoint before is whole.
+        """
+        parts = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            progress=ocp.args.JsonSave(asdict(progress)),
+            identity=ocp.args.JsonSave(self._identity),
         )
+        try:
+            self._manager.save(len(progress.losses), args=parts)
+        except ValueError as error:  # TensorStore's, of whatever the system says
+            number = re.search(r"os_error_code='(\d+)'", str(error))
+            if number is None:
+                raise
+            code = int(number[1])
+            raise OSError(code, os.strerror(code), str(self._folder)) from error
 
     def check_identity(self) -> None:
         """Raise a `UsageError` naming the first field in which the newest checkpoint differs."""
         restored = self._manager.restore(
             self.newest_step, args=ocp.args.Composite(identity=ocp.args.JsonRestore())
         )
-        for name, value in self._identity.items():
-            saved = restored["identity"].get(name)
-            if saved != value:
-                raise UsageError(
-                    f"--resume: the checkpoint in {self._folder} was made with {name} {saved}, "
-                    f"this run has {value}"
-                )
+        check_same(restored["identity"], self._identity, self._folder)
 
     def restore(self, like: TrainState) -> tuple[TrainState, Progress]:
         """Return the newest checkpoint; `like` gives shapes, dtypes and places of its state.

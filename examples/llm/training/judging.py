@@ -2,11 +2,16 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import Any, Literal, NamedTuple, Protocol
 
+import grain
 import jax
 
-from examples.llm.models.decoder import LanguageModel
+from examples.llm.models.decoder import Generator
+
+# Choices, as of a learning rate or of the best step, are made by the one; the other is reported.
+Part = Literal["dev", "test"]
 
 
 class Evaluation(NamedTuple):
@@ -14,7 +19,8 @@ class Evaluation(NamedTuple):
 
     Attributes:
       loss: mean cross-entropy, of tokens or of options.
-      scores: by name: `perplexity` of texts, `accuracy` and `f1` of a task with options.
+      scores: by name: `perplexity` of texts, `accuracy` and `f1` of a task with options, `exact
+        match` and `f1` of answers.
     """
 
     loss: float
@@ -24,11 +30,12 @@ class Evaluation(NamedTuple):
 class Problem(Protocol):
     """A kind of data."""
 
-    def batch(self, number: int) -> Any:
-        """A batch to train on, which depends on its number alone."""
+    @property
+    def batches(self) -> grain.MapDataset:
+        """Batches to train on, without end; each depends on its number alone."""
         ...
 
-    def loss(self, model: LanguageModel, batch: Any) -> jax.Array:
+    def loss(self, model: Any, batch: Any) -> jax.Array:
         """What training makes small: float32 `()`, a mean."""
         ...
 
@@ -36,11 +43,11 @@ class Problem(Protocol):
         """What a batch counts beside others, float32 `()`: the number its loss is a mean of."""
         ...
 
-    def held_out(self) -> Iterable[Any]:
-        """The batches that a model is judged by."""
+    def held_out(self, part: Part = "test") -> Iterable[Any]:
+        """The batches of a part, by which a model is judged."""
         ...
 
-    def measure(self, model: LanguageModel, batch: Any) -> Any:
+    def measure(self, model: Any, batch: Any) -> Any:
         """What a held-out batch tells of a model, as arrays."""
         ...
 
@@ -55,15 +62,22 @@ def text_evaluation(loss: float) -> Evaluation:
 
 
 def make_judge(
-    model: Callable[[Any, Any], LanguageModel], problem: Problem
+    model: Callable[[Any, Any], Generator], problem: Problem, everywhere: Any = None
 ) -> Callable[[Any, Any, Iterable[Any]], Evaluation]:
-    """Return `judge(trainable, frozen, batches)`, which compiles once for each shape of batch."""
+    """Return `judge(trainable, frozen, batches)`, which compiles once for each shape of batch.
 
-    @jax.jit
+    Args:
+      model: `(trainable, frozen) -> model`.
+      problem: what judges.
+      everywhere: the sharding of what is whole on all devices of a mesh, None for one device.
+    """
+
+    @partial(jax.jit, out_shardings=everywhere)
     def measure(trainable, frozen, batch):
         return problem.measure(model(trainable, frozen), batch)
 
     def judge(trainable: Any, frozen: Any, batches: Iterable[Any]) -> Evaluation:
-        return problem.evaluation([measure(trainable, frozen, batch) for batch in batches])
+        measured = [measure(trainable, frozen, batch) for batch in batches]
+        return problem.evaluation(jax.device_get(measured))
 
     return judge

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -68,6 +68,8 @@ class Hyperparameters:
       schedule: of the learning rate of a first-order method.
       clip_norm: the largest norm of all gradients together that such a method is given; None for
         any.
+      backend: of the kernels of low-bit methods; those of a platform that is not at hand have to
+        be named.
     """
 
     learning_rate: Any
@@ -76,6 +78,7 @@ class Hyperparameters:
     tuning: str = "full"
     schedule: Schedule = "cosine"
     clip_norm: float | None = None
+    backend: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,7 @@ def _first_order(
     factory: Callable[..., Any], rate: float, *, decays: bool = False, **options: Any
 ) -> Method:
     """An optimizer under the schedule above, or a constant rate."""
+    is_low_bit = hasattr(optax_lowbit, getattr(factory, "__name__", ""))
 
     def build(chosen: Hyperparameters) -> Optimizer:
         rate = chosen.learning_rate
@@ -127,7 +131,8 @@ def _first_order(
             rate = learning_rate_schedule(rate, chosen.steps)
         # The QLoRA paper's program has no weight decay.
         decay = {"weight_decay": 0.0} if decays and chosen.tuning == "qlora" else {}
-        transformation = factory(rate, **options, **decay)
+        kernels = {} if chosen.backend == "auto" or not is_low_bit else {"backend": chosen.backend}
+        transformation = factory(rate, **options, **decay, **kernels)
         if chosen.clip_norm is not None:
             clip = optax.clip_by_global_norm(chosen.clip_norm)
             transformation = optax.chain(clip, transformation)
@@ -142,10 +147,16 @@ def _first_order(
 def _paged(factory: Callable[..., Any]) -> Callable[..., Any]:
     """An optimizer whose state is on the host."""
 
+    @wraps(factory)
     def build(rate: Any, **options: Any) -> optax.GradientTransformation:
         return optax_lowbit.offload(factory(rate, **options))
 
     return build
+
+
+def _sm3(rate: Any, momentum: float) -> optax.GradientTransformation:
+    """`optax.sm3`, which takes no schedule."""
+    return optax.chain(optax.scale_by_sm3(momentum), optax.scale_by_learning_rate(rate))
 
 
 def _zeroth_order(
@@ -198,7 +209,7 @@ def _hybrid(rate: float) -> Method:
     return Method(build, {"full": rate}, {"full": 2}, derivative="last backward")
 
 
-_ADAM_RATE, _SGD_RATE = 5e-5, 5e-3
+_ADAM_RATE, _SGD_RATE, _SM3_RATE = 5e-5, 5e-3, 5e-3
 _QLORA_RATE = 2e-4  # of AdamW up to 13B parameters, arXiv 2305.14314, table 9
 _MOMENTUM: dict[str, Any] = {"momentum": 0.9}
 _MEZO_RATES = {"full": 1e-6, "lora": 1e-4, "qlora": 1e-4, "prefix": 1e-3, "prompt": 1e-3}
@@ -209,6 +220,11 @@ METHODS: dict[str, Method] = {
     "adamw": _first_order(optax.adamw, _ADAM_RATE, decays=True),
     "adam": _first_order(optax.adam, _ADAM_RATE),
     "sgd": _first_order(optax.sgd, _SGD_RATE, **_MOMENTUM),
+    # As in the comparison of arXiv 2309.01507, table 2: rates that no parameter's size scales.
+    "adafactor": _first_order(
+        partial(optax.adafactor, multiply_by_parameter_scale=False, **_MOMENTUM), _ADAM_RATE
+    ),
+    "sm3": _first_order(_sm3, _SM3_RATE, **_MOMENTUM),
     "adamw8bit": _first_order(optax_lowbit.adamw8bit, _ADAM_RATE, decays=True),
     "adam8bit": _first_order(optax_lowbit.adam8bit, _ADAM_RATE),
     "sgd8bit": _first_order(optax_lowbit.sgd8bit, _SGD_RATE, **_MOMENTUM),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from flax import nnx
 from examples.llm.errors import UsageError
 from examples.llm.models.config import DecoderConfig
 from examples.llm.models.decoder import Cache, Decoder, Generator
+from examples.llm.models.encoder import Classifier
 from examples.llm.models.huggingface_names import module_names
 from examples.llm.training.steps import build_model
 from optax_lowbit import adapters, qlora
@@ -26,14 +28,14 @@ PREFIX, PROMPT = adapters.Prefix(num_tokens=5), adapters.Prompt(num_tokens=10)
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TunedModel:
-    """A decoder with virtual tokens that were trained beside it, as losses see it.
+    """A model with virtual tokens that were trained beside it, as losses see it.
 
     Attributes:
-      decoder: frozen.
+      decoder: frozen; an encoder takes the same tokens.
       virtual: its prefix or its prompt, by the name of the argument.
     """
 
-    decoder: Decoder
+    decoder: Any
     virtual: dict[str, Any]
 
     def features(self, tokens: jax.Array, segments: jax.Array | None = None, /) -> jax.Array:
@@ -43,6 +45,10 @@ class TunedModel:
     def logits(self, features: jax.Array, /) -> jax.Array:
         """See `Decoder.logits`."""
         return self.decoder.logits(features)
+
+    def class_logits(self, tokens: jax.Array, mask: jax.Array, /) -> jax.Array:
+        """See `Classifier.class_logits`."""
+        return self.decoder.class_logits(tokens, mask, **self.virtual)
 
     def remember(
         self, tokens: jax.Array, segments: jax.Array, /, *, room: int
@@ -63,19 +69,42 @@ class Tuning(NamedTuple):
         decoder's parameters as they are.
       frozen: the rest, to be passed on to `model` untouched.
       model: `(trainable, frozen) -> model`; the model sees no virtual tokens in what it is given
-        or gives. A pure function; it holds no arrays.
+        or gives. A pure function; it holds no arrays. With a third argument, the int32 number of
+        a batch to train on, inputs of adapters drop out where there is dropout.
       lora: which adapters are in `trainable`, if it is these.
     """
 
     trainable: Any
     frozen: Any
-    model: Callable[[Any, Any], Generator]
+    model: Callable[..., Generator]
     lora: adapters.LoRA | None = None
 
     def logits(self, trainable: Any, frozen: Any, tokens: jax.Array) -> jax.Array:
         """Map int32 `(batch, length)` to float32 `(batch, length, vocabulary_size)`."""
         model = self.model(trainable, frozen)
         return model.logits(model.features(tokens))
+
+
+def adapters_of(
+    scheme: str, rank: int | None, alpha: float | None, dropout: float
+) -> adapters.LoRA | None:
+    """Return the adapters of a scheme, its own but for what is given; None if it has none.
+
+    Args:
+      scheme: one of `SCHEMES`.
+      rank: of the adapters; None for the scheme's own.
+      alpha: the product of the adapters is scaled by `alpha / rank`; None for the scheme's own.
+      dropout: share of the adapters' inputs that is dropped in training.
+    """
+    own = {"lora": LORA, "qlora": QLORA}.get(scheme)
+    if own is None:
+        return None
+    return replace(
+        own,
+        rank=own.rank if rank is None else rank,
+        alpha=own.alpha if alpha is None else alpha,
+        dropout=dropout,
+    )
 
 
 def tuned(
@@ -102,15 +131,18 @@ def tuned(
     if scheme == "full":
         return _full(graph, parameters)
     if scheme == "lora":
-        return _lora(build_model(graph, parameters), key, lora or LORA)
-    if scheme == "qlora":
+        found = _lora(build_model(graph, parameters), key, lora or LORA)
+    elif scheme == "qlora":
         base = qlora.quantize_model(build_model(graph, parameters))
-        return _lora(base, key, lora or QLORA)
-    if scheme == "prefix":
-        return _prefix(graph, parameters, key, prefix)
-    if scheme == "prompt":
-        return _prompt(graph, parameters, key, prompt)
-    raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
+        found = _lora(base, key, lora or QLORA)
+    elif scheme == "prefix":
+        found = _prefix(graph, parameters, key, prefix)
+    elif scheme == "prompt":
+        found = _prompt(graph, parameters, key, prompt)
+    else:
+        raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
+    is_classifier = isinstance(nnx.eval_shape(build_model, graph, parameters), Classifier)
+    return _with_head(found) if is_classifier else found
 
 
 def base_parameters(parameters: Any, scheme: str, dtype: str | None) -> Any:
@@ -166,19 +198,44 @@ def save_adapter(folder: Path, tuning: Tuning, trainable: Any, config: DecoderCo
 
 
 def _full(graph: nnx.GraphDef[Decoder], parameters: Any) -> Tuning:
-    return Tuning(parameters, {}, lambda trainable, frozen: build_model(graph, trainable))
+    def model(trainable, frozen, number=None):
+        return build_model(graph, trainable)
+
+    return Tuning(parameters, {}, model)
 
 
 def _lora(base: Decoder, key, lora: adapters.LoRA) -> Tuning:
-    if lora.dropout:
-        raise ValueError(f"lora.dropout must be 0: steps have no keys here, got {lora.dropout}")
     wrapped = lora.wrap(base, key)
-    wrapped_graph, trainable, frozen = nnx.split(wrapped, nnx.LoRAParam, ...)
+    judged_graph, trainable, frozen = nnx.split(wrapped, nnx.LoRAParam, ...)
+    wrapped.train()
+    trained_graph = nnx.graphdef(wrapped)
 
-    def model(trainable, frozen):
-        return nnx.merge(wrapped_graph, nnx.State(trainable), nnx.State(frozen))
+    def model(trainable, frozen, number=None):
+        if number is None:
+            return nnx.merge(judged_graph, nnx.State(trainable), nnx.State(frozen))
+        frozen = jax.tree.map(partial(_of_batch, number), frozen)
+        return nnx.merge(trained_graph, nnx.State(trainable), nnx.State(frozen))
 
     return Tuning(nnx.to_pure_dict(trainable), nnx.to_pure_dict(frozen), model, lora)
+
+
+def _of_batch(number: jax.Array, x: jax.Array) -> jax.Array:
+    """A key of dropout, or one of each layer, for a batch; what is no key is the same for all."""
+    if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return x
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(x.reshape(-1), number)
+    return keys.reshape(x.shape)
+
+
+def _with_head(tuning: Tuning) -> Tuning:
+    """Train the head of a classifier, too: it may be new."""
+    frozen = dict(tuning.frozen)
+    trainable = {"beside": tuning.trainable, "head": frozen.pop("head")}
+
+    def model(trainable, frozen, number=None):
+        return tuning.model(trainable["beside"], {**frozen, "head": trainable["head"]}, number)
+
+    return tuning._replace(trainable=trainable, frozen=frozen, model=model)
 
 
 def _prefix(graph, parameters, key, prefix: adapters.Prefix) -> Tuning:
@@ -186,7 +243,7 @@ def _prefix(graph, parameters, key, prefix: adapters.Prefix) -> Tuning:
     vocabulary_size = len(parameters["embedding"]["embedding"])
     trainable = prefix.init(decoder.keys_and_values, key, vocabulary_size=vocabulary_size)
 
-    def model(trainable, frozen):
+    def model(trainable, frozen, number=None):
         return TunedModel(build_model(graph, frozen), {"prefix": trainable})
 
     return Tuning(trainable, parameters, model)
@@ -195,7 +252,7 @@ def _prefix(graph, parameters, key, prefix: adapters.Prefix) -> Tuning:
 def _prompt(graph, parameters, key, prompt: adapters.Prompt) -> Tuning:
     trainable = {"prompt": prompt.init(parameters["embedding"]["embedding"], key)}
 
-    def model(trainable, frozen):
+    def model(trainable, frozen, number=None):
         return TunedModel(build_model(graph, frozen), trainable)
 
     return Tuning(trainable, parameters, model)

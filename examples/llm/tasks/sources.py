@@ -1,0 +1,130 @@
+"""From what the user calls a task to its rows, in the parts that they come in."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from examples.llm.errors import UsageError
+from examples.llm.models.opening import content_hash
+from examples.llm.tasks.files import File, Row
+from examples.llm.tasks.hub import HUB, HubSource
+from examples.llm.tasks.published import read_rows
+from examples.llm.tasks.splits import Splits, names_of_parts
+
+# The files of tasks that have a name, and where they come from.
+NAMED_FILES = {
+    "polarity": ("sentence_polarity.zip", "nltk.download('sentence_polarity') fetches it"),
+    "sms": ("SMSSpamCollection.tsv", "the UCI machine learning repository has it"),
+}
+_TEXT = ".txt"
+_SUFFIXES = (".csv", ".json", ".jsonl", ".tsv", _TEXT)
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """Data in files.
+
+    Attributes:
+      files: of each part.
+      dev_is_named: whether the user said what is for development.
+    """
+
+    files: Splits[File]
+    dev_is_named: bool = False
+
+    def __str__(self):
+        return ", ".join(str(file.path) for part in self.files for file in part)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the files are plain text."""
+        return all(file.path.suffix.lower() == _TEXT for part in self.files for file in part)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The paths, which tell it from other sources."""
+        return frozenset(str(file.path.resolve()) for part in self.files for file in part)
+
+    def identity(self) -> str:
+        """Return a hash of the files' contents."""
+        return " ".join(content_hash(file.path) for part in self.files for file in part)
+
+    def rows(self) -> Splits[Row]:
+        """Read the files."""
+        return Splits(*([row for file in part for row in read_rows(file)] for part in self.files))
+
+    def texts(self) -> Splits[str]:
+        """Read the files, which are plain text."""
+        return Splits(*([file.text() for file in part] for part in self.files))
+
+
+Source = FileSource | HubSource
+
+
+def find_source(
+    task: str,
+    data: Path,
+    flag: str = "--task",
+    *,
+    dev: Path | None = None,
+    test: Path | None = None,
+) -> Source:
+    """Find the data of a task.
+
+    Args:
+      task: a name in `NAMED_FILES`; a file; a folder, in which files or folders are called by their
+        parts, or all files belong together; or `hf:NAME[:CONFIG]`, see `HubSource`.
+      data: the folder of `NAMED_FILES`.
+      flag: that named the task.
+      dev: the file for development; given with `--dev`.
+      test: the file for the test; given with `--test`.
+
+    Raises:
+      UsageError: there is nothing of that kind, or it comes in parts of its own.
+    """
+    if task.startswith(HUB):
+        source = HubSource(task, flag)
+    else:
+        source = _local(task, data, flag)
+    for given_flag, path, part in (("--dev", dev, "dev"), ("--test", test, "test")):
+        if path is None:
+            continue
+        if isinstance(source, HubSource) or getattr(source.files, part):
+            raise UsageError(f"{given_flag}: {task} comes in parts already")
+        if not path.is_file():
+            raise UsageError(f"{given_flag}: there is no file {path}")
+        files = source.files._replace(**{part: [File(path, given_flag)]})
+        source = FileSource(files, source.dev_is_named or part == "dev")
+    return source
+
+
+def _local(task: str, data: Path, flag: str) -> FileSource:
+    name, origin = NAMED_FILES.get(task, (None, ""))
+    path = Path(task) if name is None else data / name
+    if path.is_file():
+        return FileSource(Splits([File(path, flag)], [], []))
+    if path.is_dir():
+        return _folder(path, flag)
+    if name is None:
+        known = ", ".join(("sotu", *NAMED_FILES))
+        raise UsageError(f"{flag}: {task} is neither a file or folder nor one of {known}")
+    raise UsageError(f"--data: {task} needs {name}, which is not in {data}; {origin}")
+
+
+def _folder(path: Path, flag: str) -> FileSource:
+    """Files, or folders of files, that are called train, dev or test; or files of no part."""
+    entries = {entry.name: _files(entry, flag) for entry in sorted(path.iterdir())}
+    entries = {name: files for name, files in entries.items() if files}
+    if not entries:
+        raise UsageError(f"{flag}: {path} has no file in {', '.join(_SUFFIXES)}")
+    parts = names_of_parts(entries, f"{flag}: {path}")
+    if any(parts):
+        return FileSource(Splits(*(entries[name] if name else [] for name in parts)))
+    whole = [file for name, files in entries.items() if (path / name).is_file() for file in files]
+    if not whole:
+        raise UsageError(f"{flag}: {path} has folders none of which is train, dev or test")
+    return FileSource(Splits(whole, [], []))
+
+
+def _files(path: Path, flag: str) -> list[File]:
+    found = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [File(file, flag) for file in found if file.suffix.lower() in _SUFFIXES]
