@@ -117,7 +117,7 @@ def parts(second: dict[str, Any]) -> dict[str, Part]:
         "fused_apply": Part(JaxOptimizer(tx.init, fused), 3, 2, ORDERS[0]),
     }
     if not second:
-        found["new maxima alone"] = Part(JaxOptimizer(kernel.init, maxima), 1, 1)
+        found["new maxima alone"] = Part(JaxOptimizer(kernel.init, maxima), 1, 1, ORDERS[0])
     return found
 
 
