@@ -32,7 +32,7 @@ def nbytes(tree):
 def test_bytes_are_those_of_the_arrays_that_a_run_has(tuning, tiny_gguf):
     settings = dataclasses.replace(SETTINGS, tuning=tuning)
     found = plan_run(settings, TINY, "adamw4bit")
-    problem = TextProblem(None, None, 2, 1)
+    problem = TextProblem(None, None, None, 2, 1)
     trainer = Trainer(tiny_gguf, settings.recipe_of("adamw4bit"), problem)
     state = trainer.start(trainer.parameters(0), 0)
     frozen = trainer.tuning.frozen

@@ -184,7 +184,7 @@ class _Runs(Bench):
         trainer = self.trainer
         # Read again for every run: a copy to start from would count as memory of the method.
         state = trainer.start(trainer.parameters(seed), seed)
-        trainer.problem = replace(self.problem, seed=seed)
+        trainer.learn(replace(self.problem, seed=seed))
         for number in range(self.steps if is_final else self.trial_steps):
             state, cost = trainer.step(state, number, rate)
             if is_final:

@@ -8,10 +8,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from examples.llm.program.events import Job, Report, RunResult, Stage
 from examples.llm.program.processes import run_in_process
-from examples.llm.program.report import finished_result, write_run_metrics
 from examples.llm.program.settings import Settings
 from examples.llm.program.worker import fine_tune
-from examples.llm.training.checkpoints import run_identity
 
 
 def compare(settings: Settings, model: Path, console: Console) -> list[RunResult]:
@@ -23,8 +21,7 @@ def compare(settings: Settings, model: Path, console: Console) -> list[RunResult
       console: where the progress is shown.
 
     Returns:
-      One result per method and seed, in their order; each is also written to the run's folder,
-      from which a run that goes on takes those that are there.
+      One result per method and seed, in their order; each is also in the run's folder.
     """
     columns = (
         TextColumn("[bold]{task.description}"),
@@ -46,12 +43,7 @@ def compare(settings: Settings, model: Path, console: Console) -> list[RunResult
         ]
         for job, row in zip(jobs, rows, strict=True):
             progress.start_task(row)
-            identity = run_identity(job)
-            result = finished_result(job.folder, identity) if settings.resume else None
-            if result is None:
-                result = run_in_process(fine_tune, job, job.name, _show_on(progress, row))
-                if settings.cluster.is_first:
-                    write_run_metrics(result, identity, job.folder)
+            result = run_in_process(fine_tune, job, job.name, _show_on(progress, row))
             progress.update(
                 row, completed=settings.steps, status=f"held-out loss {result.loss_after:.3f}"
             )

@@ -249,4 +249,4 @@ def _abstract_layout(settings: Settings) -> Layout | None:
 def _windows_problem(settings: Settings) -> TextProblem:
     """Of which only the loss is asked for."""
     nothing = TokenWindows((), Tokenizer(models.BPE()), settings.sequence_length, 0)
-    return TextProblem(nothing, nothing, nothing, settings.batch_size, settings.eval_batches)
+    return TextProblem(nothing, nothing, nothing, settings.batch_size, 1)

@@ -1,6 +1,5 @@
 """What a comparison shows at its end: tables, files of numbers and a page."""
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -15,9 +14,9 @@ from examples.llm.program.about import about_this_run
 from examples.llm.program.configuration import settings_as_json
 from examples.llm.program.events import RunResult
 from examples.llm.program.figures import bars, curves, points
+from examples.llm.program.results import write_json
 from examples.llm.program.settings import Settings
 from examples.llm.program.spreads import Spread, spread_of
-from examples.llm.training.checkpoints import check_same
 
 _MEBIBYTE = 2**20
 _COSTS_AND_GAINS: Mapping[str, tuple[str, Callable[[RunResult], float]]] = {
@@ -117,6 +116,7 @@ def _figures(results: Sequence[RunResult]) -> list[str]:
             {"before": results[0].loss_before},
         ),
     ]  # fmt: skip
+    drawn += _development(methods)
     if "accuracy" in results[0].scores_after:
         drawn.append(
             points(
@@ -137,41 +137,34 @@ def _figures(results: Sequence[RunResult]) -> list[str]:
     ]
 
 
-def write_run_metrics(result: RunResult, identity: Mapping[str, Any], folder: Path) -> None:
-    """Write one run's numbers, and what decides them, to `folder/metrics.json`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "metrics.json", {"identity": identity, **asdict(result)})
+def _development(methods: Mapping[str, Sequence[RunResult]]) -> list[str]:
+    """How the runs did by development data, if they were judged by it."""
+    first = next(iter(methods.values()))[0].evaluations
+    if not first:
+        return []
+    kinds = {"loss": lambda found: found["loss"]}
+    if "accuracy" in first[0]["scores"]:
+        kinds["accuracy"] = lambda found: found["scores"]["accuracy"]
 
+    def series(of: Callable[[dict[str, Any]], float]) -> dict[str, tuple[list[int], np.ndarray]]:
+        steps = [found["step"] for found in first]
+        return {
+            method: (steps, np.array([[*map(of, run.evaluations)] for run in runs]))
+            for method, runs in methods.items()
+        }
 
-def finished_result(folder: Path, identity: Mapping[str, Any]) -> RunResult | None:
-    """Return what `write_run_metrics` wrote, or None if it did not.
-
-    Raises:
-      UsageError: it was of a run with another identity.
-    """
-    path = folder / "metrics.json"
-    try:
-        content = json.loads(path.read_text())
-        saved, result = content.pop("identity"), RunResult(**content)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # there is none, or none that is whole
-    check_same(saved, identity, folder)
-    return result
+    return [
+        curves(f"development-{name}", f"Development {name}", name, series(of))
+        for name, of in kinds.items()
+    ]
 
 
 def write_metrics(settings: Settings, results: Sequence[RunResult], path: Path) -> None:
     """Write the settings and every run's numbers as JSON."""
     runs = [asdict(run) for run in results]
-    _write_json(path, {"settings": settings_as_json(settings), **about_this_run(), "runs": runs})
+    write_json(path, {"settings": settings_as_json(settings), **about_this_run(), "runs": runs})
 
 
 def write_settings(settings: Settings, path: Path) -> None:
     """Write what `--config` takes."""
-    _write_json(path, settings_as_json(settings))
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a file that is whole or not there."""
-    fresh = path.with_suffix(".new")
-    fresh.write_text(json.dumps(content, indent=2) + "\n")
-    fresh.replace(path)
+    write_json(path, settings_as_json(settings))

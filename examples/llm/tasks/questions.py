@@ -15,7 +15,7 @@ from examples.llm.instructions.batches import PairBatch, PairBatches, in_order, 
 from examples.llm.instructions.encoding import EncodedText, encode_dialogue
 from examples.llm.instructions.formats import one
 from examples.llm.instructions.problem import summed_loss
-from examples.llm.models.decoder import Generator, LanguageModel
+from examples.llm.models.decoder import Generator
 from examples.llm.models.generation import generate
 from examples.llm.models.tokenizer import SpecialTokens, plain_tokens
 from examples.llm.sampling import of_like_length
@@ -109,7 +109,7 @@ class AnswerProblem:
         """Random texts of like length."""
         return self._learnt.random
 
-    def loss(self, model: LanguageModel, batch: PairBatch) -> jax.Array:
+    def loss(self, model: Generator, batch: PairBatch) -> jax.Array:
         """The mean over the tokens of answers."""
         return summed_loss(model, batch) / self.weight(batch)
 

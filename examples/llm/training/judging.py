@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import grain
 import jax
 
-from examples.llm.models.decoder import LanguageModel
+from examples.llm.models.decoder import Generator
 
 # Choices, as of a learning rate or of the best step, are made by the one; the other is reported.
 Part = Literal["dev", "test"]
@@ -25,6 +25,13 @@ class Evaluation(NamedTuple):
 
     loss: float
     scores: dict[str, float]
+
+
+def merit(evaluation: Evaluation) -> tuple[float, float]:
+    """What the better of two evaluations has more of: correct answers, then less loss."""
+    loss, scores = evaluation
+    correct = scores.get("accuracy", scores.get("exact match", 0.0))
+    return correct, -loss if loss == loss else -math.inf
 
 
 class Problem(Protocol):
@@ -62,7 +69,7 @@ def text_evaluation(loss: float) -> Evaluation:
 
 
 def make_judge(
-    model: Callable[[Any, Any], LanguageModel], problem: Problem, everywhere: Any = None
+    model: Callable[[Any, Any], Generator], problem: Problem, everywhere: Any = None
 ) -> Callable[[Any, Any, Iterable[Any]], Evaluation]:
     """Return `judge(trainable, frozen, batches)`, which compiles once for each shape of batch.
 

@@ -72,29 +72,25 @@ class Trainer:
         Args:
           model: its file or folder.
           recipe: what trains, and by what.
-          problem: what is learnt; may be replaced by one with another seed.
+          problem: what is learnt.
           layout: where all that is; None for one device.
         """
-        self.recipe, self.problem, self.layout = recipe, problem, layout
+        self.recipe, self.layout = recipe, layout
+        self.learn(problem)
         self._path = model
         self._tuning: Tuning | None = None
         self._steps: dict[Any, Any] = {}
         self._judges: dict[int, tuple[Problem, Callable[..., Evaluation]]] = {}
 
     @property
-    def problem(self) -> Problem:
-        """What is learnt."""
-        return self._problem
-
-    @problem.setter
-    def problem(self, problem: Problem) -> None:
-        self._problem, self._feed = problem, Feed(problem.batches, self.recipe.accumulate)
-
-    @property
     def tuning(self) -> Tuning:
         """What has been read: the frozen part, and how to make a model of both."""
         assert self._tuning is not None, "no parameters were read"
         return self._tuning
+
+    def learn(self, problem: Problem) -> None:
+        """Take the batches of further steps from a problem that differs in its seed at most."""
+        self.problem, self._feed = problem, Feed(problem.batches, self.recipe.accumulate)
 
     def adopt(self, tuning: Tuning) -> None:
         """Take what trains and what does not, in place of reading it; shapes will do."""

@@ -1,0 +1,39 @@
+"""What a run has found, on disk: there when it has ended, and whole."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from examples.llm.program.events import RunResult
+from examples.llm.training.checkpoints import check_same
+
+_FILE = "metrics.json"
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a file that is whole or not there."""
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps(content, indent=2) + "\n")
+    fresh.replace(path)
+
+
+def write_result(result: RunResult, identity: Mapping[str, Any], folder: Path) -> None:
+    """Write a run's numbers, and what decides them, to `folder/metrics.json`."""
+    write_json(folder / _FILE, {"identity": identity, **asdict(result)})
+
+
+def finished_result(folder: Path, identity: Mapping[str, Any]) -> RunResult | None:
+    """Return what `write_result` wrote, or None if it did not.
+
+    Raises:
+      UsageError: it was of a run with another identity.
+    """
+    try:
+        content = json.loads((folder / _FILE).read_text())
+        saved, result = content.pop("identity"), RunResult(**content)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # there is none
+    check_same(saved, identity, folder)
+    return result
