@@ -44,7 +44,7 @@ def test_what_is_written_gives_the_same_settings(file, settings):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"stepz": 3}, "stepz is unknown, choose from method, task, tuning"),
+        ({"stepz": 3}, "stepz is unknown, choose from method, task, dev"),
         ({"resume": True}, "resume is unknown"),
         ({"steps": "3"}, 'steps must be an integer, is "3"'),
         ({"steps": True}, "steps must be an integer, is true"),

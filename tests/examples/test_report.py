@@ -26,7 +26,11 @@ def run(method, seed, after):
         method=method, seed=seed, loss_before=3.0, loss_after=after,
         scores_before={"accuracy": 0.5}, scores_after={"accuracy": 0.75},
         losses=[3.0, 2.0 - seed], step_seconds=[0.5, 0.25], state_bytes=2**20,
-        peak_bytes=3 * 2**20, continuation="<script>alert(1)</script>",
+        peak_bytes=3 * 2**20, kept_step=2,
+        evaluations=[
+            {"step": step, "loss": after, "scores": {"accuracy": 0.5}} for step in (1, 2)
+        ],
+        continuation="<script>alert(1)</script>",
     )  # fmt: skip
 
 

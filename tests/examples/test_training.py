@@ -163,6 +163,32 @@ def test_a_checkpoint_of_another_run_is_refused(saved_run, changes, message):
         fine_tune(changed(saved_run[0], resume=True, **changes), lambda _: None)
 
 
+def test_the_best_parameters_by_development_data_are_kept(job, tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text(" ".join(f"the number {n} and then" for n in range(400)))
+    # After a few of such steps the loss goes up.
+    rising = changed(
+        job, task=str(text), steps=6, eval_every=2, keep_best=True, checkpoint_every=1,
+        learning_rate=0.1, schedule="constant", output=tmp_path / "whole",
+    )  # fmt: skip
+
+    def stop(event):
+        if isinstance(event, StepDone) and event.step == 4:
+            raise StoppedError
+
+    whole = fine_tune(rising, lambda _: None)
+    losses = {found["step"]: found["loss"] for found in whole.evaluations}
+    assert list(losses) == [2, 4, 6] and len(set(losses.values())) == 3
+    assert whole.kept_step == min(losses, key=losses.get) < 6
+    shorter = changed(rising, steps=whole.kept_step, output=tmp_path / "shorter")
+    assert fine_tune(shorter, lambda _: None).loss_after == whole.loss_after
+    stopped = changed(rising, output=tmp_path / "stopped")
+    with pytest.raises(StoppedError):
+        fine_tune(stopped, stop)
+    resumed = fine_tune(changed(stopped, resume=True), lambda _: None)
+    assert resumed.evaluations == whole.evaluations and resumed.loss_after == whole.loss_after
+
+
 def test_a_sequence_longer_than_the_context_is_refused(job):
     with pytest.raises(UsageError, match="--sequence-length: the model takes at most 64 tokens"):
         fine_tune(changed(job, sequence_length=65), lambda _: None)

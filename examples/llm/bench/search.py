@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from examples.llm.training.judging import Evaluation
+from examples.llm.training.judging import Evaluation, merit
 
 # Training batches and directions of trials are not those of any final run.
 SEARCH_SEED = 1_000_000
@@ -43,12 +43,7 @@ class FinalRun:
 
 def best_trial(trials: Sequence[Trial]) -> Trial:
     """The trial with the highest accuracy, of equal ones that with the lowest loss."""
-
-    def merit(trial: Trial) -> tuple[float, float]:
-        loss = trial.dev.loss
-        return trial.dev.scores["accuracy"], -loss if loss == loss else -float("inf")
-
-    return max(trials, key=merit)
+    return max(trials, key=lambda trial: merit(trial.dev))
 
 
 def search(

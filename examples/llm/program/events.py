@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from examples.llm.program.settings import Settings
 
@@ -63,6 +64,8 @@ class RunResult:
       step_seconds: wall time of every step.
       state_bytes: bytes in the buffers of the optimizer state.
       peak_bytes: highest resident memory of the process during its training steps.
+      evaluations: by development data: `step`, `loss` and `scores` of each.
+      kept_step: after how many steps the parameters were as they are judged at the end.
       continuation: the model's continuation of the prompt, empty without a prompt.
     """
 
@@ -76,6 +79,8 @@ class RunResult:
     step_seconds: list[float]
     state_bytes: int
     peak_bytes: int
+    evaluations: list[dict[str, Any]]
+    kept_step: int
     continuation: str
 
 

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -115,6 +116,7 @@ def _figures(results: Sequence[RunResult]) -> list[str]:
             {"before": results[0].loss_before},
         ),
     ]  # fmt: skip
+    drawn += _development(methods)
     if "accuracy" in results[0].scores_after:
         drawn.append(
             points(
@@ -132,6 +134,28 @@ def _figures(results: Sequence[RunResult]) -> list[str]:
         *drawn,
         bars("memory", "Memory", "MiB", memory),
         bars("time", "Time of a step", "s", times),
+    ]
+
+
+def _development(methods: Mapping[str, Sequence[RunResult]]) -> list[str]:
+    """How the runs did by development data, if they were judged by it."""
+    first = next(iter(methods.values()))[0].evaluations
+    if not first:
+        return []
+    kinds = {"loss": lambda found: found["loss"]}
+    if "accuracy" in first[0]["scores"]:
+        kinds["accuracy"] = lambda found: found["scores"]["accuracy"]
+
+    def series(of: Callable[[dict[str, Any]], float]) -> dict[str, tuple[list[int], np.ndarray]]:
+        steps = [found["step"] for found in first]
+        return {
+            method: (steps, np.array([[*map(of, run.evaluations)] for run in runs]))
+            for method, runs in methods.items()
+        }
+
+    return [
+        curves(f"development-{name}", f"Development {name}", name, series(of))
+        for name, of in kinds.items()
     ]
 
 

@@ -121,6 +121,10 @@ class Settings:
     """Which one this is, from 0; left out, the same, or JAX_PROCESS_ID."""
     eval_batches: int = 4
     """Batches of held-out text on which the loss is measured."""
+    eval_every: int = 0
+    """Steps between evaluations by development data, the last step included; 0 for none."""
+    keep_best: bool = False
+    """In the end keep the parameters that did best there, not the last ones."""
     checkpoint_every: int = 0
     """Steps between checkpoints, the last step included; 0 for none."""
     resume: bool = False
@@ -165,6 +169,9 @@ class Settings:
         check_at_least("--sequence-length", self.sequence_length, 2)
         check_seeds(self.seeds)
         check_at_least("--eval-batches", self.eval_batches, 1)
+        check_at_least("--eval-every", self.eval_every, 0)
+        if self.keep_best and not self.eval_every:
+            raise UsageError("--keep-best: needs --eval-every")
         check_at_least("--checkpoint-every", self.checkpoint_every, 0)
         check_above_zero("--learning-rate", self.learning_rate)
         check_above_zero("--eps", self.eps)
@@ -301,8 +308,14 @@ class Settings:
 
     def checkpoint_due(self, step: int) -> bool:
         """Return whether the run is saved after `step` steps."""
-        every = self.checkpoint_every
-        return every > 0 and (step % every == 0 or step == self.steps)
+        return self._is_due(step, self.checkpoint_every)
+
+    def evaluation_due(self, step: int) -> bool:
+        """Return whether the run is judged by development data after `step` steps."""
+        return self._is_due(step, self.eval_every)
+
+    def _is_due(self, step: int, every: int) -> bool:
+        return every > 0 and step > 0 and (step % every == 0 or step == self.steps)
 
 
 def target_of(name: str) -> str:

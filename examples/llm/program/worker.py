@@ -17,12 +17,12 @@ from examples.llm.program.processes import StoppedError
 from examples.llm.program.results import finished_result, write_result
 from examples.llm.program.stopping import StopRequestedError, StopSwitch
 from examples.llm.tasks.encoders import ClassProblem
-from examples.llm.training.checkpoints import Checkpoints, Progress, run_identity
+from examples.llm.training.checkpoints import BestParameters, Checkpoints, Progress, run_identity
 from examples.llm.training.judging import Evaluation
 from examples.llm.training.memory import buffer_bytes
 from examples.llm.training.problems import build_judges, build_problem
 from examples.llm.training.steps import TrainState
-from examples.llm.training.trainer import Trainer
+from examples.llm.training.trainer import Trainer, abstract
 from examples.llm.training.tuning import save_adapter
 
 
@@ -136,6 +136,7 @@ class _Run:
     def _train(self, log: MetricsLog) -> None:
         self.report(Stage("compiling the step"))
         settings, progress = self.settings, self.progress
+        self._judge_if_due(log)
         for number in range(len(progress.losses), settings.steps):
             self.switch.check()
             assert self.state is not None
@@ -145,8 +146,34 @@ class _Run:
             progress.peak_bytes = max(progress.peak_bytes, measured.peak_bytes)
             log.write(number + 1, loss=measured.loss, seconds=measured.seconds)
             self.report(StepDone(number + 1, measured.loss))
+            self._judge_if_due(log)
             if settings.checkpoint_due(number + 1):
                 self._save(self.state)
+
+    def _judge_if_due(self, log: MetricsLog) -> None:
+        """Judge by development data, unless that was done before a stop."""
+        evaluations, step = self.progress.evaluations, len(self.progress.losses)
+        done = evaluations[-1]["step"] if evaluations else 0
+        if step == done or not self.settings.evaluation_due(step):
+            return
+        assert self.state is not None
+        self.report(Stage("judging by development data"))
+        batches = self.switch.checked(self.problem.held_out("dev"))
+        found = self.trainer.judge(self.state.parameters, self.problem, batches)._asdict()
+        evaluations.append({"step": step, **found})
+        log.write(step, part="development", **found)
+        if self.settings.keep_best and self.progress.best_step == step:
+            with BestParameters(self.job.folder / "best") as best:
+                best.save(step, self.state.parameters)
+
+    def _kept(self) -> tuple[int, Any]:
+        """The parameters that the run ends with, and after how many steps they were such."""
+        assert self.state is not None
+        if not self.settings.keep_best:
+            return self.settings.steps, self.state.parameters
+        step = self.progress.best_step
+        with BestParameters(self.job.folder / "best") as best:
+            return step, best.restore(step, abstract(self.state.parameters))
 
     def _save(self, state: TrainState) -> None:
         self.report(Stage("saving a checkpoint"))
@@ -154,9 +181,10 @@ class _Run:
 
     def _result(self) -> RunResult:
         assert self.state is not None
-        state, progress = self.state, self.progress
-        after = self._evaluate(state.parameters)
-        self._save_adapter(state.parameters)
+        state_bytes, progress = buffer_bytes(self.state.optimizer_state), self.progress
+        kept_step, parameters = self._kept()
+        after = self._evaluate(parameters)
+        self._save_adapter(parameters)
         return RunResult(
             method=self.job.method,
             seed=self.settings.seed,
@@ -166,9 +194,11 @@ class _Run:
             scores_after=after.scores,
             losses=progress.losses,
             step_seconds=progress.step_seconds,
-            state_bytes=buffer_bytes(state.optimizer_state),
+            state_bytes=state_bytes,
             peak_bytes=progress.peak_bytes,
-            continuation=self._continuation(state.parameters),
+            evaluations=progress.evaluations,
+            kept_step=kept_step,
+            continuation=self._continuation(parameters),
         )
 
     def _save_adapter(self, parameters: Any) -> None:

@@ -4,7 +4,8 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import orbax.checkpoint as ocp
 from examples.llm.errors import UsageError
 from examples.llm.models.opening import content_hash
 from examples.llm.program.events import Job
+from examples.llm.training.judging import Evaluation, merit
 from examples.llm.training.steps import TrainState
 from examples.llm.training.tuning import base_dtype
 
@@ -29,6 +31,7 @@ class Progress:
       losses: training loss of every step done.
       step_seconds: wall time of every step done.
       peak_bytes: highest resident memory during the training steps.
+      evaluations: by development data: `step`, `loss` and `scores` of each.
     """
 
     loss_before: float = math.nan
@@ -36,6 +39,16 @@ class Progress:
     losses: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     peak_bytes: int = 0
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def best_step(self) -> int:
+        """After how many steps the run did best by development data."""
+        return max(self.evaluations, key=_merit)["step"]
+
+
+def _merit(evaluation: Mapping[str, Any]) -> tuple[float, float]:
+    return merit(Evaluation(evaluation["loss"], evaluation["scores"]))
 
 
 def run_identity(job: Job) -> dict[str, Any]:
@@ -68,6 +81,8 @@ def run_identity(job: Job) -> dict[str, Any]:
         "eps": hyperparameters.eps,
         "seed": settings.seed,
         "eval-batches": settings.eval_batches,
+        "eval-every": settings.eval_every,
+        "keep-best": settings.keep_best,
     }
 
 
@@ -92,14 +107,7 @@ class Checkpoints:
         self._folder = folder
         self._identity = dict(identity)
         folder.mkdir(parents=True, exist_ok=True)
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # what Orbax logs it raises, too
-        self._manager = ocp.CheckpointManager(
-            folder,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=2, cleanup_tmp_directories=True, enable_async_checkpointing=False
-            ),
-            item_names=("state", "progress", "identity"),
-        )
+        self._manager = _manager(folder, "state", "progress", "identity", max_to_keep=2)
 
     def __enter__(self):
         return self
@@ -123,14 +131,8 @@ class Checkpoints:
             progress=ocp.args.JsonSave(asdict(progress)),
             identity=ocp.args.JsonSave(self._identity),
         )
-        try:
+        with _told_by_the_system(self._folder):
             self._manager.save(len(progress.losses), args=parts)
-        except ValueError as error:  # TensorStore's, of whatever the system says
-            number = re.search(r"os_error_code='(\d+)'", str(error))
-            if number is None:
-                raise
-            code = int(number[1])
-            raise OSError(code, os.strerror(code), str(self._folder)) from error
 
     def check_identity(self) -> None:
         """Raise a `UsageError` naming the first field in which the newest checkpoint differs."""
@@ -155,3 +157,55 @@ class Checkpoints:
             ),
         )
         return restored["state"], Progress(**restored["progress"])
+
+
+class BestParameters:
+    """What did best so far, on the disk: it needs no memory; a context manager."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._manager = folder, _manager(folder, "parameters", max_to_keep=1)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._manager.close()
+
+    def save(self, step: int, parameters: Any) -> None:
+        """Keep the parameters after `step` steps, in place of others."""
+        if step not in self._manager.all_steps():
+            parts = ocp.args.Composite(parameters=ocp.args.StandardSave(parameters))
+            with _told_by_the_system(self._folder):
+                self._manager.save(step, args=parts)
+
+    def restore(self, step: int, like: Any) -> Any:
+        """Return what was saved after `step` steps; `like` gives shapes, dtypes and places."""
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(parameters=ocp.args.StandardRestore(like))
+        )
+        return restored["parameters"]
+
+
+def _manager(folder: Path, *items: str, max_to_keep: int) -> ocp.CheckpointManager:
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # what Orbax logs it raises, too
+    return ocp.CheckpointManager(
+        folder,
+        options=ocp.CheckpointManagerOptions(
+            max_to_keep=max_to_keep, cleanup_tmp_directories=True, enable_async_checkpointing=False
+        ),
+        item_names=items,
+    )
+
+
+@contextmanager
+def _told_by_the_system(folder: Path) -> Iterator[None]:
+    """Raise an `OSError` where TensorStore raises a `ValueError` of what the system says."""
+    try:
+        yield
+    except ValueError as error:
+        number = re.search(r"os_error_code='(\d+)'", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(folder)) from error

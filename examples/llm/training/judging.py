@@ -27,6 +27,13 @@ class Evaluation(NamedTuple):
     scores: dict[str, float]
 
 
+def merit(evaluation: Evaluation) -> tuple[float, float]:
+    """What the better of two evaluations has more of: correct answers, then less loss."""
+    loss, scores = evaluation
+    correct = scores.get("accuracy", scores.get("exact match", 0.0))
+    return correct, -loss if loss == loss else -math.inf
+
+
 class Problem(Protocol):
     """A kind of data."""
 
