@@ -150,6 +150,7 @@ def plan_run(settings: Settings, config: DecoderConfig, method: str) -> RunPlan:
     target = target_of(settings.plan_for)
     recipe = _recipe_for(settings, method, target)
     tuning, layout = abstract_tuning(config, recipe, target), _abstract_layout(settings)
+    recipe = _with_kernels(recipe, _kernels(target), tuning.trainable)
     trainer = Trainer(Path(), recipe, _windows_problem(settings), layout)
     trainer.adopt(tuning)
     optimizer = trainer.optimizer()
@@ -172,7 +173,7 @@ def plan_run(settings: Settings, config: DecoderConfig, method: str) -> RunPlan:
             target=target,
         )
     except (ValueError, ModuleNotFoundError, jax.errors.JaxRuntimeError) as error:
-        raise UsageError(f"--plan-for: {method}: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"--plan-for: {method}: {str(error).splitlines()[0][:300]}") from error
     assert found.step is not None
     is_backward = METHODS[method].derivative == "backward"
     return RunPlan(
@@ -250,11 +251,19 @@ def _recipe_for(settings: Settings, method: str, target: str) -> Recipe:
     recipe = settings.recipe_of(method)
     is_cpu, is_full = platform_of(target) == "cpu", settings.tuning == "full"
     dtype = settings.dtype or ("float32" if is_cpu or is_full else "bfloat16")
-    # Adapters are too narrow for some kernels, and for tiles to matter.
-    backend = _kernels(target) if is_cpu or is_full else "reference"
     lora = recipe.lora and replace(recipe.lora, dropout=0.0)  # masks are made anew where needed
+    return replace(recipe, lora=lora, dtype=dtype)
+
+
+def _with_kernels(recipe: Recipe, backend: Backend, trainable: Any) -> Recipe:
+    """A recipe with the kernels of a backend, or without any if these do not take all leaves."""
     chosen = replace(recipe.hyperparameters, backend=backend)
-    return replace(recipe, hyperparameters=chosen, lora=lora, dtype=dtype)
+    try:
+        optimizer = METHODS[recipe.method].build(chosen)
+        jax.eval_shape(lambda tree: optimizer.init(tree, 0), trainable)
+    except ValueError:
+        chosen = replace(chosen, backend="reference")
+    return replace(recipe, hyperparameters=chosen)
 
 
 def _abstract_layout(settings: Settings) -> Layout | None:
