@@ -325,13 +325,14 @@ def target_of(name: str) -> str:
 
 DEFAULTS = Settings()
 
-# What arXiv 2305.14314, appendix B.3, has in common for all its models; few steps, for a look.
+# What arXiv 2305.14314, appendix B, has for models of up to 13B parameters; few steps, for a look.
 QLORA_RECIPE = Settings(
     method=("paged-adamw4bit",),
     tuning="qlora",
     steps=6,
     batch_size=1,
     accumulate=16,
+    lora_dropout=0.1,
     eval_batches=16,
     output=Path("runs/qlora"),
 )
