@@ -27,7 +27,7 @@ from examples.llm.models.huggingface_files import HuggingFaceModel
 
 
 def logits_of(
-    stored: HuggingFaceModel,
+    stored: Any,
     inputs: Mapping[str, np.ndarray],
     *,
     dtype: Any = jnp.float32,
@@ -36,7 +36,7 @@ def logits_of(
     """What a model makes of recorded inputs.
 
     Args:
-      stored: the model.
+      stored: the model, as `open_model` gives it.
       inputs: `input_ids`, `attention_mask`, and of BERT `token_type_ids`.
       dtype: of the weights, and of what is computed.
       **changes: fields of the config.
