@@ -37,16 +37,19 @@ class Recorded:
         """The names."""
         return list(self._checkpoints)
 
+    def shapes(self, variant: str) -> dict[str, list[int]]:
+        """The shapes of the tensors that transformers saves."""
+        return self._checkpoints[variant]["shapes"]
+
     def write(self, variant: str, folder: Path, dtype: Any = np.float32) -> Path:
         """Write a variant as Hugging Face's folder."""
         from safetensors.numpy import save_file
 
-        stored = self._checkpoints[variant]
-        shapes = stored["shapes"].items()
-        tensors = {name: weight(name, shape).astype(dtype) for name, shape in shapes}
+        shapes = self.shapes(variant).items()
+        tensors = {name: weight(name, tuple(shape)).astype(dtype) for name, shape in shapes}
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(stored["config"]))
+        (folder / "config.json").write_text(json.dumps(self._checkpoints[variant]["config"]))
         return folder
 
     def arrays(self, variant: str) -> dict[str, np.ndarray]:

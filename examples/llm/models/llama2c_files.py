@@ -25,7 +25,7 @@ _HEADER = struct.Struct("<7i")
 # Of the newer kind of file.
 _NEWER = b"24ka"
 # The first pieces of a tokenizer; a text is between two of the second.
-_SPECIAL = ("<unk>", "<s>", "</s>")
+_SPECIAL: tuple[str, ...] = ("<unk>", "<s>", "</s>")
 _UNKNOWN, _BEGIN = 0, 1
 
 
@@ -153,7 +153,7 @@ def _read_pieces(path: Path, count: int) -> tuple[list[str], list[float]]:
         data = path.read_bytes()
     except OSError as error:
         raise wrong(str(error.strerror)) from error
-    pieces, scores, at = list(_SPECIAL), [], 4  # after the length of the longest
+    pieces, scores, at = [*_SPECIAL], [], 4  # after the length of the longest
     for number in range(count):
         if len(data) < at + 8:
             raise wrong(f"it ends before piece {number} of {count}")

@@ -1,17 +1,20 @@
 """Models against transformers' recorded logits."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.traverse_util import flatten_dict
 
 from benchmarks.models.parity import at_tokens, logits_of
 from benchmarks.models.recorded import Recorded, weight
 from examples.llm.models.building import abstract_model
 from examples.llm.models.huggingface_files import HuggingFaceModel
+from examples.llm.models.huggingface_names import module_names
 from examples.llm.models.rotary import UNSCALED, Unscaled
 from examples.llm.training.steps import build_model, next_token_loss
 from optax_lowbit import qlora
@@ -122,6 +125,17 @@ def test_all_files_of_a_model_hold_the_same(variant, checkpoint, tmp_path):
         folders.append(tmp_path / name)
     for folder in folders:
         jax.tree.map(np.testing.assert_array_equal, HuggingFaceModel(folder).parameters(), expected)
+
+
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_modules_of_adapters_are_those_of_transformers(variant, checkpoint):
+    stored = checkpoint(variant)
+    modules, kernels = module_names(stored.config), flatten_dict(stored.parameters(), sep="/")
+    assert set(modules) == {x for x in kernels if re.match("layers/.*/kernel$", x)}
+    shapes = RECORDED.shapes(variant)
+    for path, names in modules.items():
+        for name in names:
+            assert shapes[f"{name}.weight"] == [*kernels[path].shape[:0:-1]]
 
 
 @pytest.mark.parametrize("variant", ["roberta mlm", "bert classes", "roberta classes"])
