@@ -149,8 +149,8 @@ def test_a_tokenizer_with_a_begin_puts_it_nowhere_else(tokenizer, tokenizer_with
     assert text == encode_dialogue(one("ab", "cd"), tokenizer, special, 20)
     assert text.tokens.count(3) == 1 and text.tokens[0] == 3
     example = Example("ab", ("c", "d"), 0)
-    options = encode(example, tokenizer_with_begin, 20, 3)
-    assert options == encode(example, tokenizer, 20, 3)
+    options = encode(example, tokenizer_with_begin, special, 20)
+    assert options == encode(example, tokenizer, special, 20)
     assert options.prompt[0] == 3 and all(len(option) == 1 for option in options.options)
     window = TokenWindows(["one two three " * 50], tokenizer_with_begin, 17, 0).batches(1)[0]
     assert (window != 3).all()

@@ -11,6 +11,7 @@ from examples.llm.errors import UsageError
 from examples.llm.models.decoder import Decoder
 from examples.llm.models.gguf_files import GGUFModel
 from examples.llm.models.tiny import TINY
+from examples.llm.models.tokenizer import NO_SPECIAL_TOKENS, SpecialTokens
 from examples.llm.tasks.batches import Batches, EncodedExample, OptionBatch, encode
 from examples.llm.tasks.example import Example
 from examples.llm.tasks.scoring import (
@@ -227,15 +228,15 @@ def test_an_option_that_an_example_lacks_is_never_chosen(table):
 def test_encoding_cuts_the_beginning_of_a_prompt(tiny_gguf):
     tokenizer = GGUFModel(tiny_gguf).tokenizer()
     example = Example("one two", (" a", " bcd"), 1)
-    whole = encode(example, tokenizer, 64)
+    whole = encode(example, tokenizer, NO_SPECIAL_TOKENS, 64)
     assert tokenizer.decode(whole.prompt) == "one two"
     assert [tokenizer.decode(option) for option in whole.options] == [" a", " bcd"]
-    cut = encode(example, tokenizer, 6)
+    cut = encode(example, tokenizer, NO_SPECIAL_TOKENS, 6)
     assert tokenizer.decode(cut.prompt) == "two"
     assert cut.length == 6 and cut.options == whole.options
     with pytest.raises(UsageError, match="--sequence-length: 3 tokens are too few"):
-        encode(example, tokenizer, 3)
-    assert encode(Example("", ("a",), 0), tokenizer, 8, begin=5).prompt == (5,)
+        encode(example, tokenizer, NO_SPECIAL_TOKENS, 3)
+    assert encode(Example("", ("a",), 0), tokenizer, SpecialTokens(5, None), 8).prompt == (5,)
 
 
 def test_batches_hold_what_they_say():

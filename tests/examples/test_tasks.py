@@ -6,6 +6,7 @@ import zipfile
 import pytest
 
 from examples.llm.errors import UsageError
+from examples.llm.models.tokenizer import NO_SPECIAL_TOKENS
 from examples.llm.tasks import templates
 from examples.llm.tasks.example import Example, Record
 from examples.llm.tasks.loading import known_format, load_task, read_data
@@ -98,7 +99,7 @@ def test_winogrande(tmp_path):
         Example("", ("Bob won.", "Al won."), 0),
     ]
     with pytest.raises(UsageError, match="--no-template: winogrande has no template"):
-        decoder_reading(format_in(path), None, None, 8, aligned=False)
+        decoder_reading(format_in(path), None, NO_SPECIAL_TOKENS, 8, aligned=False)
 
 
 def test_multirc_as_superglue_has_it(tmp_path):

@@ -134,9 +134,9 @@ class Bench:
             )
         sizes = (settings.train_examples, settings.dev_examples, settings.test_examples)
         data, tokenizer = read_data(find_source(cell.task, settings.data)), model.tokenizer()
-        begin, length = model.special_tokens().begin, settings.sequence_length
+        special, length = model.special_tokens(), settings.sequence_length
         reading = decoder_reading(
-            known_format(data), tokenizer, begin, length, aligned=settings.template
+            known_format(data), tokenizer, special, length, aligned=settings.template
         )
         task = load_task(data, sizes, reading.template)
         if task.format.answers:

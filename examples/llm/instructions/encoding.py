@@ -40,14 +40,13 @@ def encode_dialogue(
     Raises:
       UsageError: there are too few tokens for one to be predicted.
     """
-    begin = [] if special.begin is None else [special.begin]
     first, *others = (_pair_tokens(pair, tokenizer, special) for pair in dialogue.pairs)
-    source, target = _cut(*first, max_length + 1 - len(begin))
-    tokens = [*begin, *source, *target]
+    source, target = _cut(*first, max_length + 1 - len(special.front))
+    tokens = [*special.front, *source, *target]
     if len(tokens) < 2 or not target:
         asked = dialogue.pairs[0].source[:200]
         raise UsageError(f"--task: nothing is to be written after {asked!r}")
-    is_target = [False] * (len(begin) + len(source)) + [True] * len(target)
+    is_target = [False] * (len(special.front) + len(source)) + [True] * len(target)
     for source, target in others:
         tokens += [*source, *target]
         is_target += [False] * len(source) + [True] * len(target)

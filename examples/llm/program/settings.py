@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 from examples.llm.errors import UsageError
+from examples.llm.models.config import EncoderConfig, ModelConfig
 from examples.llm.models.opening import named_model
 from examples.llm.program.cluster import Cluster, find_cluster
+from examples.llm.tasks.encoders import Head
 from examples.llm.tasks.scoring import OBJECTIVES
 from examples.llm.tasks.sources import Source, find_source
 from examples.llm.training.layout import Layout, make_layout, mesh_sizes
@@ -37,8 +39,8 @@ class Settings:
 
     method: tuple[str, ...] = ("adamw", "adamw4bit")
     """Methods to compare. With backpropagation: adamw, adam, sgd and their 8bit and 4bit forms,
-    factor4bit; paged-adamw, paged-adamw8bit, paged-adamw4bit, whose state is on the host. Without:
-    mezo, zo-momentum, zo-sign, zo-adam, zo-conservative, fzoo, hizoo,
+    factor4bit, adafactor, sm3; paged-adamw, paged-adamw8bit, paged-adamw4bit, whose state is on the
+    host. Without: mezo, zo-momentum, zo-sign, zo-adam, zo-conservative, fzoo, hizoo,
     lozo, sparse, forward-grad, blockwise; and hybrid, which backpropagates through
     the last norm and head."""
     task: str = "sotu"
@@ -60,6 +62,9 @@ class Settings:
     """Their product is scaled by alpha / rank; left out, 16."""
     lora_dropout: float = 0.0
     """Share of their inputs that is dropped in training."""
+    head: Head | None = None
+    """Of an encoder: masked-lm, words of the task in place of a mask; classes, a layer that tells
+    the options apart. Left out, the first if the model can."""
     objective: Literal["classification", "language-model", "accuracy", "f1"] | None = None
     """What training on a task improves: the cross-entropy of the options, of the right option's or
     answer's tokens, or, without backpropagation, accuracy (of answers: exact match) or F1
@@ -261,6 +266,23 @@ class Settings:
     def judge_sources(self) -> list[Source]:
         """Return where the data of the other tasks are, in their order."""
         return [find_source(task, self.data, "--judge") for task in self.judge]
+
+    def head_of(self, config: ModelConfig) -> Head | None:
+        """Return what is asked of a model of this shape that is an encoder, None for a decoder.
+
+        Raises:
+          UsageError: it can't do that.
+        """
+        if not isinstance(config, EncoderConfig):
+            if self.head is not None:
+                raise UsageError("--head: the model is a decoder")
+            return None
+        for flag in ("judge", "prompt"):
+            if getattr(self, flag):
+                raise UsageError(f"--{flag}: the model is an encoder, which writes nothing")
+        if self.head == "masked-lm" and config.head != "masked-lm":
+            raise UsageError("--head: the model was not made to fill masks, choose classes")
+        return self.head or ("masked-lm" if config.head == "masked-lm" else "classes")
 
     def hyperparameters_of(self, method: str) -> Hyperparameters:
         """Return what `method` is built with."""

@@ -1,5 +1,6 @@
 """The process of one run: load, fine-tune, measure."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from examples.llm.program.metrics_log import MetricsLog
 from examples.llm.program.processes import StoppedError
 from examples.llm.program.results import finished_result, write_result
 from examples.llm.program.stopping import StopRequestedError, StopSwitch
+from examples.llm.tasks.encoders import ClassProblem
 from examples.llm.training.checkpoints import BestParameters, Checkpoints, Progress, run_identity
 from examples.llm.training.judging import Evaluation
 from examples.llm.training.memory import buffer_bytes
@@ -83,14 +85,16 @@ class _Run:
                 f"tokens, got {settings.sequence_length}"
             )
         self.tokenizer, self.special = model.tokenizer(), model.special_tokens()
-        self.problem = build_problem(settings, self.tokenizer, self.special)
-        context_length = self.config.context_length
+        head = settings.head_of(self.config)
+        self.problem = build_problem(settings, self.tokenizer, self.special, head)
+        context_length, prompt = self.config.context_length, settings.prompt
         judges = build_judges(settings, self.tokenizer, self.special, context_length)
         self.judges = {"": self.problem, **judges}
-        prompt = settings.prompt
         if prompt and self.special.begin is None and not plain_tokens(self.tokenizer, prompt):
             raise UsageError(f"--prompt: {prompt!r} has no tokens")
         recipe = settings.recipe_of(job.method)
+        if isinstance(self.problem, ClassProblem):
+            recipe = replace(recipe, num_classes=self.problem.train.num_options)
         self.trainer = Trainer(job.model, recipe, self.problem, settings.layout())
         self.state: TrainState | None = None
         self.progress = Progress()
@@ -201,7 +205,7 @@ class _Run:
         if jax.process_count() > 1:
             parameters = multihost_utils.process_allgather(parameters, tiled=True)
         if self.settings.cluster.is_first:
-            save_adapter(self.job.folder / "adapter", self.trainer.tuning, parameters, self.config)
+            save_adapter(self.job.folder / "adapter", self.trainer.tuning, parameters)
 
     def _evaluate(self, parameters: Any) -> Evaluation:
         self.report(Stage("judging by held-out data"))

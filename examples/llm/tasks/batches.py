@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from examples.llm.errors import UsageError
-from examples.llm.models.tokenizer import plain_tokens
+from examples.llm.models.tokenizer import SpecialTokens, plain_tokens
 from examples.llm.sampling import shuffled
 from examples.llm.tasks.example import Example
 
@@ -74,15 +74,15 @@ class EncodedExample:
 
 
 def encode(
-    example: Example, tokenizer: Tokenizer, max_length: int, begin: int | None = None
+    example: Example, tokenizer: Tokenizer, special: SpecialTokens, max_length: int
 ) -> EncodedExample:
     """Turn an example into tokens; a prompt that is too long loses its beginning.
 
     Args:
       example: to be encoded.
       tokenizer: of the model.
+      special: of the model; without a token in front, 0 stands for an empty prompt.
       max_length: tokens that the model reads at most.
-      begin: the token in front of a prompt; None: none, and 0 stands for an empty prompt.
 
     Raises:
       UsageError: an option alone is too long, or has no token.
@@ -90,13 +90,12 @@ def encode(
     options = tuple(tuple(plain_tokens(tokenizer, option)) for option in example.options)
     if not all(options):
         raise UsageError(f"--task: an option of {example.options} is empty")
-    front = [] if begin is None else [begin]
-    room = max_length + 1 - max(map(len, options)) - len(front)
+    room = max_length + 1 - max(map(len, options)) - len(special.front)
     if room < 1:
         raise UsageError(
             f"--sequence-length: {max_length} tokens are too few for the options {example.options}"
         )
-    prompt = [*front, *plain_tokens(tokenizer, example.prompt)[-room:]] or [0]
+    prompt = [*special.front, *plain_tokens(tokenizer, example.prompt)[-room:]] or [0]
     return EncodedExample(tuple(prompt), options, example.label, example.subject)
 
 

@@ -1,7 +1,7 @@
 """Tasks with options for encoders: a mask is filled, or a layer on top tells the class."""
 
 from dataclasses import replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import jax
 from tokenizers import Tokenizer
@@ -13,6 +13,9 @@ from examples.llm.tasks.example import Example
 from examples.llm.tasks.formats import Format
 from examples.llm.tasks.problem import OptionProblem, Reading
 from examples.llm.tasks.scoring import option_log_likelihoods
+
+# What an encoder is asked for: the word in place of a mask, or the class of a text.
+Head = Literal["masked-lm", "classes"]
 
 
 class MaskedLanguageModel(Protocol):

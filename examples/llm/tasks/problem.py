@@ -11,6 +11,7 @@ from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 from tokenizers import Tokenizer
 
 from examples.llm.errors import UsageError
+from examples.llm.models.tokenizer import SpecialTokens
 from examples.llm.tasks.batches import Batches, EncodedExample, OptionBatch, encode
 from examples.llm.tasks.example import Example, Template
 from examples.llm.tasks.formats import Format
@@ -117,7 +118,7 @@ class Reading:
 def decoder_reading(
     format_: Format,
     tokenizer: Tokenizer,
-    begin: int | None,
+    special: SpecialTokens,
     max_length: int,
     *,
     aligned: bool = True,
@@ -127,7 +128,7 @@ def decoder_reading(
     Args:
       format_: the task.
       tokenizer: of the model.
-      begin: see `encode`.
+      special: of the model.
       max_length: see `encode`.
       aligned: with the template that makes the answer likely text, or the bare one.
 
@@ -138,5 +139,5 @@ def decoder_reading(
     if template is None:
         raise UsageError(f"--no-template: {format_.name} has no template that could be left out")
     return Reading(
-        template, lambda example: encode(example, tokenizer, max_length, begin), OptionProblem
+        template, lambda example: encode(example, tokenizer, special, max_length), OptionProblem
     )

@@ -73,9 +73,9 @@ def encode_question(
     """
     (target,) = example.options
     text = encode_dialogue(one(example.prompt, target), tokenizer, special, max_length)
-    begin = () if special.begin is None else (special.begin,)
-    prompt = plain_tokens(tokenizer, example.prompt)[len(begin) + count - max_length :]
-    return Question((*begin, *prompt) or (0,), text, example.answers)
+    room = max_length - count - len(special.front)
+    prompt = plain_tokens(tokenizer, example.prompt)[-room:]
+    return Question((*special.front, *prompt) or (0,), text, example.answers)
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ def run_identity(job: Job) -> dict[str, Any]:
         "model": content_hash(job.model),
         "task": task if task == "sotu" else settings.source().identity(),
         "template": settings.template,
+        "head": settings.head,
         "objective": settings.objective,
         "train-examples": settings.train_examples,
         "eval-examples": settings.eval_examples,

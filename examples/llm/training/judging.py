@@ -42,7 +42,7 @@ class Problem(Protocol):
         """Batches to train on, without end; each depends on its number alone."""
         ...
 
-    def loss(self, model: Generator, batch: Any) -> jax.Array:
+    def loss(self, model: Any, batch: Any) -> jax.Array:
         """What training makes small: float32 `()`, a mean."""
         ...
 
@@ -54,7 +54,7 @@ class Problem(Protocol):
         """The batches of a part, by which a model is judged."""
         ...
 
-    def measure(self, model: Generator, batch: Any) -> Any:
+    def measure(self, model: Any, batch: Any) -> Any:
         """What a held-out batch tells of a model, as arrays."""
         ...
 

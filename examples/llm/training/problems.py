@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -16,7 +16,7 @@ from examples.llm.instructions.problem import InstructionProblem
 from examples.llm.models.tokenizer import SpecialTokens
 from examples.llm.program.settings import Settings
 from examples.llm.tasks.batches import Batches, EncodedExample
-from examples.llm.tasks.encoders import class_reading, masked_reading
+from examples.llm.tasks.encoders import Head, class_reading, masked_reading
 from examples.llm.tasks.example import Example
 from examples.llm.tasks.files import Row
 from examples.llm.tasks.formats import Format
@@ -31,9 +31,6 @@ from examples.llm.training.judging import Problem
 
 # To learn from, of a task with options, unless the user says how many.
 _OPTION_EXAMPLES = 1000
-
-# What an encoder has on top: it fills a mask, or tells the class of a text.
-Head = Literal["masked-lm", "classes"]
 
 
 def build_problem(
@@ -96,7 +93,7 @@ def build_judges(
     judges = {}
     for name, source in zip(settings.judge, settings.judge_sources(), strict=True):
         data, size = read_data(source), settings.batch_size
-        reading = decoder_reading(known_format(data), tokenizer, special.begin, context_length)
+        reading = decoder_reading(known_format(data), tokenizer, special, context_length)
         task = load_test(data, settings.eval_examples, reading.template)
         if task.format.answers:
             judge = answer_problem(task, tokenizer, special, context_length, size)
@@ -147,7 +144,7 @@ def _reading(
         if not settings.template:
             raise UsageError("--no-template: a mask stands in a template")
         return masked_reading(format_, tokenizer, special.mask, length)
-    return decoder_reading(format_, tokenizer, special.begin, length, aligned=settings.template)
+    return decoder_reading(format_, tokenizer, special, length, aligned=settings.template)
 
 
 def encoded_parts(

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from examples.llm.models.huggingface_files import HuggingFaceModel
 from examples.llm.models.opening import open_model
 from examples.llm.training.accumulation import AccumulatedLoss
+from examples.llm.training.feeding import Feed
 from examples.llm.training.judging import Evaluation, Problem, make_judge
 from examples.llm.training.layout import Layout, put
 from examples.llm.training.methods import METHODS, Hyperparameters, Optimizer
@@ -50,6 +52,7 @@ class Recipe:
       lora: the adapters, where the scheme of tuning has any; None for the scheme's own.
       dtype: of frozen weights, see `base_parameters`.
       accumulate: batches that make a step.
+      num_classes: of texts, for an encoder that tells them.
     """
 
     method: str
@@ -57,6 +60,7 @@ class Recipe:
     lora: adapters.LoRA | None = None
     dtype: str | None = None
     accumulate: int = 1
+    num_classes: int | None = None
 
 
 class Trainer:
@@ -86,7 +90,8 @@ class Trainer:
 
     def learn(self, problem: Problem) -> None:
         """Take the batches of further steps from a problem that differs in its seed at most."""
-        self.problem, self._batches = problem, None
+        self.problem = problem
+        self._feed: Feed | None = None  # made where a step needs it: a plan has no data
 
     def adopt(self, tuning: Tuning) -> None:
         """Take what trains and what does not, in place of reading it; shapes will do."""
@@ -109,6 +114,9 @@ class Trainer:
 
     def _read(self, seed: int) -> Tuning:
         recipe, stored = self.recipe, open_model(self._path)
+        if recipe.num_classes is not None:
+            assert isinstance(stored, HuggingFaceModel)  # no other has encoders
+            stored = stored.with_classes(recipe.num_classes, seed)
         scheme = recipe.hyperparameters.tuning
         graph, _ = abstract_decoder(stored.config)
         parameters = base_parameters(stored.parameters(), scheme, recipe.dtype)
@@ -135,8 +143,12 @@ class Trainer:
         self, state: TrainState, number: int, rate: float | None = None
     ) -> tuple[TrainState, StepMeasurement]:
         """Take step `number`, which counts from 0; the old state is used up."""
-        chosen = self.recipe.hyperparameters.learning_rate if rate is None else rate
-        batch = self._placed(self._batch(number), 0 if self.recipe.accumulate == 1 else 1)
+        accumulate, chosen = self.recipe.accumulate, rate
+        if chosen is None:
+            chosen = self.recipe.hyperparameters.learning_rate
+        if self._feed is None:
+            self._feed = Feed(self.problem.batches, accumulate)
+        batch = self._placed(self._feed.step(number), 0 if accumulate == 1 else 1)
         arguments = (np.float32(chosen), self.tuning.frozen, batch)
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if shapes not in self._steps:
@@ -189,14 +201,3 @@ class Trainer:
     def _loss(self, trainable: Any, frozen: Any, batch: Any) -> jax.Array:
         data, number = batch
         return self.problem.loss(self.tuning.model(trainable, frozen, number), data)
-
-    def _batch(self, step: int) -> tuple[Any, Any]:
-        """What a step learns from, and the number of each batch, by which dropout is drawn."""
-        if self._batches is None:
-            self._batches = self.problem.batches
-        count = self.recipe.accumulate
-        numbers = np.arange(step * count, (step + 1) * count, dtype=np.int32)
-        batches = [self._batches[int(number)] for number in numbers]
-        if count == 1:
-            return batches[0], numbers[0]
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *batches), numbers

@@ -9,11 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.traverse_util import flatten_dict
 
 from examples.llm.errors import UsageError
-from examples.llm.models.config import DecoderConfig
+from examples.llm.models.config import EncoderConfig
 from examples.llm.models.decoder import Cache, Decoder, Generator
-from examples.llm.models.huggingface_names import module_names
+from examples.llm.models.encoder import Classifier
+from examples.llm.models.huggingface_names import CLASS_MODULES, module_names, names_of
+from examples.llm.models.parameters import tensor_name
 from examples.llm.training.steps import build_model
 from optax_lowbit import adapters, qlora
 
@@ -27,14 +30,14 @@ PREFIX, PROMPT = adapters.Prefix(num_tokens=5), adapters.Prompt(num_tokens=10)
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TunedModel:
-    """A decoder with virtual tokens that were trained beside it, as losses see it.
+    """A model with virtual tokens that were trained beside it, as losses see it.
 
     Attributes:
-      decoder: frozen.
+      decoder: frozen; an encoder takes the same tokens.
       virtual: its prefix or its prompt, by the name of the argument.
     """
 
-    decoder: Decoder
+    decoder: Any
     virtual: dict[str, Any]
 
     def features(self, tokens: jax.Array, segments: jax.Array | None = None, /) -> jax.Array:
@@ -44,6 +47,10 @@ class TunedModel:
     def logits(self, features: jax.Array, /) -> jax.Array:
         """See `Decoder.logits`."""
         return self.decoder.logits(features)
+
+    def class_logits(self, tokens: jax.Array, mask: jax.Array, /) -> jax.Array:
+        """See `Classifier.class_logits`."""
+        return self.decoder.class_logits(tokens, mask, **self.virtual)
 
     def remember(
         self, tokens: jax.Array, segments: jax.Array, /, *, room: int
@@ -126,15 +133,18 @@ def tuned(
     if scheme == "full":
         return _full(graph, parameters)
     if scheme == "lora":
-        return _lora(build_model(graph, parameters), key, lora or LORA)
-    if scheme == "qlora":
+        found = _lora(build_model(graph, parameters), key, lora or LORA)
+    elif scheme == "qlora":
         base = qlora.quantize_model(build_model(graph, parameters))
-        return _lora(base, key, lora or QLORA)
-    if scheme == "prefix":
-        return _prefix(graph, parameters, key, prefix)
-    if scheme == "prompt":
-        return _prompt(graph, parameters, key, prompt)
-    raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
+        found = _lora(base, key, lora or QLORA)
+    elif scheme == "prefix":
+        found = _prefix(graph, parameters, key, prefix)
+    elif scheme == "prompt":
+        found = _prompt(graph, parameters, key, prompt)
+    else:
+        raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
+    is_classifier = isinstance(nnx.eval_shape(build_model, graph, parameters), Classifier)
+    return _with_head(found) if is_classifier else found
 
 
 def base_parameters(parameters: Any, scheme: str, dtype: str | None) -> Any:
@@ -173,20 +183,33 @@ def _cast(x: Any, dtype: Any) -> Any:
     return x.astype(dtype)
 
 
-def save_adapter(folder: Path, tuning: Tuning, trainable: Any, config: DecoderConfig) -> None:
-    """Write adapters of a decoder in PEFT's files, for the same model in PyTorch; without, nothing.
+def save_adapter(folder: Path, tuning: Tuning, trainable: Any) -> None:
+    """Write adapters in PEFT's files, for the same model in PyTorch; without, nothing.
 
     Args:
       folder: is created.
-      tuning: of the decoder.
+      tuning: of the model.
       trainable: what `Tuning.trainable` has become.
-      config: the decoder's shape.
     """
     if tuning.lora is None:
         return
-    leaves = tuning.lora.extract(tuning.model(trainable, tuning.frozen))
-    names = {path: modules for path, modules in module_names(config).items() if path in leaves}
-    qlora.write_adapter(folder, qlora.to_peft(tuning.lora, leaves, names))
+    model: Any = tuning.model(trainable, tuning.frozen)
+    leaves = tuning.lora.extract(model)
+    names = {path: m for path, m in module_names(model.config).items() if path in leaves}
+    adapter = qlora.to_peft(tuning.lora, leaves, names)
+    if isinstance(model, Classifier):
+        adapter = _with_trained_head(adapter, model.config, trainable["head"])
+    qlora.write_adapter(folder, adapter)
+
+
+def _with_trained_head(adapter: qlora.Adapter, config: EncoderConfig, head: Any) -> qlora.Adapter:
+    """The files' tensors of a head that was trained whole."""
+    names, others = names_of(config), {}
+    flat: dict[str, Any] = flatten_dict({"head": head}, sep="/")
+    for path, x in flat.items():
+        others[tensor_name(names, path)] = x.T if path.endswith("/kernel") else x
+    modules = CLASS_MODULES[config.family.name]
+    return replace(adapter, config=replace(adapter.config, modules_to_save=modules), others=others)
 
 
 def _full(graph: nnx.GraphDef[Decoder], parameters: Any) -> Tuning:
@@ -217,6 +240,17 @@ def _of_batch(number: jax.Array, x: jax.Array) -> jax.Array:
         return x
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(x.reshape(-1), number)
     return keys.reshape(x.shape)
+
+
+def _with_head(tuning: Tuning) -> Tuning:
+    """Train the head of a classifier, too: it may be new."""
+    frozen = dict(tuning.frozen)
+    trainable = {"beside": tuning.trainable, "head": frozen.pop("head")}
+
+    def model(trainable, frozen, number=None):
+        return tuning.model(trainable["beside"], {**frozen, "head": trainable["head"]}, number)
+
+    return tuning._replace(trainable=trainable, frozen=frozen, model=model)
 
 
 def _prefix(graph, parameters, key, prefix: adapters.Prefix) -> Tuning:
