@@ -77,6 +77,9 @@ class Settings:
     """Other tasks, by whose scores models are judged as well, such as MMLU."""
     train_on_source: bool = False
     """Learn the tokens of instructions, too, not those of answers alone."""
+    pack: bool = False
+    """Put several instructions, or pieces of text, into each window of --sequence-length tokens;
+    none sees another."""
     train_examples: int | None = None
     """Examples to learn from at most; left out, 1000 of a task, and of instructions all that are
     not held out."""
