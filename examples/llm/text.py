@@ -12,8 +12,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from examples.llm.errors import UsageError
+from examples.llm.instructions.encoding import EncodedText
 from examples.llm.models.decoder import LanguageModel
-from examples.llm.models.tokenizer import plain_tokens
+from examples.llm.models.tokenizer import SpecialTokens, plain_tokens
 from examples.llm.tasks.sources import FileSource
 from examples.llm.tasks.splits import Splits, with_test
 from examples.llm.training.judging import Evaluation, Part, text_evaluation
@@ -103,6 +104,22 @@ class TokenWindows:
             if len(tokens) == self.length:
                 return np.array(tokens, np.int32)
         raise UsageError(f"--sequence-length: the texts are too short for {self.length - 1} tokens")
+
+
+def pieces_of(
+    texts: Sequence[str], tokenizer: Tokenizer, special: SpecialTokens, length: int
+) -> list[EncodedText]:
+    """Cut texts, with what the model has around them, into pieces of at most `length + 1` tokens.
+
+    Each begins with the last token of the one before, so that every token is predicted once.
+    """
+    pieces = []
+    for text in texts:
+        end = [] if special.end is None else [special.end]
+        tokens = (*special.front, *plain_tokens(tokenizer, text), *end)
+        cuts = (tokens[place : place + length + 1] for place in range(0, len(tokens) - 1, length))
+        pieces += [EncodedText(cut, (True,) * len(cut)) for cut in cuts]
+    return pieces
 
 
 def windows_of(

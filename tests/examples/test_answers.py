@@ -104,20 +104,34 @@ def follower(tokenizer):
     """A model of `x y`, where `y` is the letter that is so much further on than `x`."""
     space, line_feed = tokenizer.encode(" ").ids + tokenizer.encode("\n").ids
 
-    class Follower:
-        def __init__(self, further):
-            self.further = jnp.round(further).astype(jnp.int32)
+    def following(features, further):
+        last, second, third = jnp.moveaxis(features, -1, 0)
+        is_answer = (second == space) & (third == last - further)
+        after_letter = jnp.where(is_answer, line_feed, space)
+        return jnp.where(last == space, second + further, after_letter)
 
-        def features(self, tokens, /):
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass(frozen=True)
+    class Follower:
+        further: jax.Array
+
+        def features(self, tokens, segments=None, /):
+            """The last three tokens."""
             before = [jnp.pad(tokens, ((0, 0), (n, 0)))[:, : tokens.shape[1]] for n in (0, 1, 2)]
             return jnp.stack(before, axis=-1)
 
         def logits(self, features, /):
-            last, second, third = jnp.moveaxis(features, -1, 0)
-            is_answer = (second == space) & (third == last - self.further)
-            after_letter = jnp.where(is_answer, line_feed, space)
-            following = jnp.where(last == space, second + self.further, after_letter)
-            return 9 * jax.nn.one_hot(following, 264)
+            further = jnp.round(self.further).astype(jnp.int32)
+            return 9 * jax.nn.one_hot(following(features, further), 264)
+
+        def remember(self, tokens, segments, /, *, room):
+            last = jnp.sum(segments, axis=1)[:, None, None] - 1
+            features = self.features(tokens)
+            return features, jnp.take_along_axis(features, last, axis=1)
+
+        def extend(self, tokens, cache, /):
+            features = jnp.concatenate([tokens[:, :, None], cache[..., :2]], axis=-1)
+            return features, features
 
     return Follower
 

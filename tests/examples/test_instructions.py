@@ -251,7 +251,7 @@ def test_weights_are_of_the_tokens_to_predict(on_source):
     batches = PairBatches(TEXTS, 3, train_on_source=on_source)
     (batch,) = batches.all()
     # Tokens that come after a place: the first of a text is never predicted.
-    assert batch.tokens.shape == (3, 49) and batch.weights.shape == (3, 48)
+    assert batch.tokens.shape == (3, 40) and batch.weights.shape == (3, 39)
     expected = (4, 8, 39) if on_source else (3, 8, 39)
     assert tuple(batch.weights.sum(-1)) == expected
     assert batch.weights[0, :4].tolist() == [1 if on_source else 0, 1, 1, 1]
@@ -269,7 +269,7 @@ def table_model(table):
     """A model whose logits depend on the token alone."""
 
     class Model:
-        def features(self, tokens):
+        def features(self, tokens, segments=None, /):
             return table[tokens]
 
         def logits(self, features):

@@ -34,7 +34,7 @@ class Bigrams:
     def __init__(self, table):
         self.table = jnp.asarray(table, jnp.float32)
 
-    def features(self, tokens, /):
+    def features(self, tokens, segments=None, /):
         return jax.nn.one_hot(tokens, VOCABULARY, dtype=jnp.float32)
 
     def logits(self, features, /):

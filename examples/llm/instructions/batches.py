@@ -9,7 +9,8 @@ import numpy as np
 from examples.llm.instructions.encoding import EncodedText
 from examples.llm.sampling import of_like_length
 
-# Lengths are rounded up to a multiple of this, and are at most so many: each compiles.
+# Lengths are rounded up to a multiple of this but for the longest, and are at most so many: each
+# compiles.
 _LENGTH_STEP = 16
 _LENGTHS = 4
 
@@ -23,10 +24,13 @@ class PairBatch(NamedTuple):
     Attributes:
       tokens: int32 `(batch, length + 1)`.
       weights: float32 `(batch, length)`: 1 where the token after is to be predicted.
+      segments: int32 `(batch, length)`: to which text of its row a token belongs, counted from 1,
+        and 0 for padding. None where each row is a text.
     """
 
     tokens: Array
     weights: Array
+    segments: Array = None
 
 
 class PairBatches:
@@ -65,8 +69,8 @@ class PairBatches:
             yield self._padded(chosen, chosen)
 
     def _padded(self, chosen: np.ndarray, alike: np.ndarray) -> PairBatch:
-        texts, length = [self._texts[number] for number in chosen], room(self._lengths, alike)
-        return padded(texts, self._size, length, on_source=self._on_source)
+        rows, length = [[self._texts[number]] for number in chosen], room(self._lengths, alike)
+        return batch_of(rows, self._size, length, on_source=self._on_source)
 
 
 def in_order(lengths: np.ndarray, size: int) -> Iterator[np.ndarray]:
@@ -77,24 +81,38 @@ def in_order(lengths: np.ndarray, size: int) -> Iterator[np.ndarray]:
 
 def room(lengths: np.ndarray, chosen: np.ndarray) -> int:
     """The length that chosen texts are padded to: one of few, since each compiles."""
-    step = -(-int(lengths.max()) // (_LENGTHS * _LENGTH_STEP)) * _LENGTH_STEP
-    return -(-int(lengths[chosen].max()) // step) * step
+    longest = int(lengths.max())
+    step = -(-longest // (_LENGTHS * _LENGTH_STEP)) * _LENGTH_STEP
+    return min(-(-int(lengths[chosen].max()) // step) * step, longest)
 
 
-def padded(
-    texts: Sequence[EncodedText], size: int, length: int, *, on_source: bool = False
+def batch_of(
+    rows: Sequence[Sequence[EncodedText]],
+    size: int,
+    length: int,
+    *,
+    on_source: bool = False,
+    packed: bool = False,
 ) -> PairBatch:
-    """A batch of texts, which is filled up with empty ones.
+    """A batch of texts, which is filled up with empty rows.
 
     Args:
-      texts: at most `size`.
+      rows: at most `size`; texts that follow each other.
       size: of the batch.
-      length: tokens that the model reads; each text has at most one more.
+      length: tokens that the model reads; a row has at most one more.
       on_source: whether the tokens of the sources are to be predicted too.
+      packed: whether rows are of several texts, which `segments` then tell apart.
     """
     tokens = np.zeros((size, length + 1), np.int32)
     weights = np.zeros((size, length), np.float32)
-    for row, text in enumerate(texts):
-        tokens[row, : len(text.tokens)] = text.tokens
-        weights[row, : len(text.tokens) - 1] = on_source or text.is_target[1:]
-    return PairBatch(tokens, weights)
+    segments = np.zeros((size, length), np.int32)
+    for row, texts in enumerate(rows):
+        start = 0
+        for number, text in enumerate(texts, 1):
+            end = start + len(text.tokens)
+            tokens[row, start:end] = text.tokens
+            segments[row, start:end] = number
+            # What comes after the last token is of another text.
+            weights[row, start : end - 1] = on_source or text.is_target[1:]
+            start = end
+    return PairBatch(tokens, weights, segments if packed else None)

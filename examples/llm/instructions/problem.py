@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 from examples.llm.instructions.batches import PairBatch, PairBatches
+from examples.llm.instructions.packing import PackedBatches
 from examples.llm.models.decoder import LanguageModel
 from examples.llm.training.judging import Evaluation, Part, text_evaluation
 
@@ -23,13 +24,13 @@ class InstructionProblem:
       test: texts that are reported.
     """
 
-    train: PairBatches
-    dev: PairBatches
-    test: PairBatches
+    train: PairBatches | PackedBatches
+    dev: PairBatches | PackedBatches
+    test: PairBatches | PackedBatches
 
     @property
     def batches(self) -> grain.MapDataset:
-        """Random texts of like length."""
+        """Random texts of like length, or windows of several."""
         return self.train.random
 
     def loss(self, model: LanguageModel, batch: PairBatch) -> jax.Array:
@@ -57,5 +58,5 @@ class InstructionProblem:
 
 def summed_loss(model: LanguageModel, batch: PairBatch) -> jax.Array:
     """The cross-entropy of the tokens that are to be predicted, float32 `()`."""
-    logits = model.logits(model.features(batch.tokens[:, :-1]))
+    logits = model.logits(model.features(batch.tokens[:, :-1], batch.segments))
     return jnp.sum(batch.weights * cross_entropy(logits, batch.tokens[:, 1:]))

@@ -77,6 +77,9 @@ class Settings:
     """Other tasks, by whose scores models are judged as well, such as MMLU."""
     train_on_source: bool = False
     """Learn the tokens of instructions, too, not those of answers alone."""
+    pack: bool = False
+    """Put several instructions, or pieces of text, into each window of --sequence-length tokens;
+    none sees another."""
     train_examples: int | None = None
     """Examples to learn from at most; left out, 1000 of a task, and of instructions all that are
     not held out."""
@@ -325,13 +328,14 @@ def target_of(name: str) -> str:
 
 DEFAULTS = Settings()
 
-# What arXiv 2305.14314, appendix B.3, has in common for all its models; few steps, for a look.
+# What arXiv 2305.14314, appendix B, has for models of up to 13B parameters; few steps, for a look.
 QLORA_RECIPE = Settings(
     method=("paged-adamw4bit",),
     tuning="qlora",
     steps=6,
     batch_size=1,
     accumulate=16,
+    lora_dropout=0.1,
     eval_batches=16,
     output=Path("runs/qlora"),
 )

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from examples.llm.instructions.batches import PairBatch, PairBatches, in_order, padded, room
+from examples.llm.instructions.batches import PairBatch, PairBatches, batch_of, in_order, room
 from examples.llm.instructions.encoding import EncodedText, encode_dialogue
 from examples.llm.instructions.formats import one
+from examples.llm.instructions.packing import PackedBatches
 from examples.llm.instructions.problem import summed_loss
 from examples.llm.models.decoder import Generator
 from examples.llm.models.generation import generate
@@ -92,6 +93,7 @@ class AnswerProblem:
       batch_size: questions in a batch.
       alike: so many batches in a row have one shape.
       seed: chooses the training batches.
+      window: tokens of the windows in which several texts to learn from are put; None: in none.
     """
 
     questions: Sequence[Question]
@@ -103,10 +105,11 @@ class AnswerProblem:
     batch_size: int
     alike: int = 1
     seed: int = 0
+    window: int | None = None
 
     @property
     def batches(self) -> grain.MapDataset:
-        """Random texts of like length."""
+        """Random texts of like length, or windows of several."""
         return self._learnt.random
 
     def loss(self, model: Generator, batch: PairBatch) -> jax.Array:
@@ -169,13 +172,15 @@ class AnswerProblem:
             prompts[row, : len(question.prompt)] = question.prompt
             lengths[row] = len(question.prompt)
         filled_up = np.pad(numbers, (0, self.batch_size - len(numbers)), constant_values=-1)
-        texts = [question.text for question in questions]
-        texts = padded(texts, self.batch_size, room(self._text_lengths, alike))
+        rows, length = [[question.text] for question in questions], room(self._text_lengths, alike)
+        texts = batch_of(rows, self.batch_size, length)
         return QuestionBatch(texts, prompts, lengths, filled_up.astype(np.int32))
 
     @cached_property
-    def _learnt(self) -> PairBatches:
+    def _learnt(self) -> PairBatches | PackedBatches:
         texts = [self.questions[number].text for number in self.parts.train]
+        if self.window is not None:
+            return PackedBatches(texts, self.batch_size, self.window, seed=self.seed)
         return PairBatches(texts, self.batch_size, alike=self.alike, seed=self.seed)
 
     @cached_property

@@ -72,6 +72,7 @@ def run_identity(job: Job) -> dict[str, Any]:
         "batch-size": settings.batch_size,
         "accumulate": settings.accumulate,
         "train-on-source": settings.train_on_source,
+        "pack": settings.pack,
         "judge": [source.identity() for source in settings.judge_sources()],
         "dtype": base_dtype(settings.tuning, settings.dtype),
         "schedule": hyperparameters.schedule,

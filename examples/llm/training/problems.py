@@ -1,6 +1,6 @@
 """What a run learns: batches, a loss of a model, and how well a model does on held-out data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -10,8 +10,9 @@ from tokenizers import Tokenizer
 
 from examples.llm.errors import UsageError
 from examples.llm.instructions.batches import PairBatches
-from examples.llm.instructions.encoding import encode_dialogue
+from examples.llm.instructions.encoding import EncodedText, encode_dialogue
 from examples.llm.instructions.formats import Reader, reader_of
+from examples.llm.instructions.packing import PackedBatches
 from examples.llm.instructions.problem import InstructionProblem
 from examples.llm.models.tokenizer import SpecialTokens
 from examples.llm.program.settings import Settings
@@ -26,7 +27,13 @@ from examples.llm.tasks.questions import AnswerProblem, ScoreProblem, encode_que
 from examples.llm.tasks.scoring import OBJECTIVES
 from examples.llm.tasks.sources import FileSource
 from examples.llm.tasks.splits import Splits, fill
-from examples.llm.text import TextProblem, load_addresses, texts_of_files, windows_of
+from examples.llm.text import (
+    TextProblem,
+    load_addresses,
+    pieces_of,
+    texts_of_files,
+    windows_of,
+)
 from examples.llm.training.judging import Problem
 
 # To learn from, of a task with options, unless the user says how many.
@@ -56,6 +63,8 @@ def build_problem(
         texts = texts_of_files(source)
     if head:
         raise UsageError(f"--task: {settings.task} is text, and an encoder learns from options")
+    if settings.pack:
+        return _packed_text_problem(settings, tokenizer, special, texts)
     windows = windows_of(tokenizer, texts, settings.sequence_length, settings.seed)
     return TextProblem(*windows, settings.batch_size, settings.eval_batches)
 
@@ -74,6 +83,8 @@ def _problem_of_rows(
         return _instruction_problem(settings, tokenizer, special, data.rows, reader)
     format_ = known_format(data)
     sizes = _sizes(settings, data.rows, settings.train_examples or _OPTION_EXAMPLES)
+    if settings.pack and not format_.answers:
+        raise UsageError(f"--pack: {settings.task} has options, which are read one by one")
     reading = _reading(settings, format_, tokenizer, special, head)
     task = load_task(data, sizes, reading.template)
     if format_.answers:
@@ -118,16 +129,41 @@ def _instruction_problem(
     dialogues = Splits(*([found for row in part for found in reader(row)] for part in rows))
     sizes = _sizes(settings, dialogues, settings.train_examples or len(dialogues.train))
     train, dev, test = (
-        PairBatches(
+        _batches(
+            settings,
             [encode_dialogue(one, tokenizer, special, settings.sequence_length) for one in part],
-            settings.batch_size,
-            alike=settings.accumulate,
-            seed=settings.seed,
-            train_on_source=settings.train_on_source,
         )
         for part in fill(dialogues, sizes)
     )
     return InstructionProblem(train, dev, test)
+
+
+def _packed_text_problem(
+    settings: Settings, tokenizer: Tokenizer, special: SpecialTokens, texts: Splits[str]
+) -> InstructionProblem:
+    """All of the texts to train on, and as much of the others as makes so many batches."""
+    pieces = Splits(
+        *(pieces_of(part, tokenizer, special, settings.sequence_length) for part in texts)
+    )
+    judged = settings.eval_batches * settings.batch_size
+    return InstructionProblem(
+        _batches(settings, pieces.train),
+        _batches(settings, pieces.dev[:judged]),
+        _batches(settings, pieces.test[:judged]),
+    )
+
+
+def _batches(settings: Settings, texts: Sequence[EncodedText]) -> PairBatches | PackedBatches:
+    size, length, on_source = (
+        settings.batch_size,
+        settings.sequence_length,
+        settings.train_on_source,
+    )
+    if settings.pack:
+        return PackedBatches(texts, size, length, seed=settings.seed, train_on_source=on_source)
+    return PairBatches(
+        texts, size, alike=settings.accumulate, seed=settings.seed, train_on_source=on_source
+    )
 
 
 def _reading(
@@ -166,8 +202,11 @@ def _answer_problem(
         if score not in answers.scores:
             name = task.format.name
             raise UsageError(f"--objective: {name} is answered freely, it has no {score}")
+        if settings.pack:
+            raise UsageError(f"--pack: {score} is of answers that are written one by one")
         kind = partial(ScoreProblem, score=score)
-    kind = partial(kind, alike=settings.accumulate, seed=settings.seed)
+    window = settings.sequence_length if settings.pack else None
+    kind = partial(kind, alike=settings.accumulate, seed=settings.seed, window=window)
     length, size = settings.sequence_length, settings.batch_size
     return answer_problem(task, tokenizer, special, length, size, kind)
 
