@@ -31,15 +31,15 @@ class Places(NamedTuple):
 
 
 def text_places(segments: jax.Array, first: int = 0) -> Places:
-    """Return the places of tokens with these segments; texts begin at position `first`."""
+    """Return the places of tokens of these segments; texts begin at position `first`."""
     same = segments[:, :, None] == segments[:, None, :]
     return Places(first + jnp.sum(jnp.tril(same, -1), axis=-1, dtype=jnp.int32), segments)
 
 
-def virtual_places(count: int, first: int = 0) -> Places:
-    """Return the places of `count` virtual tokens, the same for all rows."""
+def row_places(count: int, first: int = 0, segment: int = 1) -> Places:
+    """Return the places of `count` tokens of one segment, the same for all rows."""
     positions = jnp.arange(first, first + count, dtype=jnp.int32)[None]
-    return Places(positions, jnp.full_like(positions, SHARED))
+    return Places(positions, jnp.full_like(positions, segment))
 
 
 def joined(one: Places, other: Places) -> Places:

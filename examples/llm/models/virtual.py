@@ -3,10 +3,9 @@
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from examples.llm.models.layers import KeysAndValues
-from examples.llm.models.positions import Places, joined, text_places, virtual_places
+from examples.llm.models.positions import SHARED, Places, joined, row_places, text_places
 from optax_lowbit import adapters
 
 
@@ -43,14 +42,16 @@ def with_virtual_tokens(
     """
     in_prefix = 0 if prefix is None else prefix["keys"].shape[1]
     in_prompt = 0 if prompt is None else len(prompt)
+    first = in_prefix + in_prompt
     if segments is None:
-        segments = jnp.ones((1, x.shape[1]), jnp.int32)
-    places = text_places(segments, in_prefix + in_prompt)
+        places = row_places(x.shape[1], first)
+    else:
+        places = text_places(segments, first)
     if prompt is not None:
-        places = joined(virtual_places(in_prompt, in_prefix), places)
+        places = joined(row_places(in_prompt, in_prefix, SHARED), places)
         x = adapters.prepend(prompt, x)
     earlier = prefix and {name: heads[:, None] for name, heads in prefix.items()}
-    return Input(x, places, earlier, virtual_places(in_prefix))
+    return Input(x, places, earlier, row_places(in_prefix, segment=SHARED))
 
 
 def check_length(given: Input, more: int, limit: int | None) -> None:

@@ -9,6 +9,7 @@ from flax import nnx
 from examples.llm.models.config import DecoderConfig
 from examples.llm.models.decoder import Decoder
 from examples.llm.models.families import OPT
+from examples.llm.models.rotary import UNSCALED, Divided, DynamicNTK, Linear, Llama3
 from examples.llm.training.steps import abstract_decoder
 
 SMALL = DecoderConfig(
@@ -61,6 +62,24 @@ def test_rotary_positions_make_the_order_matter():
     one = model(jnp.array([[1, 2, 3]], jnp.int32))[0, -1]
     other = model(jnp.array([[2, 1, 3]], jnp.int32))[0, -1]
     assert not np.allclose(one, other)
+
+
+def test_longer_contexts_turn_slower():
+    """The first pair turns once in 2 pi tokens, the last once in 2 pi 1000."""
+    base, size, length = 1000.0, 8, jnp.int32(64)
+    plain = np.asarray(UNSCALED.frequencies(base, size, length))
+    np.testing.assert_allclose(plain, 1000.0 ** (-np.arange(4) / 4), rtol=1e-5)
+    np.testing.assert_allclose(Linear(4.0).frequencies(base, size, length), plain / 4, rtol=1e-6)
+    divided = Divided((1.0, 2.0, 3.0, 4.0)).frequencies(base, size, length)
+    np.testing.assert_allclose(divided, plain / [1, 2, 3, 4], rtol=1e-6)
+    # In 100 tokens there are 15.9, 2.830, 0.5 and 0.09 turns.
+    expected = plain / [1, 1 / (0.61007 + (1 - 0.61007) / 8), 8, 8]
+    llama3 = Llama3(8.0, low=1.0, high=4.0, original_length=100).frequencies(base, size, length)
+    np.testing.assert_allclose(llama3, expected, rtol=1e-3)
+    dynamic = DynamicNTK(2.0, limit=64)
+    np.testing.assert_allclose(dynamic.frequencies(base, size, length), plain, rtol=1e-6)
+    longer = np.asarray(dynamic.frequencies(base, size, jnp.int32(128)))
+    np.testing.assert_allclose(longer, plain * 3.0 ** (-np.arange(4) / 3), rtol=1e-5)
 
 
 @pytest.mark.parametrize(

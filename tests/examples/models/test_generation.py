@@ -17,8 +17,9 @@ from examples.llm.models.tokenizer import NO_SPECIAL_TOKENS, SpecialTokens
 
 FAMILIES = {
     "llama": TINY,
-    "linear": dataclasses.replace(TINY, rotary_scaling=Linear(3.0), tied_embeddings=False),
-    "mistral": dataclasses.replace(TINY, family=MISTRAL, sliding_window=4),
+    "mistral": dataclasses.replace(
+        TINY, family=MISTRAL, sliding_window=4, rotary_scaling=Linear(3.0), tied_embeddings=False
+    ),
     "opt": dataclasses.replace(
         TINY, family=OPT, position_offset=2, attention_bias=True, feed_forward_bias=True
     ),
@@ -150,7 +151,12 @@ def test_impossible_arguments(options, message):
     ids=["learned", "dynamic"],
 )
 def test_there_are_as_many_positions_as_the_model_has(change):
-    model = Decoder(dataclasses.replace(TINY, context_length=9, **change), rngs=nnx.Rngs(0))
-    generate(model, PROMPTS, jnp.array(LENGTHS), count=3, end=None)
+    config = dataclasses.replace(TINY, context_length=9, **change)
+
+    def shape(count):
+        model = Decoder(config, rngs=nnx.Rngs(0))
+        return generate(model, PROMPTS, jnp.array(LENGTHS), count=count, end=None)
+
+    assert jax.eval_shape(partial(shape, 3)).shape == (3, 3)
     with pytest.raises(ValueError, match="positions for at most 9 tokens, got 10"):
-        generate(model, PROMPTS, jnp.array(LENGTHS), count=4, end=None)
+        jax.eval_shape(partial(shape, 4))

@@ -15,7 +15,7 @@ from benchmarks.models.recorded import Recorded, weight
 from examples.llm.models.building import abstract_model
 from examples.llm.models.huggingface_files import HuggingFaceModel
 from examples.llm.models.huggingface_names import module_names
-from examples.llm.models.rotary import UNSCALED, Unscaled
+from examples.llm.models.rotary import Unscaled
 from examples.llm.training.steps import build_model, next_token_loss
 from optax_lowbit import qlora
 
@@ -56,14 +56,14 @@ def test_logits_in_bfloat16_are_as_near_as_those_of_transformers(variant, checkp
 
 
 @pytest.mark.parametrize("variant", FAMILIES)
-def test_layers_in_a_row_give_what_a_scan_gives(variant, checkpoint):
-    inputs, stored = RECORDED.arrays(variant), checkpoint(variant)
-    scanned, unrolled = (logits_of(stored, inputs, scan_layers=scan) for scan in (True, False))
-    # Two roundings of float32 in each of some twenty sums that feed a logit.
-    np.testing.assert_allclose(unrolled, scanned, rtol=0, atol=5e-6 * np.abs(scanned).max())
+def test_logits_of_layers_in_a_row(variant, checkpoint):
+    inputs = RECORDED.arrays(variant)
+    expected = at_tokens(inputs["logits"], inputs)
+    logits = logits_of(checkpoint(variant), inputs, scan_layers=False)
+    np.testing.assert_allclose(logits, expected, **CLOSE)
 
 
-def test_unrolled_layers_and_their_gradients_have_no_loop(checkpoint):
+def test_gradients_of_layers_in_a_row_have_no_loop_and_are_those_of_a_scan(checkpoint):
     stored, tokens = checkpoint("llama"), jnp.ones((1, 5), jnp.int32)
     parameters = stored.parameters()
 
@@ -74,8 +74,9 @@ def test_unrolled_layers_and_their_gradients_have_no_loop(checkpoint):
 
     scanned, unrolled = program(True), program(False)
     assert " while(" in scanned.as_text() and " while(" not in unrolled.as_text()
+    # The same sums in another order: some roundings of float32, which are 6e-8 of a number.
     jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6),
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
         scanned(parameters),
         unrolled(parameters),
     )
@@ -90,20 +91,19 @@ def test_the_table_has_the_largest_differences(checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("variant", "change"),
+    ("variant", "other"),
     [
-        ("llama linear", {"rotary_scaling": UNSCALED}),
-        ("llama llama3", {"rotary_scaling": UNSCALED}),
-        ("llama dynamic", {"rotary_scaling": UNSCALED}),
-        ("mistral", {"sliding_window": None}),
-        ("opt", {"norm_first": False}),
-        ("bert mlm", {"norm_first": True}),
+        ("llama linear", "llama"),
+        ("llama dynamic", "llama"),
+        ("mistral", "mistral no window"),
+        ("opt", "opt post-norm"),
     ],
 )
-def test_what_variants_differ_in_matters(variant, change, checkpoint):
-    inputs, stored = RECORDED.arrays(variant), checkpoint(variant)
-    expected = at_tokens(inputs["logits"], inputs)
-    assert np.abs(logits_of(stored, inputs, **change) - expected).max() > 0.05
+def test_what_variants_differ_in_matters(variant, other):
+    """To transformers, with the same weights and tokens."""
+    one, another = RECORDED.arrays(variant), RECORDED.arrays(other)
+    np.testing.assert_array_equal(one["input_ids"], another["input_ids"])
+    assert np.abs(at_tokens(one["logits"] - another["logits"], one)).max() > 0.05
 
 
 def test_recorded_weights_are_numbers_of_16_bits():
@@ -148,7 +148,7 @@ def test_modules_of_adapters_are_those_of_transformers(variant, checkpoint):
 
 @pytest.mark.parametrize("variant", ["roberta mlm", "bert classes", "roberta classes"])
 def test_a_new_head_for_classes(variant, checkpoint):
-    stored, inputs = checkpoint(variant), RECORDED.arrays(variant)
+    stored = checkpoint(variant)
     classes = stored.with_classes(5, seed=1)
     parameters, body = classes.parameters(), stored.parameters()
     head = parameters.pop("head")
@@ -158,7 +158,6 @@ def test_a_new_head_for_classes(variant, checkpoint):
     is_kept = np.array_equal(head["dense"]["kernel"], has_dense)
     assert is_kept == variant.endswith("classes")
     jax.tree.map(np.testing.assert_array_equal, parameters, body)
-    assert logits_of(classes, inputs).shape == (2, 5)
     again = stored.with_classes(5, seed=1).parameters()["head"]["output"]["kernel"]
     np.testing.assert_array_equal(again, head["output"]["kernel"])
 
