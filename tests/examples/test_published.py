@@ -167,6 +167,14 @@ def test_big_bench_hard_without_options_is_answered_freely(tmp_path):
     assert examples(path)[3] == Example("Q: Sort 3\nA:", (" a 3",), answers=("a 3",))
 
 
+def test_a_folder_of_big_bench_hard_has_the_options_of_each_file(tmp_path):
+    for name, targets in (("sports", ("no", "yes")), ("letters", ("(A)", "(B)", "(C)"))):
+        rows = [{"input": f"{name} {n}", "target": target} for n, target in enumerate(targets)]
+        written(tmp_path, f"{name}.json", {"examples": rows})
+    found = {example.subject: example.options for example in examples(tmp_path)}
+    assert found == {"sports": (" no", " yes"), "letters": (" (A)", " (B)", " (C)")}
+
+
 def test_mmlu_as_its_authors_and_the_hub_have_it(tmp_path):
     path = written(tmp_path, "abstract_algebra_test.csv", MMLU_CSV)
     first, second = examples(path)
