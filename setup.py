@@ -5,6 +5,9 @@ import pathlib
 from setuptools import Extension, setup
 
 NATIVE = pathlib.Path("optax_lowbit/kernels/cpu/native")
+# -O3 whatever the interpreter was built with; -w: the warnings are GCC's own headers'. A root that
+# sets errno is a call for each element.
+FLAGS = ["-O3", "-g0", "-std=c++17", "-w", "-fno-math-errno"]
 
 
 def extensions() -> list[Extension]:
@@ -19,8 +22,7 @@ def extensions() -> list[Extension]:
             sources=[str(NATIVE / "targets.cc"), str(NATIVE / "handlers.cc")],
             depends=[str(path) for path in [*NATIVE.glob("*.h"), *NATIVE.glob("*.inc")]],
             include_dirs=[jax.ffi.include_dir()],
-            # -O3 whatever the interpreter was built with; -w: the warnings are GCC's own headers'.
-            extra_compile_args=["-O3", "-g0", "-std=c++17", "-w"],
+            extra_compile_args=FLAGS,
             language="c++",
             optional=True,
         )

@@ -1,4 +1,4 @@
-"""NF4 on a CPU beside qwix and bitsandbytes: quantizing, dequantizing, and a step with adapters.
+"""NF4 on a CPU beside qwix and bitsandbytes: quantizing, dequantizing, products, a training step.
 
 ``python -m benchmarks.qlora_speed`` prints the table of docs/qlora.md and writes
 results/qlora_speed.json. Contestants take turns in one process, as in benchmarks/speed. Those that
@@ -7,8 +7,9 @@ are not installed are left out: ``pip install -r benchmarks/requirements-peers.t
 
 import dataclasses
 import json
+import operator
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,15 @@ from optax_lowbit import adapters, qlora
 
 RESULTS = Path(__file__).parent / "results" / "qlora_speed.json"
 SIZES = (2048, 4096)
+ROWS = (1, 32, 512)  # of x, times the largest matrix
 LAYERS, WIDTH, BATCH = 4, 1024, 256
 LORA = adapters.LoRA(rank=16, alpha=16, targets="kernel")
 ROUNDS = Rounds(seconds=4, least=5, most=40)
 OURS, NESTED = "optax_lowbit", "optax_lowbit, double quantization"
-TRANSPOSED = "optax_lowbit, of the transposed matrix"
+CHECKPOINT = "optax_lowbit, of a checkpoint"
+WHOLE, FLOATS = "optax_lowbit, dequantized whole", "float32"
 
-Contestants = Iterator[tuple[str, Runner]]
+Contestants = Iterable[tuple[str, Runner]]
 
 
 class JaxCall(Runner):
@@ -75,11 +78,22 @@ def main():
     for size in SIZES:
         parts[f"quantize {size}x{size}"] = timed(quantizers(size, peers))
         parts[f"dequantize {size}x{size}"] = timed(dequantizers(size, peers))
-    parts["training step"] = timed(training_steps(peers))
+    for rows in ROWS:
+        parts[f"{rows} x {SIZES[-1]}x{SIZES[-1]}"] = timed(products(rows, SIZES[-1], peers))
+    steps = dict(training_steps(peers))
+    parts["training step"] = timed(steps.items())
+    temporaries = {
+        name: step.compiled.memory_analysis().temp_size_in_bytes
+        for name, step in steps.items()
+        if isinstance(step, JaxCall)
+    }
     run = run_record("benchmarks.qlora_speed", "flax", "qwix", "bitsandbytes", "torch")
-    results = {"run": run, "parts": parts}
+    results = {"run": run, "parts": parts, "bytes of temporaries": temporaries}
     RESULTS.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
     print(table(parts))
+    print()
+    rows = [[name, f"{size / 1e6:.1f}"] for name, size in temporaries.items()]
+    print(markdown_table(["training step", "temporaries, MB"], rows))
 
 
 def timed(contestants: Contestants) -> dict[str, dict[str, Any]]:
@@ -91,13 +105,15 @@ def timed(contestants: Contestants) -> dict[str, dict[str, Any]]:
 def quantizers(size: int, peers: dict[str, bool]) -> Contestants:
     """A float32 matrix to NF4 in blocks of 64 along the axis that is summed over.
 
-    bitsandbytes is given the transposed one, a PyTorch weight; so are we, once.
+    bitsandbytes is given the transposed one, a PyTorch weight; so are we, once, as we read one:
+    columns one after the other.
     """
     w = np.random.default_rng(0).standard_normal((size, size), np.float32)
     transposed = w.T.copy()
     for name, spec in ((OURS, PLAIN), (NESTED, qlora.NF4)):
         yield name, JaxCall(lambda w, spec=spec: qlora.quantize_matrix(w, spec), jnp.asarray(w))
-    yield TRANSPOSED, JaxCall(lambda w: qlora.quantize_matrix(w.mT, PLAIN), jnp.asarray(transposed))
+    columns = jnp.asarray(transposed.reshape(-1, 1))
+    yield CHECKPOINT, JaxCall(lambda w: qlora.quantize_matrix(w, PLAIN), columns)
     if peers["qwix"]:
         yield "qwix", JaxCall(qwix_nf4, jnp.asarray(w))
     if peers["bitsandbytes"]:
@@ -124,6 +140,29 @@ def dequantizers(size: int, peers: dict[str, bool]) -> Contestants:
 
         codes, state = bnb.quantize_4bit(torch.from_numpy(w.T.copy()), quant_type="nf4")
         yield "bitsandbytes", TorchCall(lambda: bnb.dequantize_4bit(codes, state))
+
+
+def products(rows: int, size: int, peers: dict[str, bool]) -> Contestants:
+    """``x @ W`` for float32 ``x`` of so many rows."""
+    rng = np.random.default_rng(0)
+    w, x = (rng.standard_normal((n, size), np.float32) for n in (size, rows))
+    for name, spec in ((OURS, PLAIN), (NESTED, qlora.NF4)):
+        quantized = qlora.quantize_matrix(jnp.asarray(w), spec)
+        yield name, JaxCall(operator.matmul, jnp.asarray(x), quantized)
+    yield WHOLE, JaxCall(lambda x, w: x @ w.dequantize(), jnp.asarray(x), quantized)
+    yield FLOATS, JaxCall(jnp.matmul, jnp.asarray(x), jnp.asarray(w))
+    if peers["qwix"]:
+        import qwix  # pyright: ignore[reportMissingImports]
+
+        coded = jax.jit(qwix_nf4)(jnp.asarray(w))
+        yield "qwix", JaxCall(lambda x, w: x @ qwix.dequantize(w), jnp.asarray(x), coded)
+    if peers["bitsandbytes"]:
+        import bitsandbytes.functional as bnb  # pyright: ignore[reportMissingImports]
+        import torch  # pyright: ignore[reportMissingImports]
+        from bitsandbytes import matmul_4bit  # pyright: ignore[reportMissingImports]
+
+        codes, state = bnb.quantize_4bit(torch.from_numpy(w.T.copy()), quant_type="nf4")
+        yield "bitsandbytes", TorchCall(lambda: matmul_4bit(torch.from_numpy(x), codes.t(), state))
 
 
 def qwix_nf4(w: jax.Array) -> Any:

@@ -51,10 +51,15 @@ class JaxStep(Runner):
       optimizer: What is compiled.
       workload: Parameters and gradients.
       order: Of the arguments, one of `ORDERS`.
+      options: Of the compiler.
     """
 
     def __init__(
-        self, optimizer: JaxOptimizer, workload: Workload, order: Sequence[str] = ORDERS[0]
+        self,
+        optimizer: JaxOptimizer,
+        workload: Workload,
+        order: Sequence[str] = ORDERS[0],
+        options: dict[str, Any] | None = None,
     ):
         self.source = _source(workload)
         params = [jnp.array(leaf) for leaf in initial_parameters(workload)]
@@ -68,7 +73,7 @@ class JaxStep(Runner):
             return optimizer.apply(named["grads"], named["state"], named["params"])
 
         start = time.perf_counter()
-        self.compiled = _compile(step, (0, 1, 2), *self._arguments())
+        self.compiled = _compile(step, (0, 1, 2), *self._arguments(), options=options)
         self.step()
         self.first_step = time.perf_counter() - start
         self.details = {"donated": ", ".join(order), **_details(self.compiled)}
@@ -171,11 +176,17 @@ def faster_order(make: Callable[[], JaxOptimizer], size: int) -> tuple[str, ...]
     return min(ORDERS, key=lambda order: min(seconds[order]))
 
 
-def _compile(function: Callable[..., Any], donated: Sequence[int], *arguments: Any) -> Any:
+def _compile(
+    function: Callable[..., Any],
+    donated: Sequence[int],
+    *arguments: Any,
+    options: dict[str, Any] | None = None,
+) -> Any:
     with warnings.catch_warnings():
         # No mistake here: which arrays a result can be written over is what `ORDERS` try.
         warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
-        return jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
+        lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
+        return lowered.compile(compiler_options=options)
 
 
 _copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))

@@ -1,6 +1,8 @@
 """Adam on moments kept in few bits: the arithmetic that its kernels share."""
 
 import functools
+import operator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -57,11 +59,18 @@ def _bias(decay: jax.typing.ArrayLike, count: jax.Array) -> jax.Array:
 
 
 def adam_step(
-    grad: jax.Array, mu: jax.Array, nu: jax.Array, c: Coefficients
+    grad: jax.Array,
+    mu: jax.Array,
+    nu: jax.Array,
+    c: Coefficients,
+    product: Callable[[jax.Array, jax.Array], jax.Array] = operator.mul,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The update and the new moments; float32 arrays of one shape."""
-    mu = c.one_minus_b1 * grad + c.b1 * mu
-    nu = c.one_minus_b2 * (grad * grad) + c.b2 * nu
+    """The update and the new moments; float32 arrays of one shape.
+
+    ``product`` forms what is added, for which a compiler may else take a multiply-add.
+    """
+    mu = product(c.one_minus_b1, grad) + product(c.b1, mu)
+    nu = product(c.one_minus_b2, grad * grad) + product(c.b2, nu)
     return adam_direction(grad, mu, nu, c), mu, nu
 
 

@@ -26,7 +26,7 @@ def checked(backend: str) -> str:
 
 def kernels(backend: str) -> ModuleType:
     """The functions of a backend; interpreted ones are those for a TPU."""
-    folder = {"cpu": "cpu.ops", "interpret": "pallas_tpu"}.get(backend, backend)
+    folder = "pallas_tpu" if backend == "interpret" else backend
     return importlib.import_module(f"optax_lowbit.kernels.{folder}")
 
 

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_lowbit.kernels import backends, quantization
 from optax_lowbit.kernels.backends import Backend
+from optax_lowbit.kernels.cpu.quantized_dot import MOST_ROWS
 from optax_lowbit.kernels.meshes import as_varying, is_explicit, varying_axes
 from optax_lowbit.kernels.ordering import data_zero, first_element
 from optax_lowbit.kernels.reference import float_dtype
@@ -43,10 +44,11 @@ def quantized_dot(
         not differentiated.
       shape: ``(n, m)``.
       out_sharding: Of the product, on an Explicit mesh that leaves a choice.
-      backend: A :data:`~optax_lowbit.kernels.backends.Backend`. A kernel for TPUs or GPUs takes the
-        whole product, and ``W`` is never dequantized but for a tile at a time; on several devices
-        only inside `jax.shard_map`. Where none takes it, and as ``"cpu"`` and ``"reference"``, the
-        product is XLA's, of what that backend dequantizes.
+      backend: A :data:`~optax_lowbit.kernels.backends.Backend`. Where a kernel takes the product,
+        ``W`` is never dequantized but for a tile at a time: on TPUs and GPUs, and on CPUs where
+        that is faster, with a ``W`` of 32 MiB in the dtype of ``x`` and 512 rows of ``x`` at most;
+        on several devices only inside `jax.shard_map`. Else, and as ``"reference"``, the product is
+        XLA's, of what that backend dequantizes.
 
     Returns:
       ``(..., m)`` in the dtype of ``x``; summed up in float32.
@@ -115,7 +117,7 @@ def _compute(product: _Product, x: jax.Array, *leaves: jax.Array) -> jax.Array:
         rows = _after(rows, x)
 
     def run(name):
-        if name in _DEQUANTIZERS:
+        if name == "reference" or (name == "cpu" and not _has_tiles_on_cpus(x, rows)):
             dequantizer = "auto" if product.backend == "auto" else name
             return functools.partial(_by_xla, product, dequantizer)
         return functools.partial(_by_kernel, product, name)
@@ -123,26 +125,35 @@ def _compute(product: _Product, x: jax.Array, *leaves: jax.Array) -> jax.Array:
     return backends.by_platform(_chosen(product.backend, x, rows), run, x, rows)
 
 
-# Of these the product is XLA's.
-_DEQUANTIZERS = ("reference", "cpu")
-
-
 def _chosen(backend: str, x: jax.Array, rows: QuantizedArray) -> dict[str, str]:
     """The backend of each platform."""
     if not x.size:
         backend = "reference"
-    if backend in _DEQUANTIZERS:
+    if backend in ("reference", "cpu"):
         return backends.everywhere(backend)
-    # Values are rounded to the dtype of the matrix before that of x: a kernel must know both.
-    dtype = x.dtype if rows.dtype in (jnp.float32, jnp.bfloat16) else rows.dtype
     task = "multiply by this matrix"
     chosen = backends.platforms(
-        backend, "quantized_dot", x, rows.shape, dtype, rows.spec, task=task
+        backend, "quantized_dot", x, rows.shape, _stored_dtype(x, rows), rows.spec, task=task
     )
     if backend != "auto" and is_explicit(x):
         if reason := backends.why_not_spread(backend, "quantized_dot", x):
             raise ValueError(f"backend={backend!r} cannot {task}: {reason}")
     return chosen
+
+
+def _stored_dtype(x: jax.Array, rows: QuantizedArray) -> Any:
+    """What a kernel must know: values are rounded to the dtype of the matrix before that of x."""
+    return x.dtype if rows.dtype in (jnp.float32, jnp.bfloat16) else rows.dtype
+
+
+def _has_tiles_on_cpus(x: jax.Array, rows: QuantizedArray) -> bool:
+    """Whether a product on CPUs is a kernel's; else it is XLA's, of the matrix dequantized."""
+    is_few = x.size <= MOST_ROWS * x.shape[-1]
+    dtype = _stored_dtype(x, rows)
+    return is_few and not (
+        backends.why_not("cpu", "quantized_dot", rows.shape, dtype, rows.spec)
+        or backends.why_not_spread("cpu", "quantized_dot", x)
+    )
 
 
 def _by_kernel(product: _Product, backend: str, x: jax.Array, rows: QuantizedArray) -> jax.Array:

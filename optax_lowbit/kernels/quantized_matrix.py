@@ -36,7 +36,8 @@ class QuantizedMatrix:
 
     **Memory.** Four bits an element, and for each block of 64 a scale: 4 bytes, or 8 bits under
     double quantization, which makes 4.127 bits. Of a product, the matrix in the dtype of ``x``,
-    for as long as the product takes; of a kernel's, for TPUs and GPUs, a tile of it.
+    for as long as the product takes; of a kernel's, on TPUs and GPUs and for large matrices on
+    CPUs, a tile of it.
 
     Attributes:
       rows: ``(..., m, n)``, its columns, in blocks along ``n``, which is summed over. If ``n`` is
@@ -235,25 +236,43 @@ def check_spec(spec: QuantSpec) -> None:
 def _quantized_rows(w: jax.Array, spec: QuantSpec) -> QuantizedArray:
     if w.ndim > 2:
         return jax.vmap(functools.partial(_quantized_rows, spec=spec))(w)
-    rows = to_float32(w).mT
-    if rows.shape[-1] % spec.group_size:
-        rows = rows.reshape(-1)
-    absmax: Any = compute_scales(rows, dataclasses.replace(spec, double_quant=False))
-    codes = _codes_as_bitsandbytes(rows, absmax, spec)
+    is_whole = w.shape[0] % spec.block_size == 0
+    codes, absmax = (_code_columns if is_whole else _code_flat)(to_float32(w), spec)
     scales: Any = offset_scales(absmax) if spec.double_quant else absmax
-    padding = code_padding(rows.shape[-1], spec.bits)
+    padding = code_padding(w.size, spec.bits)
     return QuantizedArray(codes, scales, spec, padding, np.dtype(w.dtype))
 
 
-def _codes_as_bitsandbytes(rows: jax.Array, absmax: Any, spec: QuantSpec) -> jax.Array:
-    """Packed codes of float32 ``rows`` under the scales of their blocks.
+def _code_columns(w: jax.Array, spec: QuantSpec) -> tuple[jax.Array, jax.Array]:
+    """Packed codes ``(m, n / 2)`` and scales of a float32 matrix whose columns are whole blocks.
 
-    bitsandbytes multiplies by the reciprocal of a scale, but divides in a last block that is not
-    full. Codes differ where the two do. Both are within `encode_and_pack`: XLA would else normalize
-    an element anew, of the transposed array, for each boundary it is compared with.
+    What is transposed is bytes: of a transposed ``w`` XLA would read each element from another row.
     """
+    n, m = w.shape
+    blocks = w.reshape(-1, spec.block_size, m)
+    absmax = scaling.absmax(blocks, (1,))
+    # bitsandbytes multiplies by the reciprocal of a scale.
+    factors = jnp.broadcast_to(scaling.divide(jnp.float32(1), absmax), blocks.shape)
+
+    def encode(x, factor):
+        return rounding.nearest_codes(x * factor, spec.values)
+
+    last = [array.swapaxes(1, 2) for array in (blocks, factors)]
+    codes = packing.encode_and_pack(encode, last, spec.bits, spec.block_size)
+    return codes.swapaxes(1, 2).reshape(n * spec.bits // 8, m).T, absmax[:, 0].T
+
+
+def _code_flat(w: jax.Array, spec: QuantSpec) -> tuple[jax.Array, jax.Array]:
+    """Packed codes and scales of the columns of a float32 matrix one after the other, 1-D.
+
+    As :func:`_code_columns`, but a last block that is not full is divided by its scale, as
+    bitsandbytes does; codes differ where the two do. Both are within `encode_and_pack`: XLA would
+    else normalize an element anew for each boundary it is compared with.
+    """
+    rows = w.mT.reshape(-1)
+    absmax: Any = compute_scales(rows, dataclasses.replace(spec, double_quant=False))
     factors, divisors = scaling.divide(jnp.float32(1), absmax), jnp.ones_like(absmax)
-    if rows.shape[-1] % spec.block_size:
+    if rows.size % spec.block_size:
         factors, divisors = factors.at[-1].set(1), divisors.at[-1].set(absmax[-1])
 
     def encode(x, factor, divisor):
@@ -263,4 +282,4 @@ def _codes_as_bitsandbytes(rows: jax.Array, absmax: Any, spec: QuantSpec) -> jax
         scaling.expand_scales(scales, spec.scaling, spec.block_size, rows.shape)
         for scales in (factors, divisors)
     ]
-    return packing.encode_and_pack(encode, [rows, *wide], spec.bits, spec.group_size)
+    return packing.encode_and_pack(encode, [rows, *wide], spec.bits, spec.group_size), absmax

@@ -2,8 +2,9 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -21,7 +22,7 @@ from optax_lowbit.zo.estimators import Central, Estimator, ForwardGradient
 from optax_lowbit.zo.momentum import momentum_step
 from optax_lowbit.zo.noise import Noise, Rademacher
 from optax_lowbit.zo.optimizer import ZeroOrderOptimizer
-from optax_lowbit.zo.updates import Rule, Stepped, stepped
+from optax_lowbit.zo.updates import Rule, Stepped, stepped, uncontracted
 
 # Rank-1 scales belong to a whole leaf, and stacks are updated slice by slice.
 BLOCK_SECOND_MOMENT_4BIT = dataclasses.replace(SECOND_MOMENT_4BIT, scaling="block")
@@ -105,7 +106,7 @@ def zo_adam(
     else:
         rule = Stepped(
             moments=moments,
-            step=lambda count: _adam_step(coefficients(b1, b2, adam_eps, 0.0, count, False)),
+            step=lambda count: _adam_step(count, b1, b2, adam_eps),
             fused=FusedAdam(b1, b2, adam_eps, 0.0, nesterov=False),
         )
     return ZeroOrderOptimizer(
@@ -116,10 +117,15 @@ def zo_adam(
     )  # fmt: skip
 
 
-def _adam_step(c: Any) -> Step:
+def _adam_step(count: jax.Array, b1: float, b2: float, eps: float) -> Step:
+    c = coefficients(b1, b2, eps, 0.0, count, nesterov=False)
+
+    def product(x, y):
+        return uncontracted(x * y, count)
+
     def step(grad, moments, constants):
         del constants
-        update, mu, nu = adam_step(grad, moments["mu"], moments["nu"], c)
+        update, mu, nu = adam_step(grad, moments["mu"], moments["nu"], c, product)
         return update, {"mu": mu, "nu": nu}
 
     return step
@@ -140,6 +146,7 @@ class AdamOfSigns(Rule):
     scalars: Mapping[str, Any] = dataclasses.field(
         default_factory=lambda: {"count": np.int32(0), "nu": np.float32(0)}
     )
+    settings: ClassVar[int] = 2
 
     def record(self, coefficients, rate, decay):
         """The coefficient, the learning rate and the weight decay."""
@@ -158,7 +165,7 @@ class AdamOfSigns(Rule):
         estimate = leaf.draw(c.one_minus_b1 * record[:1])
         new, kept = stepped(
             leaf, estimate, {"trace": leaf.rows.companions["mu"]},
-            lambda count: momentum_step(self.b1), FusedMomentum(self.b1, nesterov=False), count,
-            rate=record[1] * scale, decay=record[2] / scale,
+            lambda count: momentum_step(count, self.b1), FusedMomentum(self.b1, nesterov=False),
+            count, rate=record[1] * scale, decay=record[2] / scale,
         )  # fmt: skip
         return new, {"mu": kept["trace"]}

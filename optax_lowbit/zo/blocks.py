@@ -49,7 +49,8 @@ def blockwise(
     Returns:
       An optimizer with the methods of ``opt`` but for ``ask`` and ``tell``, and the same state. In
       its :class:`StepInfo`, ``loss`` is that of the first block's estimate, ``coefficients`` are
-      ``(blocks, num_probes)``, and ``record`` has one block's record after the other.
+      ``(blocks, num_probes)`` and ``is_taken`` is ``(blocks,)``; ``record`` has what was measured
+      of one block after the other, then the settings of one block after the other.
 
     Raises:
       TypeError: If ``opt`` or a choice is none.
@@ -96,7 +97,7 @@ class BlockwiseOptimizer:
 
     def init(self, params: Any, key: jax.Array | int) -> ZeroOrderState:
         """As :meth:`ZeroOrderOptimizer.init`."""
-        blocks = max(_numbers(self._split(params), self.blocks)) + 1
+        blocks = max(self.numbers(params)) + 1
         state = self.opt.init(params, key)
         scalars = jax.tree.map(lambda x: jnp.stack([x] * blocks), state.scalars)
         return state._replace(scalars=scalars)
@@ -122,15 +123,26 @@ class BlockwiseOptimizer:
             own = state._replace(prepared=(block, state.prepared))
             return self._of_block(block, numbers).estimate(loss_fn, params, own, *args)
 
-        return _merged(jax.lax.map(turn, _turns(numbers)))
+        return self._merged(jax.lax.map(turn, _turns(numbers)))
 
     def apply(
         self, params: Any, state: ZeroOrderState, record: jax.Array
     ) -> tuple[Any, ZeroOrderState]:
         """New parameters and state from the records of all blocks, in one pass."""
-        numbers = _numbers(self._split(params), self.blocks)
+        numbers = self.numbers(params)
         opt = dataclasses.replace(self.opt, rule=_RuleOfEach(self.opt.rule, numbers))
-        return opt.apply(params, state, record.reshape(max(numbers) + 1, -1))
+        blocks, settings = max(numbers) + 1, self.opt.num_settings(params)
+        parts = jnp.split(record, [len(record) - blocks * settings])
+        of_each = [part.reshape(blocks, -1) for part in parts]
+        return opt.apply(params, state, jnp.concatenate(of_each, axis=1))
+
+    def num_settings(self, params: Any) -> int:
+        """As :meth:`ZeroOrderOptimizer.num_settings`."""
+        return (max(self.numbers(params)) + 1) * self.opt.num_settings(params)
+
+    def numbers(self, params: Any) -> tuple[int, ...]:
+        """The number of its block, for each leaf that trains."""
+        return _numbers(self._split(params), self.blocks)
 
     def _in_turn(self, loss_fn, params, state, args) -> tuple[Any, ZeroOrderState, StepInfo]:
         ours = self._split(params)
@@ -153,7 +165,13 @@ class BlockwiseOptimizer:
         start = ours.leaves, state.moments, state.scalars
         (leaves, moments, scalars), info = jax.lax.scan(turn, start, _turns(numbers))
         state = state._replace(count=state.count + 1, moments=moments, scalars=scalars)
-        return ours.tree(leaves), state, _merged(info)
+        return ours.tree(leaves), state, self._merged(info)
+
+    def _merged(self, info: StepInfo) -> StepInfo:
+        """What a step tells, from what its blocks tell."""
+        measured = info.record.shape[1] - self.opt.rule.settings
+        parts = [part.reshape(-1) for part in jnp.split(info.record, [measured], axis=1)]
+        return StepInfo(info.loss[0], info.coefficients, jnp.concatenate(parts), info.is_taken)
 
     def _split(self, params: Any) -> Trainable:
         return self.opt.split(params)
@@ -273,11 +291,6 @@ class _RuleOfEach(_OtherRule):
 
 def _turns(numbers: tuple[int, ...]) -> jax.Array:
     return jnp.arange(max(numbers) + 1)
-
-
-def _merged(info: StepInfo) -> StepInfo:
-    """What a step tells, from what its blocks tell."""
-    return StepInfo(info.loss[0], info.coefficients, info.record.reshape(-1))
 
 
 def _numbers(ours: Trainable, blocks: Blocks) -> tuple[int, ...]:

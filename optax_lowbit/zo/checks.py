@@ -20,8 +20,8 @@ def check_optimizer(optimizer: Any) -> None:
         check_count(name, getattr(optimizer, name))
     for name in ("learning_rate", "eps", "weight_decay"):
         check_number(name, getattr(optimizer, name))
-    if is_concrete(optimizer.eps) and not optimizer.eps > 0:
-        raise ValueError(f"eps must be above 0, got {optimizer.eps!r}")
+    if is_concrete(optimizer.eps) and not 0 < optimizer.eps < np.inf:
+        raise ValueError(f"eps must be above 0 and finite, got {optimizer.eps!r}")
     if is_concrete(optimizer.learning_rate) and not np.isfinite(optimizer.learning_rate):
         raise ValueError(f"learning_rate must be finite, got {optimizer.learning_rate!r}")
     if is_concrete(optimizer.weight_decay) and not optimizer.weight_decay >= 0:
@@ -40,7 +40,7 @@ def check_optimizer(optimizer: Any) -> None:
         raise TypeError(
             f"estimator must be an Estimator, such as Central(), got {optimizer.estimator!r}"
         )
-    is_joint = getattr(optimizer.estimator, "is_joint", False) or not optimizer.spreads_probes
+    is_joint = optimizer.estimator.least_probes > 1 or not optimizer.spreads_probes
     if optimizer.probe_axis is not None and is_joint:
         raise ValueError(
             "probe_axis must be None where coefficients depend on all probes, as in fzoo, hizoo"

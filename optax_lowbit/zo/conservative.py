@@ -10,7 +10,7 @@ from optax_lowbit.zo.directions import Choice
 from optax_lowbit.zo.estimators import Central, Estimator, ForwardGradient
 from optax_lowbit.zo.noise import Noise, Rademacher
 from optax_lowbit.zo.optimizer import StepInfo, ZeroOrderOptimizer
-from optax_lowbit.zo.updates import Descend
+from optax_lowbit.zo.updates import Descend, is_taken
 
 
 def zo_sgd_conservative(
@@ -100,4 +100,6 @@ class ConservativeOptimizer(ZeroOrderOptimizer):
         )
         losses = jnp.append(here, losses)
         best = jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))
-        return StepInfo(here, info.coefficients, choices[best] * info.record)
+        slopes, share = jnp.split(info.record, [self.num_probes])
+        record = jnp.append(choices[best] * slopes, share)
+        return StepInfo(here, info.coefficients, record, is_taken(record))

@@ -21,7 +21,8 @@ class Diagnosis(NamedTuple):
       moved: By path, float32 ``()``: the share of weights that the next step changes.
       moved_to_nearest: The same if it rounded to nearest; near zero, such training stands still.
       signal_to_noise: float32 ``()``: the size of exact slopes over that of the finite differences'
-        errors, which come from curvature (a smaller ``eps`` helps) and rounding (a larger).
+        errors, which come from curvature (a smaller ``eps`` helps) and rounding (a larger). 0 where
+        a schedule gives an ``eps`` that is not above 0: the step would not be taken.
       evaluations: How often a step evaluates the loss.
     """
 
@@ -90,11 +91,11 @@ def diagnose(
     found = several.estimate(loss_fn, params, state, *args).coefficients
     several = dataclasses.replace(several, estimator=ForwardGradient())
     exact = several.estimate(loss_fn, params, state, *args).coefficients
+    ratio = jnp.linalg.norm(exact) / jnp.linalg.norm(found - exact)
     moved, to_nearest = _moved(opt, params, state, record)
     return Diagnosis(
         _cosines(opt, params, state), moved, to_nearest,
-        jnp.linalg.norm(exact) / jnp.linalg.norm(found - exact),
-        estimator.evaluations(opt.num_probes),
+        jnp.where(opt._eps(state) > 0, ratio, 0), estimator.evaluations(opt.num_probes),
     )  # fmt: skip
 
 

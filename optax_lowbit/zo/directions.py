@@ -194,7 +194,8 @@ class Directions:
             def add(i, total):
                 return total + slopes[i] * term(i).left
 
-            left = jax.lax.fori_loop(1, len(slopes), add, left)
+            count = len(slopes) if self.active is None else self.active
+            left = jax.lax.fori_loop(1, count, add, left)
         return first._replace(left=left)
 
     def _source(self, i: Any, rows: Rows, zero: Any) -> Probe:

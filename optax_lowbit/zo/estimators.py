@@ -21,12 +21,12 @@ class Estimator:
     Attributes:
       signs: Where along each direction the loss is evaluated, in units of ``eps``.
       uses_base: Whether it is evaluated at the parameters too, once for all probes.
+      least_probes: How many it takes; above 1, a coefficient depends on the losses of others.
     """
 
     signs: tuple[float, ...] = (1.0, -1.0)
     uses_base: bool = False
-    # Whether a probe's coefficient depends on the losses of others.
-    is_joint: ClassVar[bool] = False
+    least_probes: ClassVar[int] = 1
 
     def evaluations(self, num_probes: int) -> int:
         """How often the loss is evaluated."""
@@ -42,8 +42,17 @@ class Estimator:
         signs = jnp.asarray(self.signs, jnp.float32)
         return probe, jnp.where(place < 0, jnp.float32(0), signs[sign])
 
-    def coefficients(self, base: jax.Array | None, losses: jax.Array, eps: Any) -> jax.Array:
-        """From the loss at the parameters and ``(probes, signs)`` losses, float32 ``(probes,)``."""
+    def coefficients(
+        self,
+        base: jax.Array | None,
+        losses: jax.Array,
+        eps: Any,
+        active: jax.Array | None = None,
+    ) -> jax.Array:
+        """From the loss at the parameters and ``(probes, signs)`` losses, float32 ``(probes,)``.
+
+        With ``active``, only so many were evaluated, and what is said of others is not looked at.
+        """
         raise NotImplementedError
 
 
@@ -56,9 +65,9 @@ class Central(Estimator):
       <https://arxiv.org/abs/2305.17333>`_, 2023, Definition 1.
     """
 
-    def coefficients(self, base, losses, eps):
+    def coefficients(self, base, losses, eps, active=None):
         """Half the difference, over ``eps``."""
-        del base
+        del base, active
         return (losses[:, 0] - losses[:, 1]) / (jnp.float32(2) * eps)
 
 
@@ -69,8 +78,9 @@ class OneSided(Estimator):
     signs: tuple[float, ...] = (1.0,)
     uses_base: bool = True
 
-    def coefficients(self, base, losses, eps):
+    def coefficients(self, base, losses, eps, active=None):
         """The difference, over ``eps``."""
+        del active
         assert base is not None
         return (losses[:, 0] - base) / eps
 
@@ -82,6 +92,8 @@ class ForwardGradient:
     References:
       Baydin et al, `Gradients without Backpropagation <https://arxiv.org/abs/2202.08587>`_, 2022.
     """
+
+    least_probes: ClassVar[int] = 1
 
 
 def measure(
@@ -122,13 +134,20 @@ def reading(
     active: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The loss and the coefficients, from the values of the loss, 0 where it was not evaluated."""
-    coefficients = estimator.coefficients(base, losses, eps)
+    coefficients = first(estimator.coefficients(base, losses, eps, active), active)
     mean = jnp.mean(losses)
     if active is not None:
         # Losses that were not evaluated are 0.
         mean = mean * (jnp.float32(len(losses)) / active.astype(jnp.float32))
-        coefficients = jnp.where(jnp.arange(len(losses)) < active, coefficients, jnp.float32(0))
     return mean if base is None else base, coefficients
+
+
+def first(values: jax.Array, active: jax.Array | None) -> jax.Array:
+    """``(probes, ...)`` values, and zeros after the first ``active``; None: all of them."""
+    if active is None:
+        return values
+    is_active = (jnp.arange(len(values)) < active).reshape(-1, *(1,) * (values.ndim - 1))
+    return jnp.where(is_active, values, jnp.zeros_like(values))
 
 
 def losses_along(
@@ -208,8 +227,4 @@ def _over_first(fun, keys, batch, active) -> Any:
         )
 
     results = jax.lax.fori_loop(0, (active + (batch - 1)) // batch, turn, zeros)
-    is_active = jnp.arange(len(keys)) < active
-    return jax.tree.map(
-        lambda x: jnp.where(is_active.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros_like(x)),
-        results,
-    )
+    return jax.tree.map(lambda x: first(x, active), results)

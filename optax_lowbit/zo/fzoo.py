@@ -23,6 +23,7 @@ def fzoo(
     weight_decay_mask: Choice | None = None,
     trainable: Choice | None = None,
     clip: float | None = None,
+    active_probes: optax.Schedule | None = None,
     probe_batch: int = 1,
 ) -> ZeroOrderOptimizer:
     r"""Descends along random directions at a rate normalized by the spread of the losses: FZOO.
@@ -47,6 +48,7 @@ def fzoo(
       learning_rate, eps, num_probes: As in :func:`zo_sgd`; at least 2 probes.
       noise, weight_decay, weight_decay_mask, trainable: As in :func:`zo_sgd`.
       clip, probe_batch: As in :func:`zo_sgd`.
+      active_probes: As in :func:`zo_sgd`, but from 2; the spread is that of those evaluated.
 
     Returns:
       The corresponding :class:`ZeroOrderOptimizer`.
@@ -71,7 +73,7 @@ def fzoo(
     return ZeroOrderOptimizer(
         rule=Descend(), learning_rate=learning_rate, eps=eps, num_probes=num_probes, noise=noise,
         estimator=Normalized(), weight_decay=weight_decay, weight_decay_mask=weight_decay_mask,
-        trainable=trainable, clip=clip, probe_batch=probe_batch,
+        trainable=trainable, clip=clip, active_probes=active_probes, probe_batch=probe_batch,
     )  # fmt: skip
 
 
@@ -79,10 +81,11 @@ def fzoo(
 class Normalized(OneSided):
     """``(phi_i(eps) - phi(0)) / std``, with the standard deviation over probes."""
 
-    is_joint: ClassVar[bool] = True
+    least_probes: ClassVar[int] = 2
 
-    def coefficients(self, base, losses, eps):
+    def coefficients(self, base, losses, eps, active=None):
         """In units of the spread; 0 where there is none."""
         del eps
-        rises, spread = losses[:, 0] - base, jnp.std(losses[:, 0])
+        counts = None if active is None else jnp.arange(len(losses)) < active
+        rises, spread = losses[:, 0] - base, jnp.std(losses[:, 0], where=counts)
         return jnp.where(spread == 0, jnp.zeros_like(rises), rises / spread)

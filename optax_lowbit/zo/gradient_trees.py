@@ -123,7 +123,8 @@ def estimate_gradient(
     **Memory.** As for :func:`gradient`; :func:`zo_sgd` and its relatives hold no gradient.
 
     Args:
-      eps: How far from the parameters the loss is evaluated, or a schedule.
+      eps: How far from the parameters the loss is evaluated, or a schedule; where that gives 0 or
+        less the estimate is 0.
       num_probes: Number of directions.
       noise: Their distribution.
       estimator: How a coefficient is found.

@@ -14,10 +14,17 @@ from optax_lowbit.quant import QuantSpec, is_quantized
 from optax_lowbit.quant.array import decode
 from optax_lowbit.zo import checks
 from optax_lowbit.zo.directions import Choice
-from optax_lowbit.zo.estimators import Central, curvature, losses_along, over_probes
+from optax_lowbit.zo.estimators import (
+    Central,
+    curvature,
+    first,
+    losses_along,
+    over_probes,
+    reading,
+)
 from optax_lowbit.zo.noise import Gaussian, Noise
-from optax_lowbit.zo.optimizer import ZeroOrderOptimizer, value_at
-from optax_lowbit.zo.updates import Descend, moved
+from optax_lowbit.zo.optimizer import ZeroOrderOptimizer, finite_or_none, value_at
+from optax_lowbit.zo.updates import Descend, is_taken, moved
 
 Curvature = Literal["exact", "difference"]
 
@@ -36,6 +43,7 @@ def hizoo(
     weight_decay_mask: Choice | None = None,
     trainable: Choice | None = None,
     clip: float | None = None,
+    active_probes: optax.Schedule | None = None,
     probe_batch: int = 1,
 ) -> ZeroOrderOptimizer:
     r"""Descends along directions that are short where the loss is curved: HiZOO.
@@ -68,7 +76,7 @@ def hizoo(
       noise: The distribution of :math:`z`. Not :class:`Rademacher`: with squares that are all 1 it
         tells nothing about which elements the curvature is of.
       weight_decay, weight_decay_mask, trainable: As in :func:`zo_sgd`.
-      clip, probe_batch: As in :func:`zo_sgd`.
+      clip, active_probes, probe_batch: As in :func:`zo_sgd`.
 
     Returns:
       The corresponding :class:`ZeroOrderOptimizer`, whose state has the moment ``"hessian"``.
@@ -109,7 +117,7 @@ def hizoo(
         rule=DescendHessian(moments=moments), learning_rate=learning_rate, eps=eps,
         num_probes=num_probes, noise=Preconditioned(noise), smoothing=smoothing,
         curvature=curvature, weight_decay=weight_decay, weight_decay_mask=weight_decay_mask,
-        trainable=trainable, clip=clip, probe_batch=probe_batch,
+        trainable=trainable, clip=clip, active_probes=active_probes, probe_batch=probe_batch,
         policy=checked_policy(moments, policy, key=0),
     )  # fmt: skip
 
@@ -138,14 +146,16 @@ class Preconditioned(Noise):
 class DescendHessian(Descend):
     """:class:`Descend`, and the average of the Hessian's diagonal.
 
-    The record has what that of :class:`Descend` has, then ``alpha``, then ``alpha |h_i| / 2 q``.
+    The record has ``-eta c_i`` and ``alpha |h_i| / 2 q``, then ``eta lambda`` and ``alpha``.
     """
+
+    settings: ClassVar[int] = 2
 
     def update(self, record, leaf):
         """Along what was probed, then the average."""
         n = (len(record) - 2) // 2
-        step, (alpha,), weights = jnp.split(record, [n + 1, n + 2])
-        new = moved(leaf, leaf.draw(step[:-1]), step[-1])
+        slopes, weights, (share, alpha) = jnp.split(record, [n, 2 * n])
+        new = moved(leaf, leaf.draw(slopes), share)
         # v^2, of which H z^2 is H^2 times as much.
         squares = leaf.draw(weights, jnp.square)
 
@@ -181,23 +191,31 @@ class HessianOptimizer(ZeroOrderOptimizer):
     def estimate(self, loss_fn, params, state, *args):
         """The first half of a step."""
         phi, keys = self._probed(loss_fn, params, state, args)
+        active = self._active(state)
         if self.curvature == "exact":
             losses, slopes, curvatures = over_probes(
-                lambda key: curvature(phi, key), keys, self.probe_batch
+                lambda key: curvature(phi, key), keys, self.probe_batch, active
             )
             loss = losses[0]
         else:
-            loss, eps, central = phi.here(), self._eps(state), Central()
-            losses = losses_along(central.signs, phi, keys, eps, self.probe_batch)
-            slopes = central.coefficients(None, losses, eps)
-            curvatures = (jnp.sum(losses, 1) - 2 * loss) / (eps * eps)
+            here, eps, central = phi.here(), self._eps(state), Central()
+            losses = losses_along(central.signs, phi, keys, eps, self.probe_batch, active)
+            loss, slopes = reading(central, here, losses, eps, active)
+            curvatures = first((jnp.sum(losses, 1) - 2 * loss) / (eps * eps), active)
         info = self._info(state, loss, slopes)
         alpha = jnp.asarray(value_at(self.smoothing, state.count), jnp.float32)
-        weights = alpha / (2 * self.num_probes) * jnp.abs(curvatures)
+        weights = alpha / (2 * self._averaged(state)) * jnp.abs(curvatures)
         # Together: where the learning rate is 0 the Hessian is averaged all the same.
-        is_finite = jnp.all(jnp.isfinite(slopes)) & jnp.all(jnp.isfinite(curvatures))
-        record = jnp.concatenate([info.record, alpha[None], weights])
-        return info._replace(record=jnp.where(is_finite, record, jnp.zeros_like(record)))
+        _, is_known = self._known(state, loss, slopes)
+        is_known &= jnp.all(jnp.isfinite(curvatures))
+        along, share = jnp.split(info.record, [self.num_probes])
+        record = jnp.concatenate([along, weights, share, alpha[None]])
+        record = finite_or_none(record, is_known)
+        return info._replace(record=record, is_taken=is_taken(record))
+
+    @property
+    def _uses_eps(self):
+        return self.curvature == "difference"
 
 
 def _floats(hessian: Any) -> jax.Array:

@@ -31,6 +31,11 @@ class InjectedState(NamedTuple):
         """Steps taken."""
         return self.inner_state.count
 
+    @property
+    def key(self) -> jax.Array:
+        """The run's key."""
+        return self.inner_state.key
+
 
 def inject_hyperparams(inner_factory: Callable[..., Any]) -> Callable[..., Any]:
     """Keeps the numeric hyperparameters of a zeroth-order optimizer in its state.
@@ -47,7 +52,8 @@ def inject_hyperparams(inner_factory: Callable[..., Any]) -> Callable[..., Any]:
 
     Returns:
       A function with the factory's arguments. It returns an optimizer with the same methods, whose
-      state is an :class:`InjectedState`.
+      state is an :class:`InjectedState`. Its records end with all hyperparameters, in the order of
+      :attr:`InjectedOptimizer.hyperparams`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -106,10 +112,7 @@ class InjectedOptimizer:
 
     def init(self, params: Any, key: jax.Array | int) -> InjectedState:
         """As :meth:`ZeroOrderOptimizer.init`."""
-        values = {
-            name: jnp.asarray(value_at(x, jnp.int32(0)), jnp.float32)
-            for name, x in self.hyperparams.items()
-        }
+        values = self._first()
         return InjectedState(values, self.make(**values).init(params, key))
 
     def step(
@@ -118,19 +121,30 @@ class InjectedOptimizer:
         """As :meth:`ZeroOrderOptimizer.step`."""
         inner, values = self._at(state)
         params, new, info = inner.step(loss_fn, params, state.inner_state, *args)
-        return params, InjectedState(values, new), info
+        return params, InjectedState(values, new), _extended(info, values)
 
     def estimate(self, loss_fn: Loss, params: Any, state: InjectedState, *args: Any) -> StepInfo:
         """As :meth:`ZeroOrderOptimizer.estimate`."""
-        return self._at(state)[0].estimate(loss_fn, params, state.inner_state, *args)
+        inner, values = self._at(state)
+        return _extended(inner.estimate(loss_fn, params, state.inner_state, *args), values)
 
     def apply(
         self, params: Any, state: InjectedState, record: jax.Array
     ) -> tuple[Any, InjectedState]:
-        """As :meth:`ZeroOrderOptimizer.apply`."""
-        inner, values = self._at(state)
-        params, new = inner.apply(params, state.inner_state, record)
+        """As :meth:`ZeroOrderOptimizer.apply`, with the hyperparameters that the record has."""
+        record, given = jnp.split(record, [len(record) - len(self.hyperparams)])
+        values = dict(zip(self.hyperparams, given, strict=True))
+        params, new = self.make(**values).apply(params, state.inner_state, record)
         return params, InjectedState(values, new)
+
+    @property
+    def first(self) -> Any:
+        """The optimizer with the hyperparameters of the first step."""
+        return self.make(**self._first())
+
+    def num_settings(self, params: Any) -> int:
+        """As :meth:`ZeroOrderOptimizer.num_settings`."""
+        return self.first.num_settings(params) + len(self.hyperparams)
 
     @property
     def evaluations(self) -> int:
@@ -147,7 +161,13 @@ class InjectedOptimizer:
         """As :meth:`ZeroOrderOptimizer.tell`."""
         inner, values = self._at(state)
         params, new, info = inner.tell(params, state.inner_state, losses)
-        return params, InjectedState(values, new), info
+        return params, InjectedState(values, new), _extended(info, values)
+
+    def _first(self) -> dict[str, jax.Array]:
+        return {
+            name: jnp.asarray(value_at(x, jnp.int32(0)), jnp.float32)
+            for name, x in self.hyperparams.items()
+        }
 
     def _at(self, state: InjectedState) -> tuple[Any, dict[str, jax.Array]]:
         """The optimizer of one step, and the values it is made with."""
@@ -156,3 +176,9 @@ class InjectedOptimizer:
             now: Any = first if callable(first) else state.hyperparams[name]
             values[name] = jnp.asarray(value_at(now, state.count), jnp.float32)
         return self.make(**values), values
+
+
+def _extended(info: StepInfo, values: Mapping[str, jax.Array]) -> StepInfo:
+    """With a record that has the hyperparameters, too."""
+    record = jnp.concatenate([info.record, *(value[None] for value in values.values())])
+    return info._replace(record=record)

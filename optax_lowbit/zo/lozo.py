@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ def lozo(
     weight_decay_mask: Choice | None = None,
     trainable: Choice | None = None,
     clip: float | None = None,
+    active_probes: optax.Schedule | None = None,
     probe_batch: int = 1,
 ) -> ZeroOrderOptimizer:
     r"""Descends along directions of low rank: LOZO, and with ``momentum`` LOZO-M.
@@ -59,7 +60,8 @@ def lozo(
       num_probes: Directions of a step; all have the same ``V``.
       rank, interval: As in :class:`LowRank`.
       momentum: Decay rate of the momentum, from 0 to below 1; None: no momentum.
-      estimator, weight_decay, weight_decay_mask, trainable, clip: As in :func:`zo_sgd`.
+      estimator, weight_decay, weight_decay_mask, trainable: As in :func:`zo_sgd`.
+      clip, active_probes: As in :func:`zo_sgd`.
       probe_batch: Probes evaluated together, sharing each matmul with a leaf.
 
     Returns:
@@ -90,7 +92,7 @@ def lozo(
         rule=rule,
         learning_rate=learning_rate, eps=eps, num_probes=num_probes, noise=noise,
         estimator=estimator, weight_decay=weight_decay, weight_decay_mask=weight_decay_mask,
-        trainable=trainable, clip=clip, probe_batch=probe_batch,
+        trainable=trainable, clip=clip, active_probes=active_probes, probe_batch=probe_batch,
     )  # fmt: skip
 
 
@@ -112,6 +114,7 @@ class LowRankMomentum(Rule):
     scalars: Mapping[str, Any] = dataclasses.field(
         default_factory=lambda: {"turn": np.int32(0), "before": np.int32(0)}
     )
+    settings: ClassVar[int] = 2
 
     def __post_init__(self):
         check_decay_rate("momentum", self.decay)
@@ -135,7 +138,9 @@ class LowRankMomentum(Rule):
         else:
             trace = trace @ self._turn(factors, leaf.scalars)
             estimate = factors.left
-        trace = self.decay * trace + (1 - self.decay) * estimate
+        trace = uncontracted(self.decay * trace, leaf.count) + uncontracted(
+            (1 - self.decay) * estimate, leaf.count
+        )
         moved = trace if factors is None else outer(trace, factors.right)
         if leaf.decays:
             values = values - uncontracted(decay * values, leaf.count)

@@ -1,5 +1,6 @@
 """Zeroth-order descent with momentum, kept in 4 bits."""
 
+import jax
 import optax
 
 from optax_lowbit.kernels.reference import Step
@@ -13,7 +14,7 @@ from optax_lowbit.zo.directions import Choice
 from optax_lowbit.zo.estimators import Central, Estimator, ForwardGradient
 from optax_lowbit.zo.noise import Noise, Rademacher
 from optax_lowbit.zo.optimizer import ZeroOrderOptimizer
-from optax_lowbit.zo.updates import Stepped
+from optax_lowbit.zo.updates import Stepped, uncontracted
 
 
 def zo_sgd_momentum(
@@ -82,7 +83,7 @@ def zo_sgd_momentum(
     moments = {"trace": Moment(trace_spec)}
     rule = Stepped(
         moments=moments,
-        step=lambda count: momentum_step(momentum, nesterov),
+        step=lambda count: momentum_step(count, momentum, nesterov),
         fused=FusedMomentum(momentum, nesterov),
     )
     return ZeroOrderOptimizer(
@@ -93,12 +94,13 @@ def zo_sgd_momentum(
     )  # fmt: skip
 
 
-def momentum_step(decay: float, nesterov: bool = False) -> Step:
-    """What :func:`optax.trace` does to a piece of a leaf."""
+def momentum_step(count: jax.Array, decay: float, nesterov: bool = False) -> Step:
+    """What :func:`optax.trace` does to a piece of a leaf, the same however it is compiled."""
 
     def step(grad, moments, constants):
         del constants
-        trace = grad + decay * moments["trace"]
-        return grad + decay * trace if nesterov else trace, {"trace": trace}
+        trace = grad + uncontracted(decay * moments["trace"], count)
+        ahead = grad + uncontracted(decay * trace, count) if nesterov else trace
+        return ahead, {"trace": trace}
 
     return step

@@ -35,6 +35,7 @@ from optax_lowbit.zo.estimators import (
     Central,
     Estimator,
     ForwardGradient,
+    first,
     measure,
     reading,
     value_estimator,
@@ -73,13 +74,17 @@ class StepInfo(NamedTuple):
     Attributes:
       loss: float32 ``()``: at the parameters before the step if that was evaluated, else the mean
         of what was.
-      coefficients: float32 ``(num_probes,)``: how steeply the loss rises along each direction.
-      record: float32 ``(k,)``: all that the update was made from.
+      coefficients: float32 ``(num_probes,)``: how steeply the loss rises along each direction; 0
+        where ``eps`` is not above 0.
+      record: float32 ``(k,)``: all that the update was made from; what was measured comes first.
+      is_taken: bool ``()``: whether there was an update. There is none where a loss or a
+        coefficient is not finite, ``eps`` is not above 0, or a conservative step is rejected.
     """
 
     loss: jax.Array
     coefficients: jax.Array
     record: jax.Array
+    is_taken: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,7 +134,7 @@ class ZeroOrderOptimizer:
         """
         words = jnp.stack(random_bits.key_words(key))
         ours = self.split(params)
-        if isinstance(self.estimator, Estimator):
+        if self._uses_eps:
             precision.warn_of_small_eps(ours, value_at(self.eps, jnp.int32(0)))
         policy = Policy() if self.policy is None else self.policy
         named = dict(zip(ours.paths, ours.leaves, strict=True))
@@ -307,8 +312,7 @@ class ZeroOrderOptimizer:
         base = losses[0] if estimator.uses_base else None
         others = losses[estimator.uses_base :].reshape(self.num_probes, -1)
         active = self._active(state)
-        if active is not None:
-            others = jnp.where(jnp.arange(self.num_probes)[:, None] < active, others, 0)
+        others = first(others, active)
         return self._info(state, *reading(estimator, base, others, self._eps(state), active))
 
     def _chosen(self, phi: Slice, keys: jax.Array, info: StepInfo) -> StepInfo:
@@ -348,7 +352,12 @@ class ZeroOrderOptimizer:
             return None
         with jax.numpy_dtype_promotion("standard"):
             number = jnp.asarray(self.active_probes(state.count))
-        return jnp.clip(number, 1, self.num_probes).astype(jnp.int32)
+        return jnp.clip(number, self.estimator.least_probes, self.num_probes).astype(jnp.int32)
+
+    def _averaged(self, state: ZeroOrderState) -> jax.Array | int:
+        """How many probes the mean of a step is over."""
+        active = self._active(state)
+        return self.num_probes if active is None else active.astype(jnp.float32)
 
     def _rounding(self, probe: Probe, ours: Trainable) -> jax.Array:
         """Keys of stochastic rounding in this step: uint32 ``(leaves, 2)``."""
@@ -360,18 +369,35 @@ class ZeroOrderOptimizer:
         return Probe(run, run, state.count, prepared)
 
     def _info(self, state: ZeroOrderState, loss: jax.Array, coefficients: jax.Array) -> StepInfo:
-        # Before a clip or a sign makes a number of them.
-        is_finite = jnp.isfinite(loss) & jnp.all(jnp.isfinite(coefficients))
+        coefficients, is_known = self._known(state, loss, coefficients)
         if self.clip is not None:
             coefficients = jnp.clip(coefficients, -self.clip, self.clip)
         rate, decay = (
             jnp.asarray(value_at(x, state.count), jnp.float32)
             for x in (self.learning_rate, self.weight_decay)
         )
-        active = self._active(state)
-        number = self.num_probes if active is None else active.astype(jnp.float32)
-        record = self.rule.record(coefficients / number, rate, decay)
-        return StepInfo(loss, coefficients, finite_or_none(record, is_finite))
+        record = self.rule.record(coefficients / self._averaged(state), rate, decay)
+        record = finite_or_none(record, is_known)
+        return StepInfo(loss, coefficients, record, is_taken(record))
+
+    def _known(
+        self, state: ZeroOrderState, loss: jax.Array, coefficients: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The coefficients, and whether they tell anything, before a clip makes numbers of them."""
+        is_known = jnp.isfinite(loss) & jnp.all(jnp.isfinite(coefficients))
+        if not self._uses_eps:
+            return coefficients, is_known
+        is_probed = self._eps(state) > 0
+        return jnp.where(is_probed, coefficients, jnp.float32(0)), is_known & is_probed
+
+    @property
+    def _uses_eps(self) -> bool:
+        return isinstance(self.estimator, Estimator)
+
+    def num_settings(self, params: Any) -> int:
+        """How many of a record's numbers, the last ones, were given and not measured."""
+        del params
+        return self.rule.settings
 
     def decays(self, path: str, values: jax.Array) -> bool:
         """Whether weight decay applies to a leaf."""

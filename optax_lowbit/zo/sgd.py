@@ -41,6 +41,8 @@ def zo_sgd(
       learning_rate: A fixed learning rate or a schedule of the count of steps.
       eps: How far parameters are moved to evaluate the loss, or a schedule. Take at least 10 times
         the distance between neighbouring values of a parameter: 1e-3 for bfloat16 weights of .02.
+        Where a schedule gives 0 or less nothing is probed and nothing changes:
+        :attr:`StepInfo.is_taken`.
       num_probes: Directions :math:`q` in each step; their estimates are averaged.
       noise: The distribution of directions.
       estimator: How a coefficient :math:`c_i` is found: :class:`Central`, of two evaluations a

@@ -132,6 +132,6 @@ class SignOf(Estimator):
 
     inner: Estimator = Central()
 
-    def coefficients(self, base, losses, eps):
+    def coefficients(self, base, losses, eps, active=None):
         """1, 0 or -1."""
-        return jnp.sign(self.inner.coefficients(base, losses, eps))
+        return jnp.sign(self.inner.coefficients(base, losses, eps, active))

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -69,10 +69,13 @@ class Rule:
     Attributes:
       moments: What is kept for every element, by name.
       scalars: Small arrays that are kept beside, by name, as they are at first.
+      settings: How many of a record's numbers, the last ones, are hyperparameters or products of
+        these: a log has them where they change.
     """
 
     moments: Mapping[str, Moment] = dataclasses.field(default_factory=dict)
     scalars: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    settings: ClassVar[int] = 0
 
     def record(self, coefficients: jax.Array, rate: jax.Array, decay: jax.Array) -> jax.Array:
         """The numbers that an update is made from: float32 ``(k,)``.
@@ -104,6 +107,8 @@ class Descend(Rule):
     signs for ``z`` each product is exact: the result does not depend on how it was compiled.
     """
 
+    settings: ClassVar[int] = 1
+
     def record(self, coefficients, rate, decay):
         """Slopes, and the share of each parameter that is taken away."""
         return jnp.append(-rate * coefficients, rate * decay)
@@ -116,6 +121,8 @@ class Descend(Rule):
 @dataclasses.dataclass(frozen=True)
 class DescendSign(Rule):
     """``theta <- (1 - eta lambda) theta - eta sign(sum_i c_i z_i)``; nothing is kept."""
+
+    settings: ClassVar[int] = 2
 
     def record(self, coefficients, rate, decay):
         """Coefficients, the learning rate and the weight decay."""
@@ -141,6 +148,7 @@ class Stepped(Rule):
     step: Callable[[jax.Array], Step]
     fused: Fused | None = None
     scalars: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"count": np.int32(0)})
+    settings: ClassVar[int] = 2
 
     def record(self, coefficients, rate, decay):
         """Coefficients, the learning rate and the weight decay."""

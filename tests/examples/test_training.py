@@ -169,7 +169,7 @@ def test_the_best_parameters_by_development_data_are_kept(job, tmp_path):
     # After a few of such steps the loss goes up.
     rising = changed(
         job, task=str(text), steps=6, eval_every=2, keep_best=True, checkpoint_every=1,
-        learning_rate=0.1, schedule="constant", output=tmp_path / "whole",
+        learning_rate=0.3, schedule="constant", output=tmp_path / "whole",
     )  # fmt: skip
 
     def stop(event):

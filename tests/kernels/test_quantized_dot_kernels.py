@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,18 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import optax_lowbit
-from optax_lowbit.kernels import backends, pallas_gpu, pallas_tpu
+from optax_lowbit.kernels import backends, cpu, pallas_gpu, pallas_tpu
+from optax_lowbit.kernels.cpu import library
 from optax_lowbit.kernels.quantized_dot import quantized_dot
-from optax_lowbit.kernels.quantized_matrix import NF4, quantize_matrix
+from optax_lowbit.kernels.quantized_matrix import NF4, abstract_matrix, quantize_matrix
 from optax_lowbit.quant import QuantSpec
 
-KERNELS = {"tpu": pallas_tpu.quantized_dot, "gpu": pallas_gpu.quantized_dot}
+needs_library = pytest.mark.skipif(library.library() is None, reason="no native library")
+KERNELS = {
+    "tpu": functools.partial(pallas_tpu.quantized_dot, interpret=True),
+    "gpu": functools.partial(pallas_gpu.quantized_dot, interpret=True),
+    "cpu": cpu.quantized_dot,
+}
 BFLOAT16 = jnp.bfloat16.dtype
 FLOAT32 = jnp.float32.dtype
 
@@ -53,6 +60,8 @@ CASES = {
     "one row, gpu": ("gpu", 1, 256, 64, spec("nf4", 256), BFLOAT16, FLOAT32),
     "many tiles, gpu": ("gpu", 130, 256, 130, spec("fp4", 64), BFLOAT16, BFLOAT16),
     "blocks of 10, gpu": ("gpu", 7, 70, 25, spec("integer", 10), FLOAT32, BFLOAT16),
+    "one row, cpu": ("cpu", 1, 320, 512, spec(), FLOAT32, FLOAT32),
+    "tiles of 193 rows, cpu": ("cpu", 33, 96, 579, spec("nf4", 32), BFLOAT16, BFLOAT16),
 }
 
 
@@ -62,9 +71,7 @@ def test_products_are_those_of_the_dequantized_matrix(rng, case):
     w = quantize_matrix(normal(rng, (n, m), matrix_dtype), spec)
     # As the reference has it, rounded to the dtype of the matrix and then to that of x.
     floats = optax_lowbit.dequantize(w.rows).astype(dtype)
-    product = jax.jit(
-        functools.partial(KERNELS[kernel], interpret=True), static_argnames="is_transposed"
-    )
+    product = jax.jit(KERNELS[kernel], static_argnames="is_transposed")
     x, g = normal(rng, (batch, n), dtype), normal(rng, (batch, m), dtype)
     y = product(x, w.rows, is_transposed=False)
     dx = product(g, w.rows, is_transposed=True)
@@ -78,7 +85,7 @@ def test_what_is_not_finite_stays_in_its_row(rng):
     rows = dataclasses.replace(w.rows, scales=w.rows.scales.at[3, 1].set(jnp.nan))
     x = jnp.ones((8, 256))
     for kernel in KERNELS.values():
-        product = functools.partial(kernel, is_transposed=False, interpret=True)
+        product = functools.partial(kernel, is_transposed=False)
         y = jax.jit(product)(x, rows)
         np.testing.assert_array_equal(np.isnan(y), np.arange(128)[None, :] == [[3]] * 8)
 
@@ -160,7 +167,9 @@ def test_a_scan_keeps_no_copy_of_its_matrices_and_scales_have_no_slope(rng):
 
 
 @pytest.mark.parametrize("spread", ["x", "matrix"])
-def test_inside_shard_map(rng, spread):
+def test_inside_shard_map(rng, spread, monkeypatch):
+    of_cpus = importlib.import_module("optax_lowbit.kernels.cpu.quantized_dot")
+    monkeypatch.setattr(of_cpus, "LEAST_BYTES", 0)
     w = quantize_matrix(normal(rng, (256, 512)), spec())
     x = normal(rng, (4, 256))
     mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
@@ -183,7 +192,7 @@ def test_inside_shard_map(rng, spread):
         return jax.shard_map(f, mesh=mesh, in_specs=(of_x, of_w), out_specs=out, **options)
 
     expected = step(x, w, "reference")
-    found = [jax.jit(in_shards("reference"))(x, w.rows)]
+    found = [jax.jit(in_shards(backend))(x, w.rows) for backend in ("reference", "cpu")]
     # Types of operands and results fit for kernels, too, but for the interpreter's own.
     assert jax.eval_shape(in_shards("pallas_tpu"), x, w.rows)[1].shape == x.shape
     if spread == "x":
@@ -191,6 +200,27 @@ def test_inside_shard_map(rng, spread):
     for value, slope in found:
         np.testing.assert_allclose(value, expected[0], rtol=1e-4)
         np.testing.assert_allclose(slope, expected[1], rtol=1e-4, atol=1e-3)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "backend, batch, parts", [("auto", 512, 5), ("reference", 512, 1), ("auto", 513, 1)]
+)
+def test_tiles_on_cpus_are_all_that_is_dequantized(backend, batch, parts):
+    n, m = 2048, 4096
+    w = abstract_matrix((n, m), FLOAT32, spec())
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,))
+    whole = PartitionSpec()
+
+    def slope(x, rows):
+        return jax.grad(lambda x: quantized_dot(x, rows, (n, m), backend=backend).sum())(x)
+
+    on_device = jax.shard_map(slope, mesh=mesh, in_specs=(whole, whole), out_specs=whole)
+    x = jax.ShapeDtypeStruct((batch, n), FLOAT32)
+    memory = jax.jit(on_device).lower(x, w.rows).compile().memory_analysis()
+    matrix = 4 * n * m
+    assert (memory.temp_size_in_bytes > matrix) == (parts == 1), memory.temp_size_in_bytes / matrix
+    assert memory.temp_size_in_bytes < 2 * matrix // parts
 
 
 @pytest.mark.parametrize("backend", ["reference", "pallas_tpu"])
@@ -259,7 +289,24 @@ def test_what_the_kernels_take(case):
     shape, dtype, spec, tpu, gpu = REFUSED[case]
     assert backends.why_not("pallas_tpu", "quantized_dot", shape, dtype, spec) == tpu
     assert backends.why_not("pallas_gpu", "quantized_dot", shape, dtype, spec) == gpu
-    assert backends.why_not("cpu", "quantized_dot", shape, dtype, spec)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "shape, dtype, reason",
+    [
+        ((4096, 2048), FLOAT32, None),
+        ((4096, 4096), BFLOAT16, None),
+        ((4095, 2048), FLOAT32, "a matrix of less than 32 MiB, which is dequantized whole"),
+        ((4096, 2048), BFLOAT16, "a matrix of less than 32 MiB, which is dequantized whole"),
+        ((8192 * 2048,), FLOAT32, "a matrix whose rows are not whole blocks"),
+        ((4096, 2080), FLOAT32, "a matrix whose rows are not whole blocks"),
+        ((4099, 2048), FLOAT32, "no whole tiles of 128 to 256 rows"),
+        ((4096, 4096), jnp.float16, "dtype float16, neither float32 nor bfloat16"),
+    ],
+)
+def test_what_is_multiplied_by_tiles_on_cpus(shape, dtype, reason):
+    assert backends.why_not("cpu", "quantized_dot", shape, dtype, spec()) == reason
 
 
 def test_a_kernel_that_is_named_and_cannot_is_an_error(rng):

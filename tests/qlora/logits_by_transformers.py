@@ -7,10 +7,11 @@ import numpy as np
 
 def main(folder: str, adapter: str, out: str, *tokens: str) -> None:
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    (name,) = transformers.AutoConfig.from_pretrained(folder).architectures
+    model = getattr(transformers, name).from_pretrained(folder, attn_implementation="eager")
     if adapter != "-":
         from peft import PeftModel
 

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from benchmarks.models.recorded import Recorded
 from examples.llm.models.huggingface_files import HuggingFaceModel
 from examples.llm.models.huggingface_names import module_names
 from examples.llm.training.steps import abstract_decoder
+from examples.llm.training.tuning import save_adapter, tuned
 from optax_lowbit import QuantSpec, adapters, qlora
 
-TOKENS = [3, 1, 4, 1, 5, 9, 2, 6]
+TOKENS = [3, 7, 4, 8, 5, 9, 2, 6]  # none of them stands for padding
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "dtype": "float32",
@@ -149,6 +151,27 @@ def test_magnitudes_and_whole_modules_are_loaded_by_peft(tmp_path, weights, rng)
     qlora.write_bitsandbytes(tmp_path / "merged", merged, config=CONFIG)
     logits = theirs(tmp_path, tmp_path / "model", tmp_path / "adapter")
     np.testing.assert_allclose(logits, ours(tmp_path / "merged"), rtol=1e-4, atol=5e-5)
+
+
+@needs("peft", "transformers", "torch")
+@pytest.mark.parametrize("variant", ["mistral", "opt post-norm", "roberta classes", "bert classes"])
+def test_what_is_tuned_of_all_families_is_loaded_by_peft(tmp_path, variant):
+    folder = Recorded().write(variant, tmp_path / "model")
+    stored = HuggingFaceModel(folder)
+    graph, _ = abstract_decoder(stored.config)
+    tuning = tuned("lora", graph, stored.parameters(), 0)
+    rng = np.random.default_rng(0)
+    trained = jax.tree.map(
+        lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32), tuning.trainable
+    )
+    save_adapter(tmp_path / "adapter", tuning, trained)
+    model, tokens = tuning.model(trained, tuning.frozen), jnp.asarray([TOKENS])
+    is_classifier = hasattr(model, "class_logits")
+    expected = model.class_logits(tokens) if is_classifier else model(tokens)
+
+    plain, logits = (theirs(tmp_path, folder, x) for x in ("-", tmp_path / "adapter"))
+    assert np.abs(logits - plain).max() > 0.1
+    np.testing.assert_allclose(logits, expected[0], rtol=1e-4, atol=2e-5)
 
 
 @needs("bitsandbytes", "transformers", "torch")

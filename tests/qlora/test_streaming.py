@@ -136,7 +136,7 @@ def measured(path):
     model = LOAD
     done.set()
     watcher.join()
-    return model, peak - start
+    return model, max(peak, resident()) - start
 
 measured(sys.argv[1])  # compiles
 model, peak = measured(sys.argv[2])

@@ -108,8 +108,8 @@ def test_blocks_of_one_shape_have_directions_of_their_own():
     params = {"first": jnp.zeros((50, 64)), "second": jnp.zeros((50, 64))}
     blocks = zo.blockwise(zo.zo_sgd(1.0), ["first", "second"], simultaneous=True)
     with jax.disable_jit():
-        # A slope for each block, as if it had been measured; and no decay.
-        new, _ = blocks.apply(params, blocks.init(params, 0), jnp.array([1.0, 0.0, 1.0, 0.0]))
+        # A slope for each block, as if it had been measured; and then no decay of each.
+        new, _ = blocks.apply(params, blocks.init(params, 0), jnp.array([1.0, 1.0, 0.0, 0.0]))
     assert set(np.unique(new["first"])) == {-1.0, 1.0} == set(np.unique(new["second"]))
     # Five standard deviations of a mean of 3200 products of signs.
     assert abs(np.mean(new["first"] * new["second"])) < 5 / 3200**0.5

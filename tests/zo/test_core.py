@@ -107,7 +107,8 @@ def test_leaves_without_elements_are_left_alone():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"eps": 0.0}, "eps must be above 0, got 0.0"),
+        ({"eps": 0.0}, "eps must be above 0 and finite, got 0.0"),
+        ({"eps": float("inf")}, "eps must be above 0 and finite, got inf"),
         ({"eps": "small"}, "eps must be a number or a schedule"),
         ({"num_probes": 0}, "num_probes must be an int of at least 1, got 0"),
         ({"clip": -1.0}, "clip must be a number above 0 or None"),

@@ -42,6 +42,8 @@ def test_changes_need_no_compiling():
         plain = zo.zo_sgd(rate, eps, 2, noise=QuickSigns(), weight_decay=decay, clip=clip)
         with jax.disable_jit():
             mine, own, expected = plain.step(lambda p: jnp.sum(jnp.sin(p["a"])), mine, own)
+        record = jnp.append(expected.record, jnp.array([rate, eps, decay, clip]))
+        expected = expected._replace(record=record)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4), info, expected)
         np.testing.assert_allclose(params["a"], mine["a"], rtol=1e-5, atol=1e-6)
     assert np.abs(expected.coefficients).max() == 1 and state.count == 2

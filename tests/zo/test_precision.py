@@ -55,6 +55,13 @@ def test_signal_to_noise_of_a_cube():
     assert found.cosine == {"": 1} and found.moved == {"": 1} == found.moved_to_nearest
 
 
+def test_a_schedule_that_gives_0_is_diagnosed():
+    opt, params = zo.zo_sgd(1e-3, lambda count: 0.0 * count, noise=QuickSigns()), jnp.asarray(1.0)
+    with jax.disable_jit():
+        found = zo.diagnose(opt, lambda x: x**3, params, opt.init(params, 0))
+    assert found.signal_to_noise == 0 and found.cosine == {"": 0} == found.moved
+
+
 def test_diagnosis_needs_an_eps():
     opt = zo.zo_sgd(1e-3, estimator=ForwardGradient())
     state = opt.init(jnp.ones(2), 0)

@@ -29,6 +29,57 @@ def test_an_infinite_loss_moves_nothing_though_its_slope_is_clipped(opt):
     assert state.count == 1
 
 
+def to_zero(count):
+    """A schedule that ends at 0, and then goes beyond."""
+    return 0.5 - 0.25 * count
+
+
+PROBED = {
+    "sgd": zo.zo_sgd(0.01, to_zero, weight_decay=0.5),
+    "adam": zo.zo_adam(0.01, to_zero, weight_decay=0.5),
+    "signs": zo.zo_sgd_scalar_sign(0.01, to_zero, noise=zo.Rademacher(), weight_decay=0.5),
+    "fzoo": zo.fzoo(0.01, to_zero, 2, weight_decay=0.5),
+    "hizoo": zo.hizoo(0.01, to_zero, curvature="difference", weight_decay=0.5),
+    "blocks": zo.blockwise(zo.zo_sgd(0.01, to_zero, weight_decay=0.5), ["a", "b"]),
+}
+
+
+@pytest.mark.parametrize("name", PROBED)
+def test_a_step_whose_eps_is_not_above_0_is_not_taken_and_says_so(name):
+    def loss(params):
+        return jnp.sum(params["a"] ** 2) + jnp.sum(params["b"])
+
+    opt, params = PROBED[name], {"a": jnp.array([1.0, 2.0]), "b": jnp.ones(1)}
+    step, state = jax.jit(opt.step, static_argnums=0), opt.init(params, 0)
+    for count, is_probed in ((0, True), (1, True), (2, False), (3, False)):
+        now = state._replace(count=jnp.int32(count))
+        new, after, info = step(loss, params, now)
+        assert jnp.all(info.is_taken == is_probed) and jnp.isfinite(info.loss)
+        assert bool(jnp.all(info.coefficients != 0)) == is_probed
+        assert bool(jnp.all(new["a"] != params["a"])) == is_probed
+        if not is_probed:
+            assert not info.record.any() and not info.coefficients.any()
+            kept = after._replace(count=now.count, prepared=now.prepared)
+            assert jax.tree.all(jax.tree.map(jnp.array_equal, kept, now))
+
+
+def test_an_eps_that_is_not_used_may_be_0():
+    params = {"a": jnp.array([1.0, 2.0])}
+    for opt in (
+        zo.hizoo(0.01, lambda count: 0.0 * count),
+        zo.zo_sgd(0.01, lambda count: 0.0 * count, estimator=zo.ForwardGradient()),
+    ):
+        estimate = jax.jit(opt.estimate, static_argnums=0)
+        info = estimate(lambda p: jnp.sum(p["a"] ** 2), params, opt.init(params, 0))
+        assert info.is_taken and info.coefficients.all()
+
+
+def test_a_rejected_step_says_so():
+    params, opt = {"a": jnp.ones(3)}, zo.zo_sgd_conservative(100.0)
+    new, _, info = opt.step(lambda p: jnp.sum(p["a"] ** 2), params, opt.init(params, 0))
+    assert not info.is_taken and jnp.array_equal(new["a"], params["a"])
+
+
 @pytest.mark.parametrize(
     ("loss", "kind"),
     [(lambda p: (p["a"].sum(), {"x": 1}), "tuple"), (lambda p: None, "NoneType"),

@@ -185,7 +185,7 @@ def test_hessian_is_averaged_after_the_step_along_old_directions():
     h = np.exp(np.random.default_rng(3).standard_normal(SHAPE)).astype(np.float32)
     ours.moments = {"hessian": jnp.asarray(h)}
     v = np.random.default_rng(4).standard_normal((2, *SHAPE)).astype(np.float32)
-    record = jnp.array([0.5, -0.25, RATE * 0.5, 0.25, 0.125, 0.0625])
+    record = jnp.array([0.5, -0.25, 0.125, 0.0625, RATE * 0.5, 0.25])
     state = ours.values, ours.moments, ours.scalars
     new, moments, _ = ours.step(*state, record, v, jnp.int32(0))
     old = np.asarray(values())

@@ -41,8 +41,8 @@ class Encoder(nnx.Module):
 
         Args:
           tokens: int32 `(batch, length)`.
-          mask: int32 `(batch, length)`: 1, and 0 for padding; or several texts in a row, as of
-            `Decoder.features`. None: nothing is padding.
+          mask: int32 `(batch, length)`: 1, and 0 for padding; or, without virtual tokens, several
+            texts in a row, as of `Decoder.features`. None: nothing is padding.
           types: int32 `(batch, length)`, of a pair of sentences 0 and 1; None: all 0.
           prompt: embeddings `(n, hidden_size)` of virtual tokens in front of every text.
           prefix: keys and values `(num_layers, n, num_heads, head_size)` of virtual tokens in front
@@ -94,10 +94,9 @@ class MaskedLanguageModel(Encoder):
 
     def logits(self, features: jax.Array, /) -> jax.Array:
         """Map `(..., hidden_size)` to those of the token there, float32 `(..., vocabulary)`."""
-        logits = self.embedding.attend(self.head(features))
-        return (logits + jnp.expand_dims(self.head.bias[...], range(logits.ndim - 1))).astype(
-            jnp.float32
-        )
+        logits = self.embedding.attend(self.head(features)).astype(jnp.float32)
+        bias = self.head.bias[...].astype(jnp.float32)
+        return logits + jnp.expand_dims(bias, range(logits.ndim - 1))
 
 
 class ClassificationHead(nnx.Module):

@@ -165,12 +165,13 @@ class GGUFModel:
         return read_tokenizer(self)
 
     def special_tokens(self) -> SpecialTokens:
-        """What the model has around a text."""
-        begin, end = (self._token(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
-        # Byte-level tokenizers, the only ones that are read, put none there unless they say so.
-        return SpecialTokens(
-            begin if self.field("tokenizer.ggml.add_bos_token") is True else None, end
-        )
+        """What the model has around a text, and in place of tokens."""
+        names = ("bos", "eos", "padding", "mask")
+        begin, end, pad, mask = (self._token(f"tokenizer.ggml.{name}_token_id") for name in names)
+        # Byte-level tokenizers put none there unless they say so, and SentencePiece's do.
+        is_default = self.field("tokenizer.ggml.model") == "llama"
+        puts_begin = self.field("tokenizer.ggml.add_bos_token", is_default) is True
+        return SpecialTokens(begin if puts_begin else None, end, pad, mask)
 
     def _token(self, name: str) -> int | None:
         value, count = self.field(name), self.config.vocabulary_size

@@ -5,6 +5,8 @@ Names are those of the PyTorch modules, as files and PEFT have them; `{}` is the
 
 from collections.abc import Mapping
 
+from flax.traverse_util import flatten_dict
+
 from examples.llm.models.building import abstract_model
 from examples.llm.models.config import EncoderConfig, ModelConfig
 
@@ -78,6 +80,8 @@ _HEADS = {
     },
     ("bert", "classes"): {"head/dense": "bert.pooler.dense", "head/output": "classifier"},
 }
+# PyTorch's modules that the layers on top of an encoder are in, for classes.
+CLASS_MODULES = {"roberta": ("classifier",), "bert": ("pooler", "classifier")}
 _DECODERS = {"llama": _LLAMA, "mistral": _LLAMA, "opt": _OPT}
 
 
@@ -92,19 +96,11 @@ def names_of(config: ModelConfig) -> Mapping[str, str]:
 
 def module_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     """Return PEFT's names: the PyTorch modules of each stack of matrices, by its path."""
-    names = names_of(config)
-    stacks = {
-        path.removesuffix("/kernel"): path
-        for path in _paths(abstract_model(config)[1]["layers"], "layers")
-        if path.endswith("/kernel")
-    }
+    names, layers = names_of(config), abstract_model(config)[1]["layers"]
+    paths = ["/".join(("layers", *path)) for path in flatten_dict(layers) if path[-1] == "kernel"]
     return {
-        path: tuple(names[module].format(layer) for layer in range(config.num_layers))
-        for module, path in stacks.items()
+        path: tuple(
+            names[path.removesuffix("/kernel")].format(layer) for layer in range(config.num_layers)
+        )
+        for path in paths
     }
-
-
-def _paths(tree: Mapping, path: str) -> list[str]:
-    if not isinstance(tree, Mapping):
-        return [path]
-    return [leaf for key, part in tree.items() for leaf in _paths(part, f"{path}/{key}")]

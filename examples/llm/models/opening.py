@@ -7,6 +7,7 @@ from pathlib import Path
 from examples.llm.errors import UsageError
 from examples.llm.models.gguf_files import GGUFModel, bundled_model_path
 from examples.llm.models.huggingface_files import HuggingFaceModel
+from examples.llm.models.llama2c_files import Llama2cModel
 
 # What can be named instead of a path.
 NAMED_MODELS = ("smollm2-135m", "stories260k", "minilm")
@@ -45,13 +46,15 @@ def _packaged_folder(package: str, command: str) -> Path:
     return Path(folders[0])
 
 
-def open_model(path: Path) -> GGUFModel | HuggingFaceModel:
-    """Open a GGUF file or a folder of Hugging Face's.
+def open_model(path: Path) -> GGUFModel | HuggingFaceModel | Llama2cModel:
+    """Open a folder of Hugging Face's, a `.bin` file of llama2.c, or a GGUF file.
 
     Raises:
       UsageError: it can't be read, or holds another kind of model.
     """
-    return HuggingFaceModel(path) if path.is_dir() else GGUFModel(path)
+    if path.is_dir():
+        return HuggingFaceModel(path)
+    return Llama2cModel(path) if path.suffix == ".bin" else GGUFModel(path)
 
 
 def content_hash(path: Path) -> str:

@@ -56,10 +56,11 @@ def joined(one: Places, other: Places) -> Places:
 def both_ways(queries: Places, keys: Places) -> jax.Array:
     """Return which queries see which keys in an encoder: bool `(batch or 1, queries, keys)`.
 
-    They are those of the same text, and virtual ones. Padding sees padding, so that none sees none.
+    They are those of the same text, and virtual ones, which see all texts of their row. Padding
+    sees padding, so that none sees none.
     """
-    segments = keys.segments[:, None, :]
-    return (segments == queries.segments[:, :, None]) | (segments == SHARED)
+    own, other = queries.segments[:, :, None], keys.segments[:, None, :]
+    return (own == other) | (other == SHARED) | ((own == SHARED) & (other != PADDING))
 
 
 def backwards(queries: Places, keys: Places, window: int | None = None) -> jax.Array:

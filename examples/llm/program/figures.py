@@ -130,7 +130,7 @@ def points(
             )
             for place, mean in zip(places, means, strict=True):
                 axes.annotate(
-                    f"{mean:.5g}", (mean, place), (0, 5), ha="center",
+                    f"{mean:.5g}", (mean, place), (5, 4),
                     textcoords="offset points", fontsize=8,
                 )  # fmt: skip
         for style, (words, place) in zip(("--", ":"), lines.items()):

@@ -29,7 +29,8 @@ from examples.llm.training.problems import TextProblem
 from examples.llm.training.steps import TrainState, abstract_decoder
 from examples.llm.training.trainer import Recipe, Trainer
 from examples.llm.training.tuning import Tuning, base_parameters, tuned
-from optax_lowbit.kernels.backends import KERNELS
+from optax_lowbit import qlora
+from optax_lowbit.kernels.backends import KERNELS, Backend
 from optax_lowbit.memory import plan
 from optax_lowbit.memory.targets import platform_of
 
@@ -148,7 +149,8 @@ def plan_run(settings: Settings, config: DecoderConfig, method: str) -> RunPlan:
     """
     target = target_of(settings.plan_for)
     recipe = _recipe_for(settings, method, target)
-    tuning, layout = abstract_tuning(config, recipe), _abstract_layout(settings)
+    tuning, layout = abstract_tuning(config, recipe, target), _abstract_layout(settings)
+    recipe = _with_kernels(recipe, _kernels(target), tuning.trainable)
     trainer = Trainer(Path(), recipe, _windows_problem(settings), layout)
     trainer.adopt(tuning)
     optimizer = trainer.optimizer()
@@ -171,7 +173,7 @@ def plan_run(settings: Settings, config: DecoderConfig, method: str) -> RunPlan:
             target=target,
         )
     except (ValueError, ModuleNotFoundError, jax.errors.JaxRuntimeError) as error:
-        raise UsageError(f"--plan-for: {method}: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"--plan-for: {method}: {str(error).splitlines()[0][:300]}") from error
     assert found.step is not None
     is_backward = METHODS[method].derivative == "backward"
     return RunPlan(
@@ -212,8 +214,11 @@ def _specs(state: TrainState) -> Any:
     return jax.tree.map(lambda x: x.sharding.spec, state), PartitionSpec()
 
 
-def abstract_tuning(config: DecoderConfig, recipe: Recipe) -> Tuning:
-    """Return what trains of a model, and what does not, as shapes and dtypes."""
+def abstract_tuning(config: DecoderConfig, recipe: Recipe, target: str = "cpu") -> Tuning:
+    """Return what trains of a model, and what does not, as shapes and dtypes.
+
+    Matrices in 4 bits are for the kernels of the target.
+    """
     graph, parameters = abstract_decoder(config)
     scheme, found = recipe.hyperparameters.tuning, []
 
@@ -223,19 +228,42 @@ def abstract_tuning(config: DecoderConfig, recipe: Recipe) -> Tuning:
         return found[0].trainable, found[0].frozen
 
     trainable, frozen = jax.eval_shape(trees, parameters)
+    frozen = jax.tree.map(
+        lambda x: replace(x, backend=_kernels(target)) if _in_4_bits(x) else x,
+        frozen,
+        is_leaf=_in_4_bits,
+    )
     return found[0]._replace(trainable=trainable, frozen=frozen)
+
+
+def _in_4_bits(x: Any) -> bool:
+    return isinstance(x, qlora.QuantizedMatrix)
+
+
+def _kernels(target: str) -> Backend:
+    """Those of a target, which this process may not have."""
+    platform = platform_of(target)
+    named: Any = KERNELS[platform]
+    return "auto" if platform == "cpu" else named
 
 
 def _recipe_for(settings: Settings, method: str, target: str) -> Recipe:
     recipe = settings.recipe_of(method)
-    platform = platform_of(target)
-    dtype = settings.dtype or ("float32" if platform == "cpu" else None)
-    if dtype is None:
-        dtype = "float32" if settings.tuning == "full" else "bfloat16"
-    backend = "auto" if platform == "cpu" else KERNELS[platform]
+    is_cpu, is_full = platform_of(target) == "cpu", settings.tuning == "full"
+    dtype = settings.dtype or ("float32" if is_cpu or is_full else "bfloat16")
     lora = recipe.lora and replace(recipe.lora, dropout=0.0)  # masks are made anew where needed
+    return replace(recipe, lora=lora, dtype=dtype)
+
+
+def _with_kernels(recipe: Recipe, backend: Backend, trainable: Any) -> Recipe:
+    """A recipe with the kernels of a backend, or without any if these do not take all leaves."""
     chosen = replace(recipe.hyperparameters, backend=backend)
-    return replace(recipe, hyperparameters=chosen, lora=lora, dtype=dtype)
+    try:
+        optimizer = METHODS[recipe.method].build(chosen)
+        jax.eval_shape(lambda tree: optimizer.init(tree, 0), trainable)
+    except ValueError:
+        chosen = replace(chosen, backend="reference")
+    return replace(recipe, hyperparameters=chosen)
 
 
 def _abstract_layout(settings: Settings) -> Layout | None:

@@ -19,12 +19,13 @@ from examples.llm.program.settings import Settings
 from examples.llm.program.spreads import Spread, spread_of
 
 _MEBIBYTE = 2**20
+_TITLE = "Held-out loss, optimizer state, peak memory, time of a step"
 _COSTS_AND_GAINS: Mapping[str, tuple[str, Callable[[RunResult], float]]] = {
-    "held-out loss before": (".4f", lambda run: run.loss_before),
-    "held-out loss after": (".4f", lambda run: run.loss_after),
-    "optimizer state MiB": (",.1f", lambda run: run.state_bytes / _MEBIBYTE),
-    "peak memory MiB": (",.0f", lambda run: run.peak_bytes / _MEBIBYTE),
-    "median step s": (".3g", lambda run: statistics.median(run.step_seconds)),
+    "loss before": (".4f", lambda run: run.loss_before),
+    "loss after": (".4f", lambda run: run.loss_after),
+    "state MiB": (",.1f", lambda run: run.state_bytes / _MEBIBYTE),
+    "peak MiB": (",.0f", lambda run: run.peak_bytes / _MEBIBYTE),
+    "step s": (".3g", lambda run: statistics.median(run.step_seconds)),
     "training s": (",.0f", lambda run: sum(run.step_seconds)),
 }
 
@@ -37,7 +38,7 @@ def by_method(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
 
 def comparison_table(results: Sequence[RunResult]) -> Table:
     """Return one row per method: held-out loss, memory and time."""
-    return _rich_table("Fine-tuning", *_comparison(results), texts=1)
+    return _rich_table(_TITLE, *_comparison(results), texts=1)
 
 
 def scores_table(results: Sequence[RunResult]) -> Table:
@@ -81,7 +82,7 @@ def write_page(settings: Settings, results: Sequence[RunResult], path: Path) -> 
     about = about_this_run()
     seeds = f"seed{'s' if len(settings.seeds) > 1 else ''} {' '.join(map(str, settings.seeds))}"
     sections = [
-        page.Section("Fine-tuning", page.table(*_comparison(results))),
+        page.Section(_TITLE, page.table(*_comparison(results))),
         page.Section("Held-out scores", page.table(*_scores(results), texts=2)),
         page.Section("Curves and costs", page.figures(_figures(results))),
     ]

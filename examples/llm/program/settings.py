@@ -39,8 +39,8 @@ class Settings:
 
     method: tuple[str, ...] = ("adamw", "adamw4bit")
     """Methods to compare. With backpropagation: adamw, adam, sgd and their 8bit and 4bit forms,
-    factor4bit; paged-adamw, paged-adamw8bit, paged-adamw4bit, whose state is on the host. Without:
-    mezo, zo-momentum, zo-sign, zo-adam, zo-conservative, fzoo, hizoo,
+    factor4bit, adafactor, sm3; paged-adamw, paged-adamw8bit, paged-adamw4bit, whose state is on the
+    host. Without: mezo, zo-momentum, zo-sign, zo-adam, zo-conservative, fzoo, hizoo,
     lozo, sparse, forward-grad, blockwise; and hybrid, which backpropagates through
     the last norm and head."""
     task: str = "sotu"
@@ -328,13 +328,14 @@ def target_of(name: str) -> str:
 
 DEFAULTS = Settings()
 
-# What arXiv 2305.14314, appendix B.3, has in common for all its models; few steps, for a look.
+# What arXiv 2305.14314, appendix B, has for models of up to 13B parameters; few steps, for a look.
 QLORA_RECIPE = Settings(
     method=("paged-adamw4bit",),
     tuning="qlora",
     steps=6,
     batch_size=1,
     accumulate=16,
+    lora_dropout=0.1,
     eval_batches=16,
     output=Path("runs/qlora"),
 )

@@ -205,7 +205,7 @@ class _Run:
         if jax.process_count() > 1:
             parameters = multihost_utils.process_allgather(parameters, tiled=True)
         if self.settings.cluster.is_first:
-            save_adapter(self.job.folder / "adapter", self.trainer.tuning, parameters, self.config)
+            save_adapter(self.job.folder / "adapter", self.trainer.tuning, parameters)
 
     def _evaluate(self, parameters: Any) -> Evaluation:
         self.report(Stage("judging by held-out data"))

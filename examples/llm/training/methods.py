@@ -154,6 +154,11 @@ def _paged(factory: Callable[..., Any]) -> Callable[..., Any]:
     return build
 
 
+def _sm3(rate: Any, momentum: float) -> optax.GradientTransformation:
+    """`optax.sm3`, which takes no schedule."""
+    return optax.chain(optax.scale_by_sm3(momentum), optax.scale_by_learning_rate(rate))
+
+
 def _zeroth_order(
     factory: Callable[..., Optimizer], rates: Mapping[str, float], forward_passes: int = 2
 ) -> Method:
@@ -204,7 +209,7 @@ def _hybrid(rate: float) -> Method:
     return Method(build, {"full": rate}, {"full": 2}, derivative="last backward")
 
 
-_ADAM_RATE, _SGD_RATE = 5e-5, 5e-3
+_ADAM_RATE, _SGD_RATE, _SM3_RATE = 5e-5, 5e-3, 5e-3
 _QLORA_RATE = 2e-4  # of AdamW up to 13B parameters, arXiv 2305.14314, table 9
 _MOMENTUM: dict[str, Any] = {"momentum": 0.9}
 _MEZO_RATES = {"full": 1e-6, "lora": 1e-4, "qlora": 1e-4, "prefix": 1e-3, "prompt": 1e-3}
@@ -215,6 +220,11 @@ METHODS: dict[str, Method] = {
     "adamw": _first_order(optax.adamw, _ADAM_RATE, decays=True),
     "adam": _first_order(optax.adam, _ADAM_RATE),
     "sgd": _first_order(optax.sgd, _SGD_RATE, **_MOMENTUM),
+    # As in the comparison of arXiv 2309.01507, table 2: rates that no parameter's size scales.
+    "adafactor": _first_order(
+        partial(optax.adafactor, multiply_by_parameter_scale=False, **_MOMENTUM), _ADAM_RATE
+    ),
+    "sm3": _first_order(_sm3, _SM3_RATE, **_MOMENTUM),
     "adamw8bit": _first_order(optax_lowbit.adamw8bit, _ADAM_RATE, decays=True),
     "adam8bit": _first_order(optax_lowbit.adam8bit, _ADAM_RATE),
     "sgd8bit": _first_order(optax_lowbit.sgd8bit, _SGD_RATE, **_MOMENTUM),

@@ -90,7 +90,8 @@ class Trainer:
 
     def learn(self, problem: Problem) -> None:
         """Take the batches of further steps from a problem that differs in its seed at most."""
-        self.problem, self._feed = problem, Feed(problem.batches, self.recipe.accumulate)
+        self.problem = problem
+        self._feed: Feed | None = None  # made where a step needs it: a plan has no data
 
     def adopt(self, tuning: Tuning) -> None:
         """Take what trains and what does not, in place of reading it; shapes will do."""
@@ -142,8 +143,12 @@ class Trainer:
         self, state: TrainState, number: int, rate: float | None = None
     ) -> tuple[TrainState, StepMeasurement]:
         """Take step `number`, which counts from 0; the old state is used up."""
-        chosen = self.recipe.hyperparameters.learning_rate if rate is None else rate
-        batch = self._placed(self._feed.step(number), 0 if self.recipe.accumulate == 1 else 1)
+        accumulate, chosen = self.recipe.accumulate, rate
+        if chosen is None:
+            chosen = self.recipe.hyperparameters.learning_rate
+        if self._feed is None:
+            self._feed = Feed(self.problem.batches, accumulate)
+        batch = self._placed(self._feed.step(number), 0 if accumulate == 1 else 1)
         arguments = (np.float32(chosen), self.tuning.frozen, batch)
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if shapes not in self._steps:

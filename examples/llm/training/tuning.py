@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.traverse_util import flatten_dict
 
 from examples.llm.errors import UsageError
-from examples.llm.models.config import DecoderConfig
+from examples.llm.models.config import EncoderConfig
 from examples.llm.models.decoder import Cache, Decoder, Generator
 from examples.llm.models.encoder import Classifier
-from examples.llm.models.huggingface_names import module_names
+from examples.llm.models.huggingface_names import CLASS_MODULES, module_names, names_of
+from examples.llm.models.parameters import tensor_name
 from examples.llm.training.steps import build_model
 from optax_lowbit import adapters, qlora
 
@@ -181,20 +183,33 @@ def _cast(x: Any, dtype: Any) -> Any:
     return x.astype(dtype)
 
 
-def save_adapter(folder: Path, tuning: Tuning, trainable: Any, config: DecoderConfig) -> None:
-    """Write adapters of a decoder in PEFT's files, for the same model in PyTorch; without, nothing.
+def save_adapter(folder: Path, tuning: Tuning, trainable: Any) -> None:
+    """Write adapters in PEFT's files, for the same model in PyTorch; without, nothing.
 
     Args:
       folder: is created.
-      tuning: of the decoder.
+      tuning: of the model.
       trainable: what `Tuning.trainable` has become.
-      config: the decoder's shape.
     """
     if tuning.lora is None:
         return
-    leaves = tuning.lora.extract(tuning.model(trainable, tuning.frozen))
-    names = {path: modules for path, modules in module_names(config).items() if path in leaves}
-    qlora.write_adapter(folder, qlora.to_peft(tuning.lora, leaves, names))
+    model: Any = tuning.model(trainable, tuning.frozen)
+    leaves = tuning.lora.extract(model)
+    names = {path: m for path, m in module_names(model.config).items() if path in leaves}
+    adapter = qlora.to_peft(tuning.lora, leaves, names)
+    if isinstance(model, Classifier):
+        adapter = _with_trained_head(adapter, model.config, trainable["head"])
+    qlora.write_adapter(folder, adapter)
+
+
+def _with_trained_head(adapter: qlora.Adapter, config: EncoderConfig, head: Any) -> qlora.Adapter:
+    """The files' tensors of a head that was trained whole."""
+    names, others = names_of(config), {}
+    flat: dict[str, Any] = flatten_dict({"head": head}, sep="/")
+    for path, x in flat.items():
+        others[tensor_name(names, path)] = x.T if path.endswith("/kernel") else x
+    modules = CLASS_MODULES[config.family.name]
+    return replace(adapter, config=replace(adapter.config, modules_to_save=modules), others=others)
 
 
 def _full(graph: nnx.GraphDef[Decoder], parameters: Any) -> Tuning:

@@ -16,6 +16,7 @@ import numpy as np
 from optax_lowbit.kernels.adam import Coefficients
 from optax_lowbit.kernels.codable import why_not_codes, why_not_dtype
 from optax_lowbit.kernels.cpu.library import library
+from optax_lowbit.kernels.cpu.quantized_dot import why_not_matrix
 from optax_lowbit.kernels.parameters import Descent
 from optax_lowbit.quant import QuantizedArray, QuantSpec, codebooks
 from optax_lowbit.quant.array import abstract_quantized
@@ -39,8 +40,6 @@ def why_not(op: str, shape: tuple[int, ...], dtype: Any, *specs: QuantSpec | Non
       dtype: Of the gradient, or of the array to be quantized.
       specs: Of the op's moments in their order; None for a factored second moment.
     """
-    if op == "quantized_dot":
-        return "a product, which is XLA's"
     if library() is None:
         return "no native library that loads"
     if not shape or 0 in shape:
@@ -60,6 +59,8 @@ def why_not(op: str, shape: tuple[int, ...], dtype: Any, *specs: QuantSpec | Non
             continue
         if spec.block_size != first.block_size:
             return "moments in blocks of different sizes"
+    if op == "quantized_dot":
+        return why_not_matrix(shape, np.dtype(dtype).itemsize, first.group_size)
     return None
 
 

@@ -1,8 +1,8 @@
 """The log of a zeroth-order run, and the parameters that it leads to.
 
 A run is its base parameters, a key and, for each step, the few numbers that the step was made from.
-The log keeps these in 8 bytes a step and 4 for each number; from it and the base the run's
-parameters follow bit for bit.
+The log keeps these in 4 bytes for each number that was measured, and 4 for a checksum; from it and
+the base the run's parameters follow bit for bit.
 """
 
 from optax_lowbit.zo.replay.files import Log, read

@@ -1,10 +1,10 @@
-"""The bytes of a log: a header, and a record of fixed size for each step, all under checksums.
+"""The bytes of a log: a header, and a few for each step, all under checksums.
 
 All numbers are little-endian. The header is :data:`MAGIC`, the length of what follows (uint32), a
-JSON text compressed by zlib, and the CRC-32 of all that. A record is the number of its step
-(uint32), the step's float32 numbers, after every ``digest_every`` steps a digest of the parameters
-(uint32), and a CRC-32 that goes on from that of the record before, or of the header: no record can
-be left out, moved, or taken from another log unnoticed.
+JSON text compressed by zlib, and the CRC-32 of all that. A step has its numbers (see
+:mod:`~optax_lowbit.zo.replay.records`), after every ``digest_every`` steps a digest of the
+parameters (uint32), and a CRC-32 that goes on from that of the step before, or of the header: no
+step can be left out, moved, or taken from another log unnoticed, and its number needs no writing.
 """
 
 import dataclasses
@@ -18,9 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from optax_lowbit.zo.replay.records import Settings, decoded, no_settings
+
 MAGIC = b"ZOLOG\r\n\x1a"
 # Raised by whatever changes the layout, or the bits of a step: directions, rounding, arithmetic.
-VERSION = 1
+VERSION = 2
 
 _WORD = struct.Struct("<I")
 
@@ -33,7 +35,7 @@ class Log:
       run: What the header says: ``library`` and ``version`` (of the format), ``prng`` and ``key``
         (two words), ``optimizer`` (all of it that a replay depends on), ``leaves`` (by path:
         ``shape``, ``dtype``, ``checksum``, and whether it ``trains`` and ``decays``),
-        ``record_size`` and ``digest_every``.
+        ``record_size``, how many of these are ``settings``, and ``digest_every``.
       records: float32 ``(steps, record_size)``: what each step was made from.
       digests: Of the trained parameters, by the number of steps taken.
       dropped: Bytes at the end of the file that are no whole record.
@@ -56,9 +58,10 @@ class Log:
     records: np.ndarray
     digests: dict[int, int]
     dropped: int
-    # Where the next record goes, and the CRC-32 that it goes on from.
+    # Where the next step goes, and the CRC-32 and the settings that it goes on from.
     end: int
     crc: int
+    settings: Settings
 
     @property
     def steps(self) -> int:
@@ -114,16 +117,14 @@ def header_bytes(run: dict[str, Any]) -> bytes:
     return data + _WORD.pack(zlib.crc32(data))
 
 
-def record_bytes(step: int, record: np.ndarray, digest: int | None, crc: int) -> bytes:
-    """A record, with its checksum; ``crc`` is that of the bytes before it."""
-    data = _WORD.pack(step) + record.astype("<f4").tobytes()
-    if digest is not None:
-        data += _WORD.pack(digest)
+def step_bytes(numbers: bytes, digest: int | None, crc: int) -> bytes:
+    """A step, with its checksum; ``crc`` is that of the bytes before it."""
+    data = numbers if digest is None else numbers + _WORD.pack(digest)
     return data + _WORD.pack(zlib.crc32(data, crc))
 
 
 def crc_of(data: bytes) -> int:
-    """The CRC-32 that a header or a record ends with."""
+    """The CRC-32 that a header or a step ends with."""
     return _WORD.unpack(data[-4:])[0]
 
 
@@ -156,30 +157,29 @@ def _header(data: bytes) -> tuple[dict[str, Any], int, int]:
 
 
 def _records(data: bytes, run: dict[str, Any], position: int, crc: int) -> Log:
-    records, digests = [], {}
-    every, size = run["digest_every"], run["record_size"]
+    found, digests = [], {}
+    size, settings = run["record_size"], no_settings(run["settings"])
     while position < len(data):
-        step = len(records)
-        has_digest = is_digested(step + 1, every)
-        length = 4 * (size + 2 + has_digest)
-        record = data[position : position + length]
-        if len(record) < length or zlib.crc32(record[:-4], crc) != crc_of(record):
-            if position + length < len(data):
+        step = len(found)
+        record, new, end = decoded(data, position, size - run["settings"], settings)
+        has_digest = is_digested(step + 1, run["digest_every"])
+        end += 4 * has_digest + 4
+        whole = data[position:end]
+        if end > len(data) or zlib.crc32(whole[:-4], crc) != crc_of(whole):
+            if end < len(data):
                 raise ValueError(
                     f"step {step} is damaged, at byte {position}; what is before it is whole: cut "
                     "the file there to keep that"
                 )
             break
-        if _WORD.unpack_from(record)[0] != step:
-            raise ValueError(f"step {step} has the number {_WORD.unpack_from(record)[0]}")
-        records.append(np.frombuffer(record, "<f4", size, 4))
+        found.append(record)
         if has_digest:
-            digests[step + 1] = _WORD.unpack_from(record, length - 8)[0]
-        position, crc = position + length, crc_of(record)
-    values = np.array(records, np.float32).reshape(-1, size)
-    return Log(run, values, digests, len(data) - position, position, crc)
+            digests[step + 1] = _WORD.unpack_from(whole, len(whole) - 8)[0]
+        position, crc, settings = end, crc_of(whole), new
+    records = np.array(found, np.float32).reshape(-1, size)
+    return Log(run, records, digests, len(data) - position, position, crc, settings)
 
 
 def is_digested(steps: int, every: int) -> bool:
-    """Whether the record that makes them so many has a digest."""
+    """Whether the step that makes them so many has a digest."""
     return every > 0 and steps % every == 0

@@ -12,7 +12,7 @@ from optax_lowbit.kernels.meshes import on_own_mesh
 from optax_lowbit.kernels.reference import name_hash
 from optax_lowbit.zo.directions import Trainable
 from optax_lowbit.zo.noise import Gaussian, Rademacher
-from optax_lowbit.zo.optimizer import ZeroOrderOptimizer, ZeroOrderState
+from optax_lowbit.zo.optimizer import ZeroOrderOptimizer
 from optax_lowbit.zo.replay import runs
 from optax_lowbit.zo.replay.files import Log, read
 
@@ -21,7 +21,7 @@ from optax_lowbit.zo.replay.files import Log, read
 FUSED, WORTH_FUSING = 4, 256
 
 
-def apply(params: Any, log: Log | Any, opt: ZeroOrderOptimizer, *, steps: int | None = None) -> Any:
+def apply(params: Any, log: Log | Any, opt: runs.Optimizer, *, steps: int | None = None) -> Any:
     """The parameters that a run led to, bit for bit.
 
     What a step writes follows from the record, the key and the leaf: it does not depend on how many
@@ -63,7 +63,7 @@ def apply(params: Any, log: Log | Any, opt: ZeroOrderOptimizer, *, steps: int | 
       >>> bool(jnp.array_equal(zo.replay.apply(base, path, opt)["w"], params["w"]))
       True
     """
-    runs.check_optimizer(opt)
+    runs.plain(opt)
     log = _log(log)
     state = opt.init(params, jnp.asarray(log.run["key"], jnp.uint32))
     return resume(params, state, log, opt, steps=steps)[0]
@@ -71,12 +71,12 @@ def apply(params: Any, log: Log | Any, opt: ZeroOrderOptimizer, *, steps: int | 
 
 def resume(
     params: Any,
-    state: ZeroOrderState,
+    state: runs.State,
     log: Log | Any,
-    opt: ZeroOrderOptimizer,
+    opt: runs.Optimizer,
     *,
     steps: int | None = None,
-) -> tuple[Any, ZeroOrderState]:
+) -> tuple[Any, runs.State]:
     """Parameters and state after the steps that a log has, to go on from.
 
     Args:
@@ -110,7 +110,7 @@ def resume(
       >>> int(state.count)
       1
     """
-    runs.check_optimizer(opt)
+    runs.plain(opt)
     log = _log(log)
     position, end = int(state.count), log.steps if steps is None else steps
     if not position <= end <= log.steps:
@@ -128,11 +128,12 @@ def resume(
     return params, state
 
 
-def _check_digest(log: Log, opt: ZeroOrderOptimizer, params: Any, step: int) -> None:
+def _check_digest(log: Log, opt: runs.Optimizer, params: Any, step: int) -> None:
     if step in log.digests and runs.digest(opt, params) != log.digests[step]:
+        noise = type(runs.plain(opt).noise).__name__
         raise ValueError(
             f"the parameters after step {step} are not those of the run: either others were given, "
-            f"or this device does not draw the same {type(opt.noise).__name__} directions"
+            f"or this device does not draw the same {noise} directions"
         )
 
 
@@ -140,15 +141,18 @@ def _log(log: Log | Any) -> Log:
     return log if isinstance(log, Log) else read(pathlib.Path(log))
 
 
-def _advancing(opt: ZeroOrderOptimizer, steps: int) -> Callable[..., tuple[Any, ZeroOrderState]]:
+def _advancing(opt: runs.Optimizer, steps: int) -> Callable[..., tuple[Any, runs.State]]:
     """``(params, state, records, stop) -> (params, state)`` after ``stop`` steps.
 
     All calls together take so many ``steps``.
     """
-    is_by_leaf = type(opt) is ZeroOrderOptimizer and type(opt.noise) in (Rademacher, Gaussian)
-    if not is_by_leaf:
-        return jax.jit(functools.partial(_steps, opt.apply, 1))
-    fused = FUSED if steps >= WORTH_FUSING else 1
+    if type(opt) is ZeroOrderOptimizer and type(opt.noise) in (Rademacher, Gaussian):
+        return _leaf_by_leaf(opt, FUSED if steps >= WORTH_FUSING else 1)
+    return jax.jit(functools.partial(_steps, opt.apply, 1))
+
+
+def _leaf_by_leaf(opt: ZeroOrderOptimizer, fused: int) -> Callable[..., tuple[Any, runs.State]]:
+    """The same, each leaf through all steps before the next one."""
     one_leaf = jax.jit(functools.partial(_one_leaf, opt, fused), static_argnums=0)
 
     def advanced(params, state, records, stop):

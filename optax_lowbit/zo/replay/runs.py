@@ -15,15 +15,23 @@ import numpy as np
 
 from optax_lowbit.kernels.checksums import checksum
 from optax_lowbit.moments.policy import path_name
+from optax_lowbit.zo.blocks import BlockwiseOptimizer
+from optax_lowbit.zo.hyperparameters import InjectedOptimizer, InjectedState
 from optax_lowbit.zo.optimizer import ZeroOrderOptimizer, ZeroOrderState
 from optax_lowbit.zo.replay.files import VERSION, Log
 
+# Optimizers whose steps follow from their records.
+Optimizer = ZeroOrderOptimizer | BlockwiseOptimizer | InjectedOptimizer
+State = ZeroOrderState | InjectedState
+
 # What the numbers of a record already have in them; and what the facts of each leaf say.
-_IN_RECORDS = frozenset({"clip", "eps", "estimator", "learning_rate", "probe_axis", "probe_batch"})
-_IN_LEAVES = frozenset({"trainable", "weight_decay", "weight_decay_mask"})
+_IN_RECORDS = frozenset(
+    {"clip", "eps", "estimator", "learning_rate", "probe_axis", "probe_batch", "simultaneous"}
+)
+_IN_LEAVES = frozenset({"blocks", "trainable", "weight_decay", "weight_decay_mask"})
 
 
-def facts(opt: ZeroOrderOptimizer, params: Any, state: ZeroOrderState) -> dict[str, Any]:
+def facts(opt: Optimizer, params: Any, state: State) -> dict[str, Any]:
     """The run that ``opt`` begins with these parameters and state, or is in the middle of."""
     return {
         "version": VERSION,
@@ -32,23 +40,40 @@ def facts(opt: ZeroOrderOptimizer, params: Any, state: ZeroOrderState) -> dict[s
         "key": [int(word) for word in np.asarray(state.key)],
         "optimizer": described(opt),
         "leaves": _leaves(opt, params),
+        "settings": opt.num_settings(params),
     }
 
 
-def check_optimizer(opt: Any) -> None:
-    """Raises TypeError unless it is one whose runs can be logged."""
-    if not isinstance(opt, ZeroOrderOptimizer):
+def plain(opt: Any) -> ZeroOrderOptimizer:
+    """The optimizer, without what is around it.
+
+    Raises:
+      TypeError: If it is none whose runs can be logged.
+    """
+    found = _first(opt)
+    found = found.opt if isinstance(found, BlockwiseOptimizer) else found
+    if not isinstance(found, ZeroOrderOptimizer):
         raise TypeError(
-            f"opt must be a ZeroOrderOptimizer, such as zo_sgd gives, got {type(opt).__name__}"
+            "opt must be a ZeroOrderOptimizer, such as zo_sgd gives, alone or in blockwise or "
+            f"inject_hyperparams: steps of others do not follow from records; got "
+            f"{type(found).__name__}"
         )
+    return found
 
 
-def _leaves(opt: ZeroOrderOptimizer, params: Any) -> dict[str, Any]:
+def _first(opt: Any) -> Any:
+    return opt.first if isinstance(opt, InjectedOptimizer) else opt
+
+
+def _leaves(opt: Optimizer, params: Any) -> dict[str, Any]:
     pairs = [
         (path_name(path), jnp.asarray(leaf))
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     ]
-    trained = set(opt.split(params).paths)
+    inner, outer = plain(opt), _first(opt)
+    trained = inner.split(params).paths
+    numbers = outer.numbers(params) if isinstance(outer, BlockwiseOptimizer) else ()
+    blocks = {path: {"block": number} for path, number in zip(trained, numbers)}
     # All are computed before the first is waited for.
     sums = jax.device_get([checksum(leaf) for _, leaf in pairs])
     return {
@@ -56,16 +81,17 @@ def _leaves(opt: ZeroOrderOptimizer, params: Any) -> dict[str, Any]:
             "shape": list(leaf.shape),
             "dtype": str(leaf.dtype),
             "trains": path in trained,
-            "decays": path in trained and opt.decays(path, leaf),
+            "decays": path in trained and inner.decays(path, leaf),
             "checksum": int(total),
+            **blocks.get(path, {}),
         }
         for (path, leaf), total in zip(pairs, sums, strict=True)
     }
 
 
-def digest(opt: ZeroOrderOptimizer, params: Any) -> int:
+def digest(opt: Optimizer, params: Any) -> int:
     """A checksum of all leaves that train: the same on every mesh."""
-    sums = jax.device_get([checksum(leaf) for leaf in opt.split(params).leaves])
+    sums = jax.device_get([checksum(leaf) for leaf in plain(opt).split(params).leaves])
     return zlib.crc32(struct.pack(f"<{len(sums)}I", *map(int, sums)))
 
 
@@ -113,11 +139,13 @@ def described(x: Any) -> Any:
 
     A dataclass is its type and its fields; a function its name and what it closes over.
     """
+    if isinstance(x, InjectedOptimizer):
+        return {"hyperparams": list(x.hyperparams), "first": described(x.first)}
     if x is None or isinstance(x, bool | int | float | str):
         return x
     if dataclasses.is_dataclass(x) and not isinstance(x, type):
         names = [field.name for field in dataclasses.fields(x)]
-        if isinstance(x, ZeroOrderOptimizer):
+        if isinstance(x, ZeroOrderOptimizer | BlockwiseOptimizer):
             names = [name for name in names if name not in _IN_RECORDS | _IN_LEAVES]
         return {"type": _name(type(x)), **{name: described(getattr(x, name)) for name in names}}
     if isinstance(x, functools.partial):

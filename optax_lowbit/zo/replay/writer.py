@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from optax_lowbit.zo.optimizer import StepInfo, ZeroOrderOptimizer, ZeroOrderState
-from optax_lowbit.zo.replay import files, runs
+from optax_lowbit.zo.optimizer import StepInfo
+from optax_lowbit.zo.replay import files, records, runs
 
 
 class Writer:
@@ -19,15 +19,16 @@ class Writer:
     that loses its power, ``sync_every`` steps. An existing log is gone on with, and what is left of
     a record that was cut off is cut away.
 
-    The log takes 8 bytes a step and 4 for each number of its record: 16 bytes for
-    :func:`~optax_lowbit.zo.zo_sgd` with one probe, 160 KB for 10,000 steps. The header takes some
-    20 bytes for each leaf.
+    The log takes 4 bytes a step and 4 for each number that was measured: 8 bytes for one probe,
+    80 KB for 10,000 steps. Learning rate and weight decay take 4 more in steps in which they
+    change. The header takes some 20 bytes for each leaf.
 
     Of several processes each makes a ``Writer``; the first one writes.
 
     Args:
       path: The file.
-      opt: The optimizer.
+      opt: The optimizer, which may be in :func:`~optax_lowbit.zo.blockwise` or
+        :func:`~optax_lowbit.zo.inject_hyperparams`.
       params: The parameters that the run begins with; or those of a later step, with its state, if
         there is a log of the run so far. Each leaf is read once, for its checksum.
       state: ``opt.init(params, key)``; or the state of that later step.
@@ -72,9 +73,9 @@ class Writer:
     def __init__(
         self,
         path: Any,
-        opt: ZeroOrderOptimizer,
+        opt: runs.Optimizer,
         params: Any,
-        state: ZeroOrderState,
+        state: runs.State,
         *,
         digest_every: int = 0,
         sync_every: int = 100,
@@ -82,10 +83,11 @@ class Writer:
         for name, value in (("digest_every", digest_every), ("sync_every", sync_every)):
             if type(value) is not int or value < 0:
                 raise ValueError(f"{name} must be an int of at least 0, got {value!r}")
-        runs.check_optimizer(opt)
+        runs.plain(opt)
         self._path, self._opt = pathlib.Path(path), opt
         self._digest_every, self._sync_every = digest_every, sync_every
         self._run = {**runs.facts(opt, params, state), "digest_every": digest_every}
+        self._settings = records.no_settings(self._run["settings"])
         self._file: int | None = None
         self.steps, self._end, self._crc = 0, 0, 0
         self._record_size: int | None = None
@@ -100,7 +102,7 @@ class Writer:
         elif not self._path.parent.is_dir():
             raise ValueError(f"path must be in a folder that is there, got {self._path}")
 
-    def append(self, params: Any, state: ZeroOrderState, info: StepInfo) -> None:
+    def append(self, params: Any, state: runs.State, info: StepInfo) -> None:
         """Writes what a step gave: ``log.append(*opt.step(loss_fn, params, state))``.
 
         Waits for the step.
@@ -111,7 +113,8 @@ class Writer:
           info: Of the step.
 
         Raises:
-          ValueError: If it is not the step that comes next, or its record is of another size.
+          ValueError: If it is not the step that comes next, or its record is of another size, or
+            has a NaN.
           OSError: If it can't be written; the log is then as it was.
         """
         record, count = np.asarray(info.record), int(state.count)
@@ -126,16 +129,19 @@ class Writer:
                 f"info.record must have {self._record_size} numbers, as every step of the log, "
                 f"got {record.size}"
             )
+        if np.isnan(record).any():
+            raise ValueError(f"info.record must have no NaN, got {record}")
         has_digest = files.is_digested(count, self._digest_every)
         digest = runs.digest(self._opt, params) if has_digest else None
         header = b""
         if self._record_size is None:
             header = files.header_bytes({**self._run, "record_size": record.size})
             self._crc = files.crc_of(header)
-        data = files.record_bytes(self.steps, record, digest, self._crc)
+        numbers, settings = records.encoded(record, self._settings)
+        data = files.step_bytes(numbers, digest, self._crc)
         if jax.process_index() == 0:
             self._write(header + data)
-        self.steps, self._record_size = count, record.size
+        self.steps, self._record_size, self._settings = count, record.size, settings
         self._end, self._crc = self._end + len(header) + len(data), files.crc_of(data)
 
     def close(self) -> None:
@@ -164,6 +170,7 @@ class Writer:
                 f"got {count}"
             )
         self.steps, self._end, self._crc = log.steps, log.end, log.crc
+        self._settings = log.settings
         self._record_size = log.run["record_size"]
         if jax.process_index() == 0:
             self._open()

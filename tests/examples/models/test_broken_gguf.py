@@ -18,6 +18,7 @@ from examples.llm.models.tokenizer import read_tokenizer
 
 MIB = 2**20
 UINT8, INT32, UINT32, FLOAT32, STRING, ARRAY, UINT64 = 0, 5, 4, 6, 8, 9, 10
+MODEL, SCORES = "tokenizer.ggml.model", "tokenizer.ggml.scores"
 F32, Q4_0, UNKNOWN, I32 = 0, 2, 4, 26  # types of tensors; 4 is no longer one
 
 
@@ -226,7 +227,13 @@ def test_impossible_headers(broken, content, complaint):
         ("llama.attention.head_count_kv", UINT32, u32(1), r"attn_k\.weight must be \(16, 64\)"),
         ("llama.rope.freq_base", FLOAT32, struct.pack("<f", float("nan")), "is nan"),
         ("llama.attention.layer_norm_rms_epsilon", FLOAT32, struct.pack("<f", -1), "positive"),
-        ("tokenizer.ggml.model", STRING, string("llama"), "must be gpt2"),
+        ("tokenizer.ggml.model", STRING, string("bert"), "must be gpt2 or llama"),
+        ("tokenizer.ggml.model", STRING, string("llama"), "has no field tokenizer.ggml.scores"),
+        ("llama.rope.scaling.type", STRING, string("yarn"), "must be none or linear, is yarn"),
+        ("llama.rope.scaling.type", STRING, string("linear"), "no field llama.rope.scaling.factor"),
+        ("llama.rope.dimension_count", UINT32, u32(8), "must be 16, the size of a head, is 8"),
+        ("llama.attention.value_length", UINT32, u32(8), "must be 16, the size of a head, is 8"),
+        ("llama.expert_count", UINT32, u32(8), "must be 0: .*, is 8"),
         ("tokenizer.ggml.pre", UINT8, b"\0", "must be smollm"),
         ("tokenizer.ggml.tokens", ARRAY, array(STRING, 0), "vocabulary_size must be at least 1"),
         ("tokenizer.ggml.tokens", ARRAY, array(UINT8, 2, b"ab"), "must be an array of strings"),
@@ -241,6 +248,29 @@ def test_impossible_headers(broken, content, complaint):
 def test_fields_that_do_not_fit(broken, tiny_gguf, name, kind, value, complaint):
     message = broken(with_field(tiny_gguf, name, field(name, kind, value)))
     assert re.search(complaint, message)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("scores", array(FLOAT32, 2, bytes(8)), "an array of 264 finite floats"),
+        ("scores", array(FLOAT32, 264, b"\xff" * 1056), "an array of 264 finite floats"),
+        ("scores", array(UINT32, 264, bytes(1056)), "an array of 264 finite floats"),
+        (
+            "tokens",
+            array(STRING, 264, b"".join(string(129 * "x" + str(n)) for n in range(264))),
+            "tokens of at most 128 characters, is x{100}",
+        ),
+    ],
+)
+def test_sentence_pieces_that_do_not_fit(broken, tiny_gguf, tmp_path, name, content, complaint):
+    path = tmp_path / "other.gguf"
+    path.write_bytes(with_field(tiny_gguf, MODEL, field(MODEL, STRING, string("llama"))))
+    if name != "scores":
+        scores = field(SCORES, ARRAY, array(FLOAT32, 264, bytes(1056)))
+        path.write_bytes(with_field(path, SCORES, scores))
+    name = f"tokenizer.ggml.{name}"
+    assert re.search(complaint, broken(with_field(path, name, field(name, ARRAY, content))))
 
 
 def test_a_tensor_that_is_missing_or_of_numbers_that_are_no_weights(broken, whole):

