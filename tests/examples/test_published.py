@@ -256,7 +256,9 @@ def test_instructions_in_a_table(tmp_path):
         ("a.json", {"examples": [{"input": "?\nOptions:\n- Yes", "target": "No"}]},
          "example 1: target must be 'Yes', got 'No'"),
         ("a.jsonl", jsonl({"context": "c", "question": "q", "answers": {"text": "a"}}),
-         "answers must have a list of texts, got 'a'"),
+         "text must be a list, got 'a'"),
+        ("a.jsonl", jsonl({"context": "c", "question": "q", "answers": {"text": ["a", "\ud83d"]}}),
+         "text[1] must be text, got half"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_file_is_one_line(name, content, message, tmp_path):

@@ -123,8 +123,8 @@ def letters(row: Row) -> Record:
 
 def mmlu(row: Row) -> Record:
     """MMLU's own: a question and four choices."""
-    question, choices = row.text("question"), row.field("choices", list)
-    if len(choices) != len(LETTERS) or not all(isinstance(choice, str) for choice in choices):
+    question, choices = row.text("question"), row.texts("choices")
+    if len(choices) != len(LETTERS):
         raise row.place.error(f"choices must be four texts, got {choices!r}")
     subject = subject_of(row)
     fields = {
@@ -139,9 +139,7 @@ def mmlu(row: Row) -> Record:
 def squad(row: Row) -> Record:
     """A question on a passage, answered in its words; those without an answer say so."""
     context = row.text("context")
-    found = row.field("answers", dict).get("text")
-    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-        raise row.place.error(f"answers must have a list of texts, got {found!r}")
+    found = Row(row.place, row.field("answers", dict)).texts("text")
     answers = tuple(dict.fromkeys(found)) or (NO_ANSWER,)
     fields = {
         "title": row.text("title") if "title" in row.values else "",
