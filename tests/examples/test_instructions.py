@@ -329,7 +329,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(accumulated, table):
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
     np.testing.assert_allclose(found[1], expected[1], rtol=1e-5, atol=1e-7)
     # Not the mean of means: their numbers of tokens differ.
-    means = [loss(table, 0.5, jax.tree.map(lambda x: x[i], stacked)) for i in range(3)]
+    means = [loss(table, 0.5, jax.tree.map(lambda x, i=i: x[i], stacked)) for i in range(3)]
     assert abs(np.mean(means) - expected[0]) > 1e-2
 
 
