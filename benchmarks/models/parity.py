@@ -1,7 +1,8 @@
 """How far the example's models are from transformers, with the same weights.
 
 ``python -m benchmarks.models.parity`` prints the table of docs/models.md: of each recorded variant
-the largest difference of a logit, with layers in a scan and unrolled. ``python -m
+the largest difference of a logit, in float32 and bfloat16, with layers in a scan and unrolled; how
+far transformers in bfloat16 is from itself in float32; and the largest logit. ``python -m
 benchmarks.models.parity FOLDER`` does so for checkpoints of yours: in the folder are those that
 transformers saved, and ``io.npz`` with ``NAME/input_ids``, ``NAME/attention_mask`` and
 ``NAME/logits`` of each.
@@ -9,7 +10,7 @@ transformers saved, and ``io.npz`` with ``NAME/input_ids``, ``NAME/attention_mas
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -65,46 +66,49 @@ def at_tokens(logits: np.ndarray, inputs: Mapping[str, np.ndarray]) -> np.ndarra
     return logits if logits.ndim == 2 else logits[inputs["attention_mask"] == 1]
 
 
-def table_rows(
-    name: str, stored: HuggingFaceModel, recorded: Mapping[str, np.ndarray]
-) -> list[str]:
-    """Rows of the table, one for each dtype that logits are recorded in."""
-    rows = []
+def table_row(name: str, stored: HuggingFaceModel, recorded: Mapping[str, np.ndarray]) -> str:
+    """A row of the table; numbers of a dtype are missing where no logits are recorded in it."""
+    exact, cells = at_tokens(recorded["logits"], recorded), [name]
     for dtype, key in (("float32", "logits"), ("bfloat16", "logits_bfloat16")):
-        if key not in recorded:
-            continue
-        expected = at_tokens(recorded[key], recorded)
-        found = (
-            np.abs(logits_of(stored, recorded, dtype=dtype, scan_layers=scan) - expected).max()
-            for scan in (True, False)
-        )
-        cells = (name, dtype, *(f"{x:.1e}" for x in found), f"{np.abs(expected).max():.1f}")
-        rows.append(f"| {' | '.join(cells)} |")
-    return rows
+        expected = at_tokens(recorded[key], recorded) if key in recorded else None
+        for scan in (True, False):
+            if expected is None:
+                cells.append("")
+                continue
+            found = logits_of(stored, recorded, dtype=dtype, scan_layers=scan)
+            cells.append(f"{np.abs(found - expected).max():.1e}")
+    rounded = recorded.get("logits_bfloat16")
+    own = "" if rounded is None else f"{np.abs(at_tokens(rounded, recorded) - exact).max():.1e}"
+    return f"| {' | '.join([*cells, own, f'{np.abs(exact).max():.1f}'])} |"
+
+
+def checkpoints(folder: Path) -> Iterator[tuple[str, HuggingFaceModel, dict[str, np.ndarray]]]:
+    """Name, model and arrays of each checkpoint in a folder."""
+    with np.load(folder / "io.npz") as archive:
+        arrays = dict(archive)
+    for name in dict.fromkeys(key.partition("/")[0] for key in arrays):
+        prefix = f"{name}/"
+        own = {key.removeprefix(prefix): arrays[key] for key in arrays if key.startswith(prefix)}
+        yield name, HuggingFaceModel(folder / name), own
+
+
+def recorded_checkpoints() -> Iterator[tuple[str, HuggingFaceModel, dict[str, np.ndarray]]]:
+    """Name, model and arrays of each recorded variant."""
+    recorded = Recorded()
+    with TemporaryDirectory() as folder:
+        for name in recorded.variants:
+            stored = HuggingFaceModel(recorded.write(name, Path(folder) / name))
+            yield name, stored, recorded.arrays(name)
 
 
 def main(arguments: list[str]) -> None:
     """Prints the table."""
     run = run_record("benchmarks.models.parity", "flax")
-    print(f"`{run['command']}`, {run['date']}, JAX {run['versions']['jax']}\n")
-    print("| checkpoint | dtype | in a scan | unrolled | largest logit |")
-    print("| --- | --- | ---: | ---: | ---: |")
-    if arguments:
-        with np.load(Path(arguments[0]) / "io.npz") as archive:
-            arrays = dict(archive)
-        for name in dict.fromkeys(key.partition("/")[0] for key in arrays):
-            of_model = {
-                k.partition("/")[2]: x for k, x in arrays.items() if k.startswith(f"{name}/")
-            }
-            print(
-                *table_rows(name, HuggingFaceModel(Path(arguments[0]) / name), of_model), sep="\n"
-            )
-        return
-    recorded = Recorded()
-    with TemporaryDirectory() as folder:
-        for name in recorded.variants:
-            stored = HuggingFaceModel(recorded.write(name, Path(folder) / name))
-            print(*table_rows(name, stored, recorded.arrays(name)), sep="\n")
+    print(f"`{run['command']}`, {run['date']}, JAX {run['versions']['jax']}, {run['machine']}\n")
+    print("| checkpoint | scan | unrolled | scan, bf16 | unrolled, bf16 | its own bf16 | logits |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for row in checkpoints(Path(arguments[0])) if arguments else recorded_checkpoints():
+        print(table_row(*row))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
@@ -122,11 +123,12 @@ class HuggingFaceModel:
         except ValueError as error:
             raise UsageError(f"--model: {error}") from error
         is_kernel = path.endswith("/kernel")
-        if not isinstance(weight, qlora.QuantizedMatrix):
+        is_quantized = isinstance(weight, qlora.QuantizedMatrix)
+        if (is_quantized and not is_kernel) or not jnp.issubdtype(weight.dtype, jnp.floating):
+            raise UsageError(f"--model: {self._folder}: {name} must be in floats")
+        if not is_quantized:
             weight = np.asarray(weight, np.float32)
             weight = weight.T if is_kernel else weight
-        elif not is_kernel:
-            raise UsageError(f"--model: {self._folder}: {name} must be in floats")
         if weight.shape != shape:
             raise UsageError(
                 f"--model: {self._folder}: {name} must be for {shape}, as config.json has it, "

@@ -34,6 +34,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
             continue
         try:
             tokenizer = read(*paths)
+        except UsageError:
+            raise
         except Exception as error:  # what the library raises is of no narrower type
             raise UsageError(f"--model: cannot read {paths[0]}: {error}") from error
         tokenizer.no_truncation()

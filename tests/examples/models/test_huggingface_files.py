@@ -10,6 +10,7 @@ from flax import nnx
 from examples.llm.errors import UsageError
 from examples.llm.models.huggingface_files import HuggingFaceModel
 from examples.llm.models.huggingface_names import module_names
+from examples.llm.models.tokenizer import SpecialTokens
 from examples.llm.training.steps import abstract_decoder
 from optax_lowbit import qlora
 
@@ -227,6 +228,16 @@ def test_fields_that_no_model_has(tmp_path, fields, complaint):
             ),
             r"self_attn\.q_proj\.weight must be stored in the same way in all layers",
         ),
+        (
+            lambda t: t.update(
+                {"model.embed_tokens.weight": qlora.quantize_matrix(jnp.ones((8, 16)))}
+            ),
+            r"model\.embed_tokens\.weight must be in floats",
+        ),
+        (  # as LLM.int8 has them
+            lambda t: t.update({"model.layers.0.mlp.up_proj.weight": np.ones((12, 8), np.int8)}),
+            r"mlp\.up_proj\.weight must be in floats",
+        ),
     ],
 )
 def test_tensors_that_the_decoder_has_not(tmp_path, change, complaint):
@@ -245,3 +256,48 @@ def test_a_folder_that_is_no_model(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(UsageError, match="model_type must be"):
         HuggingFaceModel(tmp_path)
+
+
+def test_a_file_that_ends_early(tmp_path):
+    path = write_model(tmp_path) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UsageError, match=f"--model: cannot read {tmp_path}: {path}: .*incomplete"):
+        HuggingFaceModel(tmp_path)
+
+
+BYTE_PAIRS = {"a": 0, "b": 1, "ab": 2, "</s>": 3, "<pad>": 4, "<mask>": 5}
+
+
+def test_the_tokenizer_of_an_opt_of_two_files(tmp_path):
+    """Which alone do not say that a text has a token in front."""
+    write_model(tmp_path, bos_token_id=3, eos_token_id=[3, 4])
+    (tmp_path / "vocab.json").write_text(json.dumps(BYTE_PAIRS))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    model = HuggingFaceModel(tmp_path)
+    assert model.tokenizer().encode("abba</s>").ids == [2, 1, 0, 3]
+    assert model.special_tokens() == SpecialTokens(None, 3, pad=4, mask=5)
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true}')
+    assert model.special_tokens() == SpecialTokens(3, 3, pad=4, mask=5)
+
+
+@pytest.mark.parametrize(
+    ("files", "complaint"),
+    [
+        ({}, "has no tokenizer.json, nor vocab.txt, nor vocab.json and merges.txt"),
+        ({"vocab.json": '{"a": 0}'}, "has no tokenizer.json, nor vocab.txt, nor"),
+        ({"tokenizer.json": "{"}, "cannot read .*tokenizer.json: "),
+        ({"vocab.txt": "a\nb"}, "cannot read .*vocab.txt: sep_token not found"),
+        (
+            {"vocab.json": "{}", "merges.txt": "a b"},
+            "cannot read .*vocab.json: .*out of vocabulary",
+        ),
+        ({"vocab.txt": "a", "tokenizer_config.json": "[1]"}, r"g\.json must be a JSON object"),
+        ({"vocab.txt": "a", "tokenizer_config.json": "{"}, r"cannot read .*tokenizer_config\.json"),
+    ],
+)
+def test_folders_without_a_tokenizer(tmp_path, files, complaint):
+    write_model(tmp_path)
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UsageError, match=f"^--model: .*{complaint}"):
+        HuggingFaceModel(tmp_path).tokenizer()

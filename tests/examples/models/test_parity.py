@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from benchmarks.models.parity import at_tokens, logits_of
+from benchmarks.models.parity import at_tokens, logits_of, table_row
 from benchmarks.models.recorded import Recorded, weight
 from examples.llm.models.building import abstract_model
 from examples.llm.models.huggingface_files import HuggingFaceModel
@@ -79,6 +79,14 @@ def test_unrolled_layers_and_their_gradients_have_no_loop(checkpoint):
         scanned(parameters),
         unrolled(parameters),
     )
+
+
+def test_the_table_has_the_largest_differences(checkpoint):
+    recorded = {**RECORDED.arrays("bert classes")}
+    recorded.pop("logits_bfloat16")
+    recorded["logits"] = recorded["logits"] + np.array([[0, 0, 0], [0, 0.25, 0]])
+    row = table_row("name", checkpoint("bert classes"), recorded)
+    assert row.startswith("| name | 2.5e-01 | 2.5e-01 |  |  |  | 2.")
 
 
 @pytest.mark.parametrize(
