@@ -16,7 +16,7 @@ from examples.llm.tasks import answers
 from examples.llm.tasks.example import Example
 from examples.llm.tasks.questions import encode_question
 from examples.llm.training.judging import make_judge
-from examples.llm.training.problems import build_problem
+from examples.llm.training.problems import build_judges, build_problem
 from optax_lowbit import zo
 
 
@@ -188,3 +188,25 @@ def test_scores_are_an_objective_without_a_gradient(objective, problem, follower
 def test_objectives_that_answers_do_not_have_are_refused(problem):
     with pytest.raises(UsageError, match="--objective: squad is answered freely"):
         problem(objective="classification")
+
+
+def test_other_tasks_that_are_answered_judge_too(tiny_gguf, tmp_path):
+    rows = [{"question": f"{n} + 1?", "answer": f"#### {n + 1}"} for n in range(5)]
+    (tmp_path / "math.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = dataclasses.replace(DEFAULTS, judge=(str(tmp_path / "math.jsonl"),))
+    tokenizer = GGUFModel(tiny_gguf).tokenizer()
+    (judge,) = build_judges(settings, tokenizer, SpecialTokens(None, None), 64).values()
+    batches = [*judge.held_out()]
+    assert sorted(np.concatenate([batch.numbers for batch in batches]).tolist()) == [-1, *range(5)]
+    # As if the model had written the question's number, and then the end of a thought.
+    written = tokenizer.encode("so 4 is").ids
+    measured = [
+        {
+            "loss": 1.0,
+            "tokens": 2.0,
+            "written": np.tile(np.array(written, np.int32), (len(batch.numbers), 1)),
+            "numbers": batch.numbers,
+        }
+        for batch in batches
+    ]
+    assert judge.evaluation(measured) == (0.5, {"exact match": 0.2})

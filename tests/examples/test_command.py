@@ -185,7 +185,7 @@ def test_a_mistake_found_by_a_run_is_one_line(tiny_gguf, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "adamx"], "'adamx' is unknown, choose from adamw, adam, sgd, adamw8bit"),
+        (["--method", "adamx"], "'adamx' is unknown, choose from adamw, adam, sgd"),
         (["--method", "adam", "adam"], "a name is given twice in adam adam"),
         (["--steps", "0"], "--steps: must be at least 1, got 0"),
         (["--batch-size", "-1"], "--batch-size: must be at least 1, got -1"),

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import processors
 
 from examples.llm.errors import UsageError
-from examples.llm.instructions.batches import PairBatch, PairBatches
+from examples.llm.instructions.batches import PairBatches
 from examples.llm.instructions.encoding import EncodedText, encode_dialogue
 from examples.llm.instructions.formats import Dialogue, Pair, one, reader_of
 from examples.llm.instructions.problem import InstructionProblem
@@ -313,8 +313,8 @@ def test_the_loss_is_the_mean_over_answers(table):
 def accumulated():
     problem = InstructionProblem(*[PairBatches(TEXTS, 1, alike=3)] * 3)
     batches = [problem.batches[number] for number in range(3)]
-    stacked = PairBatch(*(np.stack(leaves) for leaves in zip(*batches, strict=True)))
-    whole = PairBatch(*(np.concatenate(leaves) for leaves in zip(*batches, strict=True)))
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+    whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
 
     def loss(table, frozen, batch):
         return problem.loss(table_model(table + frozen), batch)
@@ -329,7 +329,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(accumulated, table):
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
     np.testing.assert_allclose(found[1], expected[1], rtol=1e-5, atol=1e-7)
     # Not the mean of means: their numbers of tokens differ.
-    means = [loss(table, 0.5, PairBatch(*(x[i] for x in stacked))) for i in range(3)]
+    means = [loss(table, 0.5, jax.tree.map(lambda x, i=i: x[i], stacked)) for i in range(3)]
     assert abs(np.mean(means) - expected[0]) > 1e-2
 
 

@@ -167,6 +167,14 @@ def test_big_bench_hard_without_options_is_answered_freely(tmp_path):
     assert examples(path)[3] == Example("Q: Sort 3\nA:", (" a 3",), answers=("a 3",))
 
 
+def test_a_folder_of_big_bench_hard_has_the_options_of_each_file(tmp_path):
+    for name, targets in (("sports", ("no", "yes")), ("letters", ("(A)", "(B)", "(C)"))):
+        rows = [{"input": f"{name} {n}", "target": target} for n, target in enumerate(targets)]
+        written(tmp_path, f"{name}.json", {"examples": rows})
+    found = {example.subject: example.options for example in examples(tmp_path)}
+    assert found == {"sports": (" no", " yes"), "letters": (" (A)", " (B)", " (C)")}
+
+
 def test_mmlu_as_its_authors_and_the_hub_have_it(tmp_path):
     path = written(tmp_path, "abstract_algebra_test.csv", MMLU_CSV)
     first, second = examples(path)
@@ -248,7 +256,9 @@ def test_instructions_in_a_table(tmp_path):
         ("a.json", {"examples": [{"input": "?\nOptions:\n- Yes", "target": "No"}]},
          "example 1: target must be 'Yes', got 'No'"),
         ("a.jsonl", jsonl({"context": "c", "question": "q", "answers": {"text": "a"}}),
-         "answers must have a list of texts, got 'a'"),
+         "text must be a list, got 'a'"),
+        ("a.jsonl", jsonl({"context": "c", "question": "q", "answers": {"text": ["a", "\ud83d"]}}),
+         "text[1] must be text, got half"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_file_is_one_line(name, content, message, tmp_path):

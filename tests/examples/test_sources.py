@@ -73,6 +73,11 @@ def test_the_identity_is_of_the_content(tmp_path):
     assert find_source(str(folder), tmp_path).identity() == before
     (folder / "dev.tsv").write_text(sst2("dev", 8))
     assert find_source(str(folder), tmp_path).identity() != before
+    train, other = folder / "train.tsv", folder / "dev.tsv"
+    as_dev, as_test = (
+        find_source(str(train), tmp_path, **{part: other}).identity() for part in ("dev", "test")
+    )
+    assert as_dev != as_test
 
 
 @pytest.mark.parametrize(

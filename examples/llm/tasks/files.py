@@ -64,6 +64,13 @@ class Row:
         """A field that is text."""
         return self.field(name, str)
 
+    def texts(self, name: str) -> list[str]:
+        """A field that is a list of texts."""
+        items = self.field(name, list)
+        return [
+            Row(self.place, {f"{name}[{n}]": x}).text(f"{name}[{n}]") for n, x in enumerate(items)
+        ]
+
     def choice(self, name: str, *choices: tuple[Any, ...]) -> int:
         """The number of the choice that a field names; each has one spelling or several."""
         if name not in self.values:

@@ -69,11 +69,20 @@ def _letters(rows: Sequence[Row]) -> Format | None:
 
 
 def _bbh(rows: Sequence[Row]) -> Format:
-    """Examples list their options, or have those of the task, or are answered freely."""
-    found = {row.text("target").strip() for row in rows if not records.listed_options(row)}
-    own = tuple(sorted(found)) if len(found) <= _MOST_OPTIONS else None
-    judged = answers.FREE_TEXT if own is None else None
-    return Format("bbh", lambda row: records.bbh(row, own), templates.BBH, "target", answers=judged)
+    """Examples list their options, or have those of their file, or all are answered freely."""
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        if not records.listed_options(row):
+            found.setdefault(records.subject_of(row), set()).add(row.text("target").strip())
+    own = {subject: tuple(sorted(targets)) for subject, targets in found.items()}
+    is_free = any(len(options) > _MOST_OPTIONS for options in own.values())
+    return Format(
+        "bbh",
+        lambda row: records.bbh(row, None if is_free else own),
+        templates.BBH,
+        "target",
+        answers=answers.FREE_TEXT if is_free else None,
+    )
 
 
 POLARITY = Format("polarity", records.polarity, templates.SENTIMENT)

@@ -63,7 +63,7 @@ def read_data(source: Source) -> Data:
       UsageError: it can't be read.
     """
     rows = source.rows()
-    format_ = format_of(next(part for part in rows if part))
+    format_ = format_of([row for part in rows for row in part])
     if format_ is not None:
         labelled = (part if part and format_.is_labelled(part[0]) else [] for part in rows[1:])
         rows = Splits(rows.train, *labelled)

@@ -43,7 +43,7 @@ def read_rows(file: File) -> list[Row]:
     elif suffix == ".csv":
         rows = _csv_rows(file)
     elif is_json(file):
-        rows = (flat for row in json_rows(file) for flat in _flat(row))
+        rows = (flat for row in json_rows(file) for flat in _flat(row, file.path.stem))
     else:
         rows = _tsv_rows(file)
     found = [*rows]
@@ -108,13 +108,14 @@ def _polarity(file: File) -> Iterator[Row]:
             yield Row(place, {"text": line, "label": label})
 
 
-def _flat(row: Row) -> Iterator[Row]:
+def _flat(row: Row, name: str) -> Iterator[Row]:
     names = row.values.keys()
     if {"version", "data"} <= names:
         yield from _squad(row)
     elif {"examples"} <= names <= {"canary", "examples"}:
         for number, example in enumerate(row.inner("examples"), 1):
-            yield Row(Place(row.place.origin, number, "example"), example.values)
+            place = Place(row.place.origin, number, "example")
+            yield Row(place, {"subject": name, **example.values})
     elif isinstance(row.values.get("passage"), dict):
         yield from _multirc(row)
     else:

@@ -1,6 +1,7 @@
 """What the rows of each task say."""
 
 import re
+from collections.abc import Mapping
 
 from examples.llm.tasks.answers import NO_ANSWER, final_number
 from examples.llm.tasks.example import Record
@@ -122,10 +123,10 @@ def letters(row: Row) -> Record:
 
 def mmlu(row: Row) -> Record:
     """MMLU's own: a question and four choices."""
-    question, choices = row.text("question"), row.field("choices", list)
-    if len(choices) != len(LETTERS) or not all(isinstance(choice, str) for choice in choices):
+    question, choices = row.text("question"), row.texts("choices")
+    if len(choices) != len(LETTERS):
         raise row.place.error(f"choices must be four texts, got {choices!r}")
-    subject = row.text("subject") if "subject" in row.values else ""
+    subject = subject_of(row)
     fields = {
         "question": question.strip(),
         "topic": subject.replace("_", " "),
@@ -138,9 +139,7 @@ def mmlu(row: Row) -> Record:
 def squad(row: Row) -> Record:
     """A question on a passage, answered in its words; those without an answer say so."""
     context = row.text("context")
-    found = row.field("answers", dict).get("text")
-    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-        raise row.place.error(f"answers must have a list of texts, got {found!r}")
+    found = Row(row.place, row.field("answers", dict)).texts("text")
     answers = tuple(dict.fromkeys(found)) or (NO_ANSWER,)
     fields = {
         "title": row.text("title") if "title" in row.values else "",
@@ -166,19 +165,25 @@ def listed_options(row: Row) -> tuple[str, ...]:
     return tuple(letter or word.strip() for letter, word in _LISTED.findall("".join(found[-1:])))
 
 
-def bbh(row: Row, own: tuple[str, ...] | None) -> Record:
+def subject_of(row: Row) -> str:
+    """The part of a task that a row belongs to; empty if it has none."""
+    return row.text("subject") if "subject" in row.values else ""
+
+
+def bbh(row: Row, own: Mapping[str, tuple[str, ...]] | None) -> Record:
     """An example of BIG-Bench Hard.
 
     Args:
       row: with `input` and `target`.
-      own: the options of an example that lists none; None if the task is answered freely.
+      own: by subject, the options of an example that lists none; None if all are answered freely.
     """
     text, target = row.text("input").strip(), row.text("target").strip()
     if own is None:
         return Record({"input": text, "option": target}, (text_key(text),), answers=(target,))
-    options = listed_options(row) or own
+    subject = subject_of(row)
+    options = listed_options(row) or own[subject]
     label = row.choice("target", *zip(options))
-    return Record({"input": text}, (text_key(text),), label, options=options)
+    return Record({"input": text}, (text_key(text),), label, subject, options)
 
 
 def _text(text: str, label: int) -> Record:

@@ -45,8 +45,11 @@ class FileSource:
         return frozenset(str(file.path.resolve()) for part in self.files for file in part)
 
     def identity(self) -> str:
-        """Return a hash of the files' contents."""
-        return " ".join(content_hash(file.path) for part in self.files for file in part)
+        """Return hashes of the files' contents, by part."""
+        parts = self.files._asdict().items()
+        return " ".join(
+            f"{name} {content_hash(file.path)}" for name, part in parts for file in part
+        )
 
     def rows(self) -> Splits[Row]:
         """Read the files."""
@@ -112,7 +115,10 @@ def _local(task: str, data: Path, flag: str) -> FileSource:
 
 def _folder(path: Path, flag: str) -> FileSource:
     """Files, or folders of files, that are called train, dev or test; or files of no part."""
-    entries = {entry.name: _files(entry, flag) for entry in sorted(path.iterdir())}
+    try:
+        entries = {entry.name: _files(entry, flag) for entry in sorted(path.iterdir())}
+    except OSError as error:
+        raise UsageError(f"{flag}: cannot read {error.filename}: {error.strerror}") from error
     entries = {name: files for name, files in entries.items() if files}
     if not entries:
         raise UsageError(f"{flag}: {path} has no file in {', '.join(_SUFFIXES)}")

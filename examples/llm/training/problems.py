@@ -36,8 +36,8 @@ from examples.llm.text import (
 )
 from examples.llm.training.judging import Problem
 
-# To learn from, of a task with options, unless the user says how many.
-_OPTION_EXAMPLES = 1000
+# To learn from, of a task, unless the user says how many.
+_TASK_EXAMPLES = 1000
 
 
 def build_problem(
@@ -82,7 +82,7 @@ def _problem_of_rows(
     if reader:
         return _instruction_problem(settings, tokenizer, special, data.rows, reader)
     format_ = known_format(data)
-    sizes = _sizes(settings, data.rows, settings.train_examples or _OPTION_EXAMPLES)
+    sizes = _sizes(settings, data.rows, settings.train_examples or _TASK_EXAMPLES)
     if settings.pack and not format_.answers:
         raise UsageError(f"--pack: {settings.task} has options, which are read one by one")
     reading = _reading(settings, format_, tokenizer, special, head)
@@ -154,16 +154,11 @@ def _packed_text_problem(
 
 
 def _batches(settings: Settings, texts: Sequence[EncodedText]) -> PairBatches | PackedBatches:
-    size, length, on_source = (
-        settings.batch_size,
-        settings.sequence_length,
-        settings.train_on_source,
-    )
+    size, alike = settings.batch_size, settings.accumulate
+    options = {"seed": settings.seed, "train_on_source": settings.train_on_source}
     if settings.pack:
-        return PackedBatches(texts, size, length, seed=settings.seed, train_on_source=on_source)
-    return PairBatches(
-        texts, size, alike=settings.accumulate, seed=settings.seed, train_on_source=on_source
-    )
+        return PackedBatches(texts, size, settings.sequence_length, **options)
+    return PairBatches(texts, size, alike=alike, **options)
 
 
 def _reading(
