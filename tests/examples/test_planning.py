@@ -78,7 +78,7 @@ def test_a_configuration_alone_is_enough(tmp_path, capsys):
     fields = {
         "model_type": "llama", "hidden_size": 64, "vocab_size": 264, "intermediate_size": 128,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": True, "max_position_embeddings": TINY.context_length,
     }  # fmt: skip
     path = tmp_path / "config.json"
     path.write_text(json.dumps(fields))
