@@ -30,8 +30,8 @@ def read_config(fields: ConfigFields) -> DecoderConfig | EncoderConfig:
         raise error if isinstance(error, UsageError) else fields.impossible(error) from error
 
 
-def _sizes(fields: ConfigFields) -> dict[str, Any]:
-    """What all families call the same."""
+def _sizes(fields: ConfigFields, context_length: int) -> dict[str, Any]:
+    """What all families call the same; they differ in the context of a file without that field."""
     hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     return {
         "vocabulary_size": fields.integer("vocab_size"),
@@ -40,14 +40,14 @@ def _sizes(fields: ConfigFields) -> dict[str, Any]:
         "num_heads": num_heads,
         "num_key_value_heads": num_heads,
         "head_size": hidden_size // num_heads,
-        "context_length": fields.integer("max_position_embeddings"),
+        "context_length": fields.integer("max_position_embeddings", context_length),
     }
 
 
 def _llama(fields: ConfigFields) -> DecoderConfig:
     _head(fields, {"LlamaForCausalLM": None})
     return DecoderConfig(
-        **_llama_sizes(fields),
+        **_llama_sizes(fields, 2048),
         family=LLAMA,
         attention_bias=fields.flag("attention_bias", False),
         feed_forward_bias=fields.flag("mlp_bias", False),
@@ -60,13 +60,13 @@ def _mistral(fields: ConfigFields) -> DecoderConfig:
     fields.integer("num_key_value_heads")  # other than in a LLaMA, not num_attention_heads
     # Null is no window, and a file without the field means transformers' default.
     window = None if fields.is_null("sliding_window") else fields.integer("sliding_window", 4096)
-    return DecoderConfig(**_llama_sizes(fields), family=MISTRAL, sliding_window=window)
+    return DecoderConfig(**_llama_sizes(fields, 131072), family=MISTRAL, sliding_window=window)
 
 
-def _llama_sizes(fields: ConfigFields) -> dict[str, Any]:
+def _llama_sizes(fields: ConfigFields, context_length: int) -> dict[str, Any]:
     fields.only("hidden_act", "silu")
     fields.only("partial_rotary_factor", 1.0)
-    sizes = _sizes(fields)
+    sizes = _sizes(fields, context_length)
     base, scaling = _rotary(fields, sizes["context_length"])
     return {
         **sizes,
@@ -114,7 +114,7 @@ def _opt(fields: ConfigFields) -> DecoderConfig:
     _head(fields, {"OPTForCausalLM": None})
     fields.only("activation_function", "relu")
     fields.only("layer_norm_elementwise_affine", True)
-    sizes, has_bias = _sizes(fields), fields.flag("enable_bias", True)
+    sizes, has_bias = _sizes(fields, 2048), fields.flag("enable_bias", True)
     _check_heads(fields, sizes)
     norm_first = fields.flag("do_layer_norm_before", True)
     return DecoderConfig(
@@ -158,7 +158,7 @@ def _encoder(fields: ConfigFields, *, position_offset: int, **others: Any) -> En
     fields.only("is_decoder", False)
     fields.only("add_cross_attention", False)
     fields.only("tie_word_embeddings", True)
-    sizes = _sizes(fields)
+    sizes = _sizes(fields, 512)
     _check_heads(fields, sizes)
     sizes["context_length"] -= position_offset
     return EncoderConfig(
