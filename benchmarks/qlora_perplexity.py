@@ -24,10 +24,10 @@ from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 from benchmarks.qlora_errors import TYPES
 from benchmarks.quality.report import markdown_table
 from benchmarks.records import run_record
+from examples.llm.models.building import abstract_model, build_model
 from examples.llm.models.decoder import Decoder
 from examples.llm.models.gguf_files import GGUFModel, bundled_model_path
 from examples.llm.text import load_addresses, windows_of
-from examples.llm.training.steps import abstract_decoder, build_model
 from optax_lowbit import qlora
 
 RESULTS = Path(__file__).parent / "results" / "qlora_perplexity.json"
@@ -40,7 +40,7 @@ def main():
     model = GGUFModel(bundled_model_path())
     _, _, held_out = windows_of(model.tokenizer(), load_addresses(), TOKENS, seed=0)
     batches = [jnp.asarray(held_out.batches(BATCH)[index]) for index in range(WINDOWS // BATCH)]
-    decoder = build_model(abstract_decoder(model.config)[0], model.parameters())
+    decoder = build_model(abstract_model(model.config)[0], model.parameters())
     types = {}
     for name, spec in {FLOAT: None, **TYPES}.items():
         quantized = decoder if spec is None else qlora.quantize_model(decoder, spec)

@@ -22,18 +22,13 @@ import numpy as np
 import optax_lowbit
 from benchmarks.quality.report import markdown_table
 from benchmarks.records import run_record
+from examples.llm.models.building import abstract_model
 from examples.llm.models.gguf_files import GGUFModel, bundled_model_path
 from examples.llm.program.processes import Tell, run_in_process
 from examples.llm.text import load_addresses, windows_of
 from examples.llm.training.memory import buffer_bytes
 from examples.llm.training.methods import FirstOrder
-from examples.llm.training.steps import (
-    TrainState,
-    abstract_decoder,
-    make_train_step,
-    measured_step,
-    next_token_loss,
-)
+from examples.llm.training.steps import TrainState, measured_step, next_token_loss, take_step
 from examples.llm.training.tuning import QLORA, tuned
 from optax_lowbit import adapters
 
@@ -105,7 +100,7 @@ def fine_tuned(run: Run, tell: Tell) -> dict[str, Any]:
         model.tokenizer(), load_addresses(), SETTINGS["tokens of a window"], run.seed
     )
     trainable, frozen, apply, _ = tuned(
-        scheme.tuning, abstract_decoder(model.config)[0], model.parameters(), run.seed,
+        scheme.tuning, abstract_model(model.config)[0], model.parameters(), run.seed,
         lora=scheme.lora,
     )  # fmt: skip
     del model  # its memory map must not count
@@ -128,7 +123,7 @@ def fine_tuned(run: Run, tell: Tell) -> dict[str, Any]:
     }
     before = judged(trainable)
     del trainable  # steps consume it
-    step = make_train_step(loss, optimizer)
+    step = jax.jit(functools.partial(take_step, loss, optimizer), donate_argnums=0)
     step = step.lower(state, frozen, train.batches(batch)[0]).compile()
     measurements, processor_seconds = [], []
     for index in range(SETTINGS["steps"]):

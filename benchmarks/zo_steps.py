@@ -11,8 +11,9 @@ import time
 import jax
 import jax.numpy as jnp
 
+from examples.llm.models.building import abstract_model, build_model
 from examples.llm.models.config import DecoderConfig
-from examples.llm.training.steps import abstract_decoder, build_model, next_token_loss
+from examples.llm.training.steps import next_token_loss
 from optax_lowbit import zo
 
 SMOLLM2 = DecoderConfig(
@@ -40,7 +41,7 @@ def main():
 
 def seconds(tokens):
     """Wall times of two evaluations of the loss, and of a step, in turns."""
-    graph, shapes = abstract_decoder(SMOLLM2)
+    graph, shapes = abstract_model(SMOLLM2)
     key = jax.random.key(0)
     params = jax.tree.map(lambda s: 0.02 * jax.random.normal(key, s.shape, s.dtype), shapes)
     # One window has one token more than it has predictions.

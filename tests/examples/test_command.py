@@ -13,12 +13,13 @@ import jax
 import numpy as np
 import pytest
 
+from examples.llm.models.building import abstract_model
 from examples.llm.models.tiny import TINY
 from examples.llm.program.command import main
 from examples.llm.program.metrics_log import read_metrics
 from examples.llm.training.checkpoints import Checkpoints
 from examples.llm.training.methods import METHODS, Hyperparameters
-from examples.llm.training.steps import TrainState, abstract_decoder
+from examples.llm.training.steps import TrainState
 from optax_lowbit import is_quantized
 
 PROGRAM = Path(__file__).parents[2] / "examples" / "finetune.py"
@@ -71,7 +72,7 @@ def tiny_run(tiny_gguf, *more):
 
 
 def final_state(folder, method, steps):
-    parameters = abstract_decoder(TINY)[1]
+    parameters = abstract_model(TINY)[1]
     optimizer = METHODS[method].build(Hyperparameters(1.0, 1e-3, steps))
     optimizer_state = jax.eval_shape(lambda like: optimizer.init(like, 0), parameters)
     with Checkpoints(folder / method / "seed-0" / "checkpoints", identity={}) as checkpoints:

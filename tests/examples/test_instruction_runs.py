@@ -11,6 +11,7 @@ from flax import nnx
 from tokenizers import processors
 
 from examples.llm.errors import UsageError
+from examples.llm.models.building import abstract_model, build_model
 from examples.llm.models.gguf_files import GGUFModel
 from examples.llm.models.huggingface_files import HuggingFaceModel
 from examples.llm.models.huggingface_names import module_names
@@ -22,7 +23,6 @@ from examples.llm.program.settings import DEFAULTS, QLORA_RECIPE
 from examples.llm.program.worker import fine_tune
 from examples.llm.tasks.scoring import accuracy_by_subject
 from examples.llm.training.problems import build_judges, build_problem
-from examples.llm.training.steps import abstract_decoder, build_model
 from examples.llm.training.tuning import base_parameters, tuned
 from optax_lowbit import qlora
 
@@ -104,7 +104,7 @@ def test_the_adapter_written_is_what_was_trained(job, whole, tiny_gguf):
     """Put into the base again, it gives the loss of the run's end."""
     lora, leaves = qlora.from_peft(qlora.read_adapter(job.folder / "adapter"), module_names(TINY))
     stored = GGUFModel(tiny_gguf)
-    graph, _ = abstract_decoder(TINY)
+    graph, _ = abstract_model(TINY)
     base = qlora.quantize_model(build_model(graph, stored.parameters()))
     model = lora.wrap(base, key=1)
     lora.update(model, leaves)
@@ -210,7 +210,7 @@ def test_special_tokens_outside_of_the_vocabulary(tiny_gguf, tmp_path):
 
 
 def test_a_base_in_16_bits_under_adapters_in_32(tiny_gguf):
-    graph, _ = abstract_decoder(TINY)
+    graph, _ = abstract_model(TINY)
     parameters = base_parameters(GGUFModel(tiny_gguf).parameters(), "qlora", "bfloat16")
     tuning = tuned("qlora", graph, parameters, 0)
     assert {leaf.dtype for leaf in jax.tree.leaves(tuning.trainable)} == {jnp.dtype("float32")}

@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from examples.llm.errors import UsageError
+from examples.llm.models.building import abstract_model
 from examples.llm.models.tiny import TINY
 from examples.llm.program.command import main
 from examples.llm.program.events import Job, StepDone
@@ -21,7 +22,6 @@ from examples.llm.program.settings import Settings
 from examples.llm.program.worker import fine_tune
 from examples.llm.training.layout import make_layout
 from examples.llm.training.methods import METHODS, Hyperparameters
-from examples.llm.training.steps import abstract_decoder
 
 ROOT = Path(__file__).resolve().parents[2]
 RATE = {"learning_rate": 1e-3}
@@ -136,7 +136,7 @@ def test_two_processes_have_the_losses_of_one(text, tiny_gguf, tmp_path):
 
 
 def test_layers_are_parted_as_they_follow_each_other():
-    parameters = abstract_decoder(TINY)[1]
+    parameters = abstract_model(TINY)[1]
     layout = make_layout({"data": 2, "model": 2}, fully=False)
     found = layout.of_parameters(parameters)
     assert found["layers"]["attention"]["query"]["kernel"].spec == P(None, None, "model")
@@ -153,7 +153,7 @@ def test_layers_are_parted_as_they_follow_each_other():
 def test_axes_that_the_mesh_does_not_divide_are_named():
     layout = make_layout({"model": 3}, fully=False)
     with pytest.raises(UsageError, match="--mesh: model=3 does not divide the 32 of axis 2 of lay"):
-        layout.of_parameters(abstract_decoder(TINY)[1])
+        layout.of_parameters(abstract_model(TINY)[1])
     with pytest.raises(UsageError, match="--mesh: data=3,model=3 is for 9 devices, there are 8"):
         make_layout({"data": 3, "model": 3}, fully=False)
 

@@ -13,13 +13,13 @@ from examples.llm.instructions.batches import PairBatches
 from examples.llm.instructions.encoding import EncodedText
 from examples.llm.instructions.packing import PackedBatches, packed
 from examples.llm.instructions.problem import InstructionProblem
+from examples.llm.models.building import abstract_model
 from examples.llm.models.gguf_files import GGUFModel
 from examples.llm.models.tiny import TINY
 from examples.llm.models.tokenizer import SpecialTokens
 from examples.llm.program.settings import DEFAULTS
 from examples.llm.text import pieces_of
 from examples.llm.training.problems import build_problem
-from examples.llm.training.steps import abstract_decoder
 from examples.llm.training.tuning import tuned
 
 
@@ -47,7 +47,7 @@ def texts(count, generator):
 
 @pytest.mark.parametrize("scheme", ["full", "prompt"])
 def test_loss_and_gradient_of_windows_are_those_of_their_texts(scheme, tiny_gguf, rng):
-    graph, _ = abstract_decoder(TINY)
+    graph, _ = abstract_model(TINY)
     found = tuned(scheme, graph, GGUFModel(tiny_gguf).parameters(), 0)
     made = texts(6, rng)
     whole, single = PackedBatches(made, 3, 31), PairBatches(made, 6)

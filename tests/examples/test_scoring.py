@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from examples.llm.errors import UsageError
+from examples.llm.models.building import abstract_model, build_model
 from examples.llm.models.decoder import Decoder
 from examples.llm.models.gguf_files import GGUFModel
 from examples.llm.models.tiny import TINY
@@ -23,7 +24,6 @@ from examples.llm.tasks.scoring import (
 )
 from examples.llm.training.judging import make_judge
 from examples.llm.training.problems import OptionProblem
-from examples.llm.training.steps import abstract_decoder, build_model
 
 VOCABULARY = 7
 
@@ -94,12 +94,12 @@ def test_options_of_one_token_share_a_row(table):
 
 @pytest.fixture(scope="module")
 def decoder():
-    _, shapes = abstract_decoder(TINY)
+    _, shapes = abstract_model(TINY)
     rng = np.random.default_rng(0)
     parameters = jax.tree.map(
         lambda leaf: jnp.asarray(rng.normal(0, 0.1, leaf.shape), leaf.dtype), shapes
     )
-    return build_model(abstract_decoder(TINY)[0], parameters)
+    return build_model(abstract_model(TINY)[0], parameters)
 
 
 def test_padding_does_not_change_scores(decoder: Decoder):

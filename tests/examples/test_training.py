@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import pathlib
 import pickle
 import subprocess
@@ -12,6 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from examples.llm.errors import UsageError
+from examples.llm.models.building import abstract_model, build_model
 from examples.llm.models.tiny import TINY
 from examples.llm.program.events import Job, StepDone
 from examples.llm.program.metrics_log import read_metrics
@@ -25,13 +27,7 @@ from examples.llm.training.methods import (
     Hyperparameters,
     learning_rate_schedule,
 )
-from examples.llm.training.steps import (
-    TrainState,
-    abstract_decoder,
-    build_model,
-    make_train_step,
-    next_token_loss,
-)
+from examples.llm.training.steps import TrainState, next_token_loss, take_step
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +61,7 @@ def changed(job, **changes):
 
 
 def test_the_step_donates_parameters_and_optimizer_state():
-    graph, parameters = abstract_decoder(TINY)
+    graph, parameters = abstract_model(TINY)
     optimizer = optax.adamw(1e-3)
     state = TrainState(parameters, jax.eval_shape(optimizer.init, parameters))
     windows = jax.ShapeDtypeStruct((2, 17), jnp.int32)
@@ -73,7 +69,9 @@ def test_the_step_donates_parameters_and_optimizer_state():
     def loss(parameters, windows):
         return next_token_loss(build_model(graph, parameters), windows)
 
-    train_step = make_train_step(loss, FirstOrder(optimizer))
+    train_step = jax.jit(
+        functools.partial(take_step, loss, FirstOrder(optimizer)), donate_argnums=0
+    )
     memory = train_step.lower(state, windows).compile().memory_analysis()
     state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     assert memory.alias_size_in_bytes == state_bytes
@@ -85,7 +83,7 @@ def test_fine_tuning_lowers_the_held_out_loss(job):
     assert result.loss_after < result.loss_before - 0.1
     assert [event.step for event in events if isinstance(event, StepDone)] == list(range(1, 31))
     assert len(result.losses) == len(result.step_seconds) == 30
-    parameter_count = sum(leaf.size for leaf in jax.tree.leaves(abstract_decoder(TINY)[1]))
+    parameter_count = sum(leaf.size for leaf in jax.tree.leaves(abstract_model(TINY)[1]))
     assert result.state_bytes >= 8 * parameter_count
     assert result.peak_bytes > 0
     assert result.continuation == ""

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from examples.llm.models.building import abstract_model, build_model
 from examples.llm.models.config import DecoderConfig
-from examples.llm.training.steps import abstract_decoder, build_model, next_token_loss
+from examples.llm.training.steps import next_token_loss
 from optax_lowbit import zo
 
 
@@ -16,7 +17,7 @@ def test_language_model_of_135_million_parameters():
         num_key_value_heads=3, head_size=64, context_length=8192, rotary_base=1e5,
         norm_epsilon=1e-5, tied_embeddings=True,
     )  # fmt: skip
-    graph, params = abstract_decoder(config)
+    graph, params = abstract_model(config)
     sizes = [4 * leaf.size for leaf in jax.tree.leaves(params)]
     windows = jax.ShapeDtypeStruct((1, 129), jnp.int32)
 

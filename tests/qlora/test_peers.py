@@ -12,9 +12,9 @@ import pytest
 from flax import nnx
 
 from benchmarks.models.recorded import Recorded
+from examples.llm.models.building import abstract_model
 from examples.llm.models.huggingface_files import HuggingFaceModel
 from examples.llm.models.huggingface_names import module_names
-from examples.llm.training.steps import abstract_decoder
 from examples.llm.training.tuning import save_adapter, tuned
 from optax_lowbit import QuantSpec, adapters, qlora
 
@@ -90,7 +90,7 @@ def theirs(tmp_path, folder, adapter="-"):
 
 def ours(folder, change=lambda parameters: parameters):
     model = HuggingFaceModel(folder)
-    graph, _ = abstract_decoder(model.config)
+    graph, _ = abstract_model(model.config)
     decoder = nnx.merge(graph, nnx.State(change(model.parameters())))
     return decoder(jnp.asarray([TOKENS]))[0]
 
@@ -158,7 +158,7 @@ def test_magnitudes_and_whole_modules_are_loaded_by_peft(tmp_path, weights, rng)
 def test_what_is_tuned_of_all_families_is_loaded_by_peft(tmp_path, variant):
     folder = Recorded().write(variant, tmp_path / "model")
     stored = HuggingFaceModel(folder)
-    graph, _ = abstract_decoder(stored.config)
+    graph, _ = abstract_model(stored.config)
     tuning = tuned("lora", graph, stored.parameters(), 0)
     rng = np.random.default_rng(0)
     trained = jax.tree.map(

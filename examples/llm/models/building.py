@@ -28,3 +28,8 @@ def abstract_model(config: ModelConfig) -> tuple[Any, dict[str, Any]]:
 @lru_cache(maxsize=16)
 def _abstract_model(config: ModelConfig) -> tuple[Any, Any]:
     return nnx.split(nnx.eval_shape(lambda: new_model(config, rngs=nnx.Rngs(0))))
+
+
+def build_model(graph: Any, parameters: Any) -> Any:
+    """Put `parameters`, a nested dict of arrays, into a model's structure."""
+    return nnx.merge(graph, nnx.State(parameters))

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models
 
 from examples.llm.errors import UsageError
 from examples.llm.models import opening
+from examples.llm.models.building import abstract_model
 from examples.llm.models.config import DecoderConfig, ModelConfig
 from examples.llm.models.config_fields import ConfigFields
 from examples.llm.models.huggingface_config import read_config
@@ -26,7 +27,7 @@ from examples.llm.text import TokenWindows
 from examples.llm.training.layout import AXES, Layout, mesh_sizes
 from examples.llm.training.methods import METHODS
 from examples.llm.training.problems import TextProblem
-from examples.llm.training.steps import TrainState, abstract_decoder
+from examples.llm.training.steps import TrainState
 from examples.llm.training.trainer import Recipe, Trainer
 from examples.llm.training.tuning import Tuning, base_parameters, tuned
 from optax_lowbit import qlora
@@ -219,7 +220,7 @@ def abstract_tuning(config: DecoderConfig, recipe: Recipe, target: str = "cpu") 
 
     Matrices in 4 bits are for the kernels of the target.
     """
-    graph, parameters = abstract_decoder(config)
+    graph, parameters = abstract_model(config)
     scheme, found = recipe.hyperparameters.tuning, []
 
     def trees(parameters: Any) -> tuple[Any, Any]:

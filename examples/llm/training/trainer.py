@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from examples.llm.models.building import abstract_model
 from examples.llm.models.huggingface_files import HuggingFaceModel
 from examples.llm.models.opening import open_model
 from examples.llm.training.accumulation import AccumulatedLoss
@@ -17,13 +18,7 @@ from examples.llm.training.feeding import Feed
 from examples.llm.training.judging import Evaluation, Problem, make_judge
 from examples.llm.training.layout import Layout, put
 from examples.llm.training.methods import METHODS, Hyperparameters, Optimizer
-from examples.llm.training.steps import (
-    StepMeasurement,
-    TrainState,
-    abstract_decoder,
-    measured_step,
-    take_step,
-)
+from examples.llm.training.steps import StepMeasurement, TrainState, measured_step, take_step
 from examples.llm.training.tuning import Tuning, base_parameters, tuned
 from optax_lowbit import adapters
 
@@ -118,7 +113,7 @@ class Trainer:
             assert isinstance(stored, HuggingFaceModel)  # no other has encoders
             stored = stored.with_classes(recipe.num_classes, seed)
         scheme = recipe.hyperparameters.tuning
-        graph, _ = abstract_decoder(stored.config)
+        graph, _ = abstract_model(stored.config)
         parameters = base_parameters(stored.parameters(), scheme, recipe.dtype)
         return tuned(scheme, graph, parameters, seed, lora=recipe.lora)
 

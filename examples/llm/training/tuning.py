@@ -12,12 +12,12 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from examples.llm.errors import UsageError
+from examples.llm.models.building import build_model
 from examples.llm.models.config import EncoderConfig
 from examples.llm.models.decoder import Cache, Decoder, Generator
 from examples.llm.models.encoder import Classifier
 from examples.llm.models.huggingface_names import CLASS_MODULES, module_names, names_of
 from examples.llm.models.parameters import tensor_name
-from examples.llm.training.steps import build_model
 from optax_lowbit import adapters, qlora
 
 SCHEMES = ("full", "lora", "qlora", "prefix", "prompt")

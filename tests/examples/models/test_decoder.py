@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from examples.llm.models.building import abstract_model
 from examples.llm.models.config import DecoderConfig
 from examples.llm.models.decoder import Decoder
 from examples.llm.models.families import OPT
 from examples.llm.models.rotary import UNSCALED, Divided, DynamicNTK, Linear, Llama3
-from examples.llm.training.steps import abstract_decoder
 
 SMALL = DecoderConfig(
     vocabulary_size=50,
@@ -29,7 +29,7 @@ LEARNED = dataclasses.replace(SMALL, family=OPT, feed_forward_bias=True, positio
 
 
 def test_layer_parameters_are_stacked():
-    _, parameters = abstract_decoder(SMALL)
+    _, parameters = abstract_model(SMALL)
     assert parameters["layers"]["attention"]["key"]["kernel"].shape == (3, 16, 8)
     assert parameters["layers"]["feed_forward_norm"]["scale"].shape == (3, 16)
     assert "head" not in parameters

@@ -7,13 +7,12 @@ import pytest
 from flax import nnx
 
 from examples.llm.errors import UsageError
-from examples.llm.models.building import abstract_model, new_model
+from examples.llm.models.building import abstract_model, build_model, new_model
 from examples.llm.models.config import EncoderConfig
 from examples.llm.models.encoder import sentence_embeddings
 from examples.llm.models.huggingface_files import HuggingFaceModel
 from examples.llm.models.opening import named_model
 from examples.llm.models.tokenizer import SpecialTokens
-from examples.llm.training.steps import build_model
 
 SMALL = EncoderConfig(
     vocabulary_size=30,

@@ -8,10 +8,10 @@ import pytest
 from flax import nnx
 
 from examples.llm.errors import UsageError
+from examples.llm.models.building import abstract_model
 from examples.llm.models.huggingface_files import HuggingFaceModel
 from examples.llm.models.huggingface_names import module_names
 from examples.llm.models.tokenizer import SpecialTokens
-from examples.llm.training.steps import abstract_decoder
 from optax_lowbit import qlora
 
 pytest.importorskip("safetensors", reason="safetensors is missing")
@@ -53,7 +53,7 @@ def in_floats(parameters):
 
 def assert_logits(model, parameters, recorded, name):
     """Of the row that is not padded."""
-    graph, _ = abstract_decoder(model.config)
+    graph, _ = abstract_model(model.config)
     decoder = nnx.merge(graph, nnx.State(parameters))
     tokens, mask = recorded[f"{name}/input_ids"], recorded[f"{name}/attention_mask"]
     assert mask[0].all()

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from examples.llm.errors import UsageError
+from examples.llm.models.building import abstract_model, build_model
 from examples.llm.models.generation import continue_text, generate
 from examples.llm.models.gguf_files import GGUFModel
 from examples.llm.models.llama2c_files import Llama2cModel
 from examples.llm.models.opening import open_model
 from examples.llm.models.sentence_pieces import sentence_piece_tokenizer
 from examples.llm.models.tokenizer import SpecialTokens
-from examples.llm.training.steps import abstract_decoder, build_model
 
 # dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len
 HEADER = (8, 12, 2, 2, 1, 10, 16)
@@ -35,7 +35,7 @@ def test_the_known_story(stories):
     stored = open_model(stories / "stories260K.bin")
     parameters = stored.parameters()
     assert sum(x.size for x in jax.tree.leaves(parameters)) == 260_032
-    model = build_model(abstract_decoder(stored.config)[0], parameters)
+    model = build_model(abstract_model(stored.config)[0], parameters)
     run = partial(jax.jit(partial(generate, count=80, end=1)), model)
     story = continue_text(run, stored.tokenizer(), "", stored.special_tokens())
     assert story.startswith(
@@ -122,7 +122,7 @@ def write_model(path, header=HEADER, change=lambda data: data):
 def test_a_head_of_its_own(tmp_path):
     stored = Llama2cModel(write_model(tmp_path / "a.bin", (*HEADER[:5], -10, 16)))
     parameters = stored.parameters()
-    _, expected = abstract_decoder(stored.config)
+    _, expected = abstract_model(stored.config)
     shapes = [jax.tree.map(lambda x: x.shape, tree) for tree in (parameters, expected)]
     assert shapes[0] == shapes[1]
     # The last in the file, and there (out, in).

@@ -10,10 +10,10 @@ import pytest
 from benchmarks.models.parity import at_tokens, logits_of
 from benchmarks.models.recorded import Recorded
 from examples.llm.errors import UsageError
+from examples.llm.models.building import abstract_model, build_model
 from examples.llm.models.generation import continue_text, generate
 from examples.llm.models.gguf_files import GGUFModel, bundled_model_path, half_split_rows
 from examples.llm.models.tokenizer import NO_SPECIAL_TOKENS
-from examples.llm.training.steps import abstract_decoder, build_model
 from optax_lowbit import qlora
 
 needs_the_model = pytest.mark.skipif(
@@ -29,7 +29,7 @@ def test_half_split_undoes_the_gguf_permutation():
 
 def test_shape_and_weights_of_a_file(tiny_gguf):
     model = GGUFModel(tiny_gguf)
-    _, expected = abstract_decoder(model.config)
+    _, expected = abstract_model(model.config)
     parameters = model.parameters()
     assert model.config.num_layers == 2
     assert model.config.tied_embeddings
@@ -152,7 +152,7 @@ def test_smollm2_is_the_real_thing():
     assert tokenizer.encode("1790").tokens == ["1", "7", "9", "0"]
     assert tokenizer.encode("<|im_start|>user").ids[0] == 1
 
-    graph, expected = abstract_decoder(model.config)
+    graph, expected = abstract_model(model.config)
     parameters = model.parameters()
     shapes = {path: leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(parameters)}
     assert shapes == {

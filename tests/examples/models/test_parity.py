@@ -12,11 +12,11 @@ from flax.traverse_util import flatten_dict
 
 from benchmarks.models.parity import at_tokens, logits_of, table_row
 from benchmarks.models.recorded import Recorded, weight
-from examples.llm.models.building import abstract_model
+from examples.llm.models.building import abstract_model, build_model
 from examples.llm.models.huggingface_files import HuggingFaceModel
 from examples.llm.models.huggingface_names import module_names
 from examples.llm.models.rotary import Unscaled
-from examples.llm.training.steps import build_model, next_token_loss
+from examples.llm.training.steps import next_token_loss
 from optax_lowbit import qlora
 
 pytest.importorskip("safetensors", reason="safetensors is missing")
