@@ -20,7 +20,13 @@ def shuffled(count: int, size: int, seed: int) -> grain.MapDataset:
 
     Every number is in one group before any is in another: an epoch is a new order.
     """
-    return grain.MapDataset.range(count).seed(seed).shuffle().repeat().batch(size)
+    return in_batches(grain.MapDataset.range(count).seed(seed).shuffle().repeat(), size)
+
+
+def in_batches(endless: grain.MapDataset, size: int) -> grain.MapDataset:
+    """So many elements at a time, stacked, of a sequence that never ends."""
+    # With a remainder grain counts batches in floats, and those of one element are more than fit.
+    return endless.batch(size, drop_remainder=True)
 
 
 class Chosen(NamedTuple):

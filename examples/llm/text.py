@@ -15,6 +15,7 @@ from examples.llm.errors import UsageError
 from examples.llm.instructions.encoding import EncodedText
 from examples.llm.models.decoder import LanguageModel
 from examples.llm.models.tokenizer import SpecialTokens, plain_tokens
+from examples.llm.sampling import in_batches
 from examples.llm.tasks.sources import FileSource
 from examples.llm.tasks.splits import Splits, with_test
 from examples.llm.training.judging import Evaluation, Part, text_evaluation
@@ -89,7 +90,7 @@ class TokenWindows:
 
     def batches(self, size: int) -> grain.MapDataset:
         """The windows in their order, so many at a time, int32 `(size, length)`."""
-        return grain.MapDataset.range(sys.maxsize).map(self._window).batch(size)
+        return in_batches(grain.MapDataset.range(sys.maxsize).map(self._window), size)
 
     def _window(self, index: int) -> np.ndarray:
         generator = np.random.default_rng([self.seed, index])

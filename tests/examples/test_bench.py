@@ -9,7 +9,7 @@ import pytest
 
 from examples.llm.bench.cells import CALIBRATED, ZERO_SHOT, Bench, Cell, CellResult, Cost, run_cell
 from examples.llm.bench.command import cells_of
-from examples.llm.bench.report import Results, markdown_table, write_page
+from examples.llm.bench.report import Results, markdown_table, write_report
 from examples.llm.bench.search import SEARCH_SEED, FinalRun, Trial, best_trial, search
 from examples.llm.bench.settings import BenchSettings
 from examples.llm.program.about import about_this_run
@@ -113,9 +113,19 @@ def test_the_table_has_means_and_deviations(results):
 
 
 def test_a_page_has_the_table_and_a_figure_of_each_kind(results, tmp_path):
-    write_page(results, tmp_path / "a.html")
-    text = (tmp_path / "a.html").read_text()
+    write_report(results, tmp_path)
+    text = (tmp_path / "report.html").read_text()
     assert "60.0 ± 10.0" in text and text.count("<figure>") == 2
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_page_of_untrained_models_has_no_figure(tmp_path):
+    results = Results(tmp_path / "results.json", BenchSettings(), "m.gguf", about_this_run())
+    zero_shot = Cell("polarity", "full", ZERO_SHOT, BenchSettings(), tmp_path)
+    results.add(zero_shot, CellResult([], RUNS[:1]))
+    write_report(results, tmp_path)
+    assert "<figure>" not in (tmp_path / "report.html").read_text()
+    assert not (tmp_path / "report.png").exists()
 
 
 def test_results_are_kept_for_the_same_settings_only(results):

@@ -10,6 +10,7 @@ import pytest
 from examples.llm.errors import UsageError
 from examples.llm.instructions.batches import PairBatches
 from examples.llm.instructions.encoding import EncodedText
+from examples.llm.sampling import shuffled
 from examples.llm.training.feeding import Feed
 
 
@@ -44,6 +45,15 @@ def test_batches_of_a_step_are_stacked(batches):
         for place in range(4):
             one = jax.tree.map(lambda x, place=place: x[place], stacked)
             assert_equal(one, batches[4 * number + place])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_batches_of_one_are_stacked_as_others_are(size, accumulate):
+    """Endless data have more of them than of any other, and nearly more than can be counted."""
+    feed = Feed(shuffled(7, size, seed=0), accumulate)
+    batch, _ = feed.step(5)
+    assert batch.shape == ((accumulate, size) if accumulate > 1 else (size,))
 
 
 def test_the_next_batch_is_made_before_it_is_asked_for():

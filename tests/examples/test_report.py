@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image  # Matplotlib's
 
 from examples.llm.program.events import RunResult
-from examples.llm.program.report import by_method, write_page
+from examples.llm.program.palettes import LIGHT
+from examples.llm.program.report import by_method, write_report
 from examples.llm.program.settings import Settings
 from examples.llm.program.spreads import spread_of
 
@@ -41,10 +43,10 @@ def results():
 
 @pytest.fixture(scope="module")
 def path(results, tmp_path_factory):
-    path = tmp_path_factory.mktemp("report") / "report.html"
+    folder = tmp_path_factory.mktemp("report")
     settings = Settings(method=("adamw", "mezo"), seeds=(0, 1), prompt="We", task="a<b>.txt")
-    write_page(settings, results, path)
-    return path
+    write_report(settings, results, folder)
+    return folder / "report.html"
 
 
 class Reader(html.parser.HTMLParser):
@@ -111,17 +113,25 @@ def test_deviations_are_those_of_samples(results):
     assert spread_of([1.5]).words(".1f") == spread_of([1.5, 1.5]).words(".1f") == "1.5"
 
 
-def test_a_run_that_diverged_is_drawn(results, path):
+def test_a_run_that_diverged_is_drawn(results, tmp_path):
     nan = float("nan")
     diverged = dataclasses.replace(results[0], losses=[3.0, nan], loss_after=nan)
-    write_page(Settings(), [diverged], path.with_name("diverged.html"))
+    write_report(Settings(), [diverged], tmp_path)
+    assert (tmp_path / "report.png").exists()
+
+
+def test_the_picture_has_the_colours_of_every_method(path):
+    """Nothing keeps the marks that the page's own colours replace."""
+    pixels = np.asarray(Image.open(path.with_name("report.png")).convert("RGB"))
+    colours, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
+    found = {"#{:02x}{:02x}{:02x}".format(*colour) for colour in colours[counts > 100]}
+    assert {LIGHT.paper, LIGHT.text, *LIGHT.series[:2]} <= found
+    assert not any(colour.startswith("#0000") for colour in found)
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 @pytest.mark.parametrize(("scheme", "brightness"), [(1, (200, 256)), (0, (0, 60))])
 def test_a_browser_shows_it_in_light_and_in_dark(path, scheme, brightness):
-    from PIL import Image  # Matplotlib's
-
     with tempfile.TemporaryDirectory() as folder:
         picture = Path(folder) / "page.png"
         subprocess.run(

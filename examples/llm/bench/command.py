@@ -4,7 +4,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from examples.llm.bench.cells import UNTRAINED, Cell, run_cell
-from examples.llm.bench.report import Results, markdown_table, write_page
+from examples.llm.bench.report import Results, markdown_table, write_report
 from examples.llm.bench.settings import BenchSettings
 from examples.llm.models.opening import named_model
 from examples.llm.models.tiny import write_tiny_gguf
@@ -35,9 +35,12 @@ def benchmark(arguments: list[str]) -> None:
                 results.add(cell, run_in_process(run_cell, cell, cell.name, _show))
     table = markdown_table(results.cells)
     (settings.output / "results.md").write_text(table)
-    write_page(results, settings.output / "report.html")
+    write_report(results, settings.output)
     print(table)
-    print(f"Report in {settings.output / 'report.html'}, numbers in {results.path}")
+    print(
+        f"Report in {settings.output / 'report.html'}; its figures, report.png, and numbers, "
+        "results.json, beside it"
+    )
 
 
 def cells_of(settings: BenchSettings, model: Path) -> list[Cell]:

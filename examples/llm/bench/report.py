@@ -9,7 +9,8 @@ from typing import Any
 from examples.llm.bench.cells import UNTRAINED, Cell, CellResult
 from examples.llm.bench.settings import BenchSettings
 from examples.llm.program import page
-from examples.llm.program.figures import bars, points
+from examples.llm.program.figures import Figure, bars, points
+from examples.llm.program.rendering import write_picture
 from examples.llm.program.spreads import Spread, spread_of
 
 # What a result is made with; a file made with something else is not added to.
@@ -101,26 +102,33 @@ def _fields(cell: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def write_page(results: Results, path: Path) -> None:
-    """Write the results as a page of HTML: a table, and for each task accuracy and memory."""
+def write_report(results: Results, folder: Path) -> None:
+    """Write a page, `report.html`, of a table and each task's figures, and these, `report.png`."""
     cells, about = results.cells, results.about
     tasks = dict.fromkeys(cell["task"] for cell in cells.values())
+    figures = {
+        task: _figures(f"task-{number}", task, cells.values()) for number, task in enumerate(tasks)
+    }
+    drawn = [figure for of_task in figures.values() for figure in of_task]
+    if drawn:
+        write_picture(drawn, folder / "report.png")
     rows = [_fields(cell) for cell in cells.values()]
     sections = [
         page.Section("Results", page.table(_HEADINGS, rows, texts=3)),
         *(
-            page.Section(Path(task).stem, _figures(f"task-{number}", task, cells.values()))
-            for number, task in enumerate(tasks)
+            page.Section(Path(task).stem, page.figures(of_task))
+            for task, of_task in figures.items()
         ),
         page.Section("Command", page.preformatted(about["command"])),
         page.Section("Settings", page.pairs(results.made_with)),
         page.Section("Versions", page.pairs(about["versions"])),
     ]
     title = f"Fine-tuning {results.made_with['model']} without backpropagation"
-    path.write_text(page.page(title, f"{about['date']} · {about['machine']}", sections))
+    whole = page.page(title, f"{about['date']} · {about['machine']}", sections)
+    (folder / "report.html").write_text(whole)
 
 
-def _figures(name: str, task: str, cells: Iterable[Mapping[str, Any]]) -> str:
+def _figures(name: str, task: str, cells: Iterable[Mapping[str, Any]]) -> list[Figure]:
     ours = [cell for cell in cells if cell["task"] == task]
     trained = [cell for cell in ours if cell["method"] not in UNTRAINED]
     accuracies: dict[str, dict[str, Spread]] = {}
@@ -131,15 +139,14 @@ def _figures(name: str, task: str, cells: Iterable[Mapping[str, Any]]) -> str:
         peak = cell["cost"]["peak_bytes"] / _MEBIBYTE
         peaks.setdefault(scheme, {})[method] = Spread(peak, None)
     if not trained:
-        return ""
+        return []
     lines = {
         cell["method"]: test_score(cell, "accuracy").mean
         for cell in ours
         if cell["method"] in UNTRAINED
     }
-    return page.figures(
-        [
-            points(f"{name}-accuracy", "Test accuracy", "%", accuracies, lines),
-            bars(f"{name}-memory", "Peak memory", "MiB", peaks),
-        ]
-    )
+    about = Path(task).stem
+    return [
+        points(f"{name}-accuracy", f"Test accuracy, {about}", "%", accuracies, lines),
+        bars(f"{name}-memory", f"Peak memory, {about}", "MiB", peaks),
+    ]

@@ -13,7 +13,7 @@ from examples.llm.program.report import (
     comparison_table,
     scores_table,
     write_metrics,
-    write_page,
+    write_report,
     write_settings,
 )
 from examples.llm.program.settings import Settings, prepare_output
@@ -43,7 +43,7 @@ def finetune(arguments: list[str], recipe: Settings) -> None:
     write_settings(settings, settings.output / "settings.json")
     results = compare(settings, model, console)
     write_metrics(settings, results, settings.output / "metrics.json")
-    write_page(settings, results, settings.output / "report.html")
+    write_report(settings, results, settings.output)
     console.print(comparison_table(results))
     console.print(scores_table(results))
     for run in results:
@@ -53,5 +53,8 @@ def finetune(arguments: list[str], recipe: Settings) -> None:
     if settings.tuning in ("lora", "qlora"):
         where = settings.output / "METHOD" / "seed-N" / "adapter"
         console.print(f"Adapters, in PEFT's files, in {where}", soft_wrap=True)
-    files = f"Report in {settings.output / 'report.html'}, numbers in metrics.json beside it"
+    files = (
+        f"Report in {settings.output / 'report.html'}; its figures, report.png, and numbers, "
+        "metrics.json, beside it"
+    )
     console.print(files, soft_wrap=True)

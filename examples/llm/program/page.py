@@ -4,20 +4,14 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from examples.llm.program.figures import Figure
+from examples.llm.program.palettes import DARK, LIGHT
+from examples.llm.program.rendering import as_svg
+
+_COLOURS = f"""
+:root {{ color-scheme: light dark; {LIGHT.as_css()} }}
+@media (prefers-color-scheme: dark) {{ :root {{ {DARK.as_css()} }} }}"""
 _STYLE = """
-:root {
-  color-scheme: light dark;
-  --text: #1c2430; --faint: #5b6675; --paper: #ffffff; --panel: #f5f7fa; --grid: #d9dee5;
-  --series-1: #1f6fd6; --series-2: #d9690d; --series-3: #22874f; --series-4: #c5343a;
-  --series-5: #7a4fc4; --series-6: #7d5a3c; --series-7: #c9458f; --series-8: #0d8488;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --text: #e4e9f0; --faint: #9aa6b5; --paper: #12161c; --panel: #1b212a; --grid: #39424f;
-    --series-1: #6ea8ff; --series-2: #ffab5e; --series-3: #63cf9a; --series-4: #ff7b72;
-    --series-5: #b79cff; --series-6: #cfa880; --series-7: #f48fc4; --series-8: #4fd1d6;
-  }
-}
 * { box-sizing: border-box; }
 body {
   margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 4rem;
@@ -72,7 +66,7 @@ def page(title: str, about: str, sections: Iterable[Section]) -> str:
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             '<link rel="icon" href="data:,">',
-            f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>",
+            f"<title>{html.escape(title)}</title>\n<style>{_COLOURS}{_STYLE}</style>\n</head>\n<body>",
             f'<h1>{html.escape(title)}</h1>\n<p class="about">{html.escape(about)}</p>',
             *parts,
             "</body>\n</html>\n",
@@ -106,9 +100,9 @@ def pairs(values: Mapping[str, Any]) -> str:
     return f'<div class="settings">{rows}</div>'
 
 
-def figures(drawn: Iterable[str]) -> str:
+def figures(shown: Iterable[Figure]) -> str:
     """Return figures beside or below each other, as there is room."""
-    parts = "\n".join(f"<figure>{svg}</figure>" for svg in drawn)
+    parts = "\n".join(f"<figure>{as_svg(figure)}</figure>" for figure in shown)
     return f'<div class="figures">\n{parts}\n</div>\n'
 
 

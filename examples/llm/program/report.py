@@ -13,7 +13,8 @@ from examples.llm.program import page
 from examples.llm.program.about import about_this_run
 from examples.llm.program.configuration import settings_as_json
 from examples.llm.program.events import RunResult
-from examples.llm.program.figures import bars, curves, points
+from examples.llm.program.figures import Figure, bars, curves, points
+from examples.llm.program.rendering import write_picture
 from examples.llm.program.results import write_json
 from examples.llm.program.settings import Settings
 from examples.llm.program.spreads import Spread, spread_of
@@ -77,14 +78,16 @@ def _rich_table(title: str, headings: list[str], rows: list[list[str]], *, texts
     return table
 
 
-def write_page(settings: Settings, results: Sequence[RunResult], path: Path) -> None:
-    """Write the results as a page of HTML."""
+def write_report(settings: Settings, results: Sequence[RunResult], folder: Path) -> None:
+    """Write the results as a page of HTML, `report.html`, and its figures as `report.png`."""
+    figures = _figures(results)
+    write_picture(figures, folder / "report.png")
     about = about_this_run()
     seeds = f"seed{'s' if len(settings.seeds) > 1 else ''} {' '.join(map(str, settings.seeds))}"
     sections = [
         page.Section(_TITLE, page.table(*_comparison(results))),
         page.Section("Held-out scores", page.table(*_scores(results), texts=2)),
-        page.Section("Curves and costs", page.figures(_figures(results))),
+        page.Section("Curves and costs", page.figures(figures)),
     ]
     texts = [
         f"{run.method}, seed {run.seed}: {settings.prompt}{run.continuation}\n" for run in results
@@ -97,10 +100,11 @@ def write_page(settings: Settings, results: Sequence[RunResult], path: Path) -> 
         page.Section("Versions", page.pairs(about.pop("versions"))),
     ]
     title = f"{settings.model}, {settings.tuning} tuning on {settings.task}"
-    path.write_text(page.page(title, " · ".join([*about.values(), seeds]), sections))
+    whole = page.page(title, " · ".join([*about.values(), seeds]), sections)
+    (folder / "report.html").write_text(whole)
 
 
-def _figures(results: Sequence[RunResult]) -> list[str]:
+def _figures(results: Sequence[RunResult]) -> list[Figure]:
     methods = by_method(results)
 
     def spreads(of: Callable[[RunResult], float]) -> dict[str, Spread]:
@@ -138,7 +142,7 @@ def _figures(results: Sequence[RunResult]) -> list[str]:
     ]
 
 
-def _development(methods: Mapping[str, Sequence[RunResult]]) -> list[str]:
+def _development(methods: Mapping[str, Sequence[RunResult]]) -> list[Figure]:
     """How the runs did by development data, if they were judged by it."""
     first = next(iter(methods.values()))[0].evaluations
     if not first:

@@ -5,6 +5,8 @@ from typing import Any
 import grain
 import numpy as np
 
+from examples.llm.sampling import in_batches
+
 # One batch is made while a step runs, and one waits.
 _AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 
@@ -22,7 +24,7 @@ class Feed:
         Elements are batches, stacked if they are several, and their numbers.
         """
         numbered = batches.map_with_index(lambda number, batch: (batch, np.int32(number)))
-        self._steps = numbered if accumulate == 1 else numbered.batch(accumulate)
+        self._steps = numbered if accumulate == 1 else in_batches(numbered, accumulate)
         self._next, self._made = 0, None
 
     def step(self, number: int) -> Any:
