@@ -17,12 +17,13 @@ from optax_lowbit.zo.masks import MagnitudeMask, RandomMask
 from optax_lowbit.zo.microbatches import microbatched
 from optax_lowbit.zo.momentum import zo_sgd_momentum
 from optax_lowbit.zo.noise import Gaussian, Noise, Probe, Rademacher
-from optax_lowbit.zo.optimizer import StepInfo, ZeroOrderOptimizer, ZeroOrderState
+from optax_lowbit.zo.optimizer import ZeroOrderOptimizer
 from optax_lowbit.zo.parallel import probe_parallel
 from optax_lowbit.zo.scales import qzo
 from optax_lowbit.zo.sgd import zo_sgd
 from optax_lowbit.zo.sign import zo_sgd_scalar_sign, zo_sgd_sign
 from optax_lowbit.zo.sphere import Sphere
+from optax_lowbit.zo.state import StepInfo, ZeroOrderState
 from optax_lowbit.zo.subspace import Subspace
 
 __all__ = (

@@ -21,12 +21,8 @@ from optax_lowbit.zo.directions import (
     split,
 )
 from optax_lowbit.zo.estimators import value_estimator
-from optax_lowbit.zo.optimizer import (
-    Loss,
-    StepInfo,
-    ZeroOrderOptimizer,
-    ZeroOrderState,
-)
+from optax_lowbit.zo.optimizer import Loss, ZeroOrderOptimizer
+from optax_lowbit.zo.state import StepInfo, ZeroOrderState
 
 
 def hybrid(

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from optax_lowbit.zo import checks
 from optax_lowbit.zo.directions import Choice, Trainable, chooses
 from optax_lowbit.zo.noise import Noise, Probe
-from optax_lowbit.zo.optimizer import Loss, StepInfo, ZeroOrderOptimizer, ZeroOrderState
+from optax_lowbit.zo.optimizer import Loss, ZeroOrderOptimizer
 from optax_lowbit.zo.rows import Rows
+from optax_lowbit.zo.state import StepInfo, ZeroOrderState
 from optax_lowbit.zo.updates import Rule, is_taken
 
 Blocks = Sequence[Choice] | Callable[[str], Hashable]

@@ -9,7 +9,8 @@ import optax
 from optax_lowbit.zo.directions import Choice
 from optax_lowbit.zo.estimators import Central, Estimator, ForwardGradient
 from optax_lowbit.zo.noise import Noise, Rademacher
-from optax_lowbit.zo.optimizer import StepInfo, ZeroOrderOptimizer
+from optax_lowbit.zo.optimizer import ZeroOrderOptimizer
+from optax_lowbit.zo.state import StepInfo
 from optax_lowbit.zo.updates import Descend, is_taken
 
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from optax_lowbit.kernels.reference import widened
 from optax_lowbit.zo.estimators import Central, ForwardGradient, OneSided, value_estimator
-from optax_lowbit.zo.optimizer import ZeroOrderOptimizer, ZeroOrderState
+from optax_lowbit.zo.optimizer import ZeroOrderOptimizer
+from optax_lowbit.zo.state import ZeroOrderState
 
 
 class Diagnosis(NamedTuple):

@@ -11,7 +11,8 @@ from optax_lowbit.quant import random_bits
 from optax_lowbit.zo.directions import Choice, split
 from optax_lowbit.zo.estimators import Central, Estimator, ForwardGradient
 from optax_lowbit.zo.noise import Noise, Rademacher
-from optax_lowbit.zo.optimizer import ZeroOrderOptimizer, ZeroOrderState
+from optax_lowbit.zo.optimizer import ZeroOrderOptimizer
+from optax_lowbit.zo.state import ZeroOrderState
 from optax_lowbit.zo.updates import Descend
 
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_lowbit.zo.optimizer import Loss, StepInfo, value_at
+from optax_lowbit.zo.optimizer import Loss, value_at
+from optax_lowbit.zo.state import StepInfo
 
 
 class InjectedState(NamedTuple):

@@ -8,7 +8,7 @@ leaf. So a run can be replayed from its records, and the loss may be anything th
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.core
@@ -44,47 +44,11 @@ from optax_lowbit.zo.noise import Noise, Probe, Rademacher
 from optax_lowbit.zo.parallel import spread_probes
 from optax_lowbit.zo.rows import whole
 from optax_lowbit.zo.slices import Slice
+from optax_lowbit.zo.state import StepInfo, ZeroOrderState
 from optax_lowbit.zo.sums import summed
 from optax_lowbit.zo.updates import Leaf, Rule, is_taken, update_leaf
 
 Loss = Callable[..., jax.Array]
-
-
-class ZeroOrderState(NamedTuple):
-    """State of a zeroth-order optimizer.
-
-    Attributes:
-      count: int32 ``()``: steps taken.
-      key: uint32 ``(2,)``: the run's key.
-      prepared: What the noise keeps between steps.
-      moments: By name, a tuple with an array for each leaf that trains.
-      scalars: By name, what the rule keeps beside.
-    """
-
-    count: jax.Array
-    key: jax.Array
-    prepared: Any
-    moments: dict[str, tuple[Any, ...]]
-    scalars: dict[str, jax.Array]
-
-
-class StepInfo(NamedTuple):
-    """What a step tells.
-
-    Attributes:
-      loss: float32 ``()``: at the parameters before the step if that was evaluated, else the mean
-        of what was.
-      coefficients: float32 ``(num_probes,)``: how steeply the loss rises along each direction; 0
-        where ``eps`` is not above 0.
-      record: float32 ``(k,)``: all that the update was made from; what was measured comes first.
-      is_taken: bool ``()``: whether there was an update. There is none where a loss or a
-        coefficient is not finite, ``eps`` is not above 0, or a conservative step is rejected.
-    """
-
-    loss: jax.Array
-    coefficients: jax.Array
-    record: jax.Array
-    is_taken: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

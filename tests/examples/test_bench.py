@@ -4,6 +4,7 @@ import dataclasses
 import json
 import weakref
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from examples.llm.bench.command import cells_of
 from examples.llm.bench.report import Results, markdown_table, write_report
 from examples.llm.bench.search import SEARCH_SEED, FinalRun, Trial, best_trial, search
 from examples.llm.bench.settings import BenchSettings
+from examples.llm.errors import UsageError
 from examples.llm.program.about import about_this_run
 from examples.llm.program.command import main
 from examples.llm.tasks.scoring import option_scores, token_log_likelihoods
@@ -191,6 +193,32 @@ def test_a_cell_from_start_to_end(tiny_gguf, messages):
     assert (result.cost.steps, result.cost.forward_passes) == (3, 6)
     assert result.cost.peak_bytes > 0 and len(told) == 3
     assert json.dumps(dataclasses.asdict(result))
+
+
+@pytest.mark.parametrize(
+    ("tuning", "method"),
+    [
+        ("full", "mezo"), ("full", "hybrid"), ("full", "blockwise"), ("lora", "blockwise"),
+        ("prefix", "blockwise"), ("prompt", "lozo"), ("full", "adam"), ("full", CALIBRATED),
+    ],
+)  # fmt: skip
+def test_an_encoder_learns_classes_by_any_method(tiny_bert, messages, tuning, method):
+    settings = BenchSettings(
+        steps=2, first_order_steps=2, seeds=(0,), rate_factors=(1.0,), train_examples=20,
+        dev_examples=8, test_examples=8, batch_size=4, sequence_length=16,
+    )  # fmt: skip
+    with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
+        result = run_cell(Cell(str(messages), tuning, method, settings, tiny_bert), lambda _: None)
+    (run,) = result.runs
+    assert np.isfinite(run.test.loss) and 0 <= run.test.scores["accuracy"] <= 1
+    if result.cost:
+        assert result.cost.trainable >= 32 * 32 + 32 + 2 * 32 + 2  # the head, at least
+
+
+def test_a_head_that_the_encoder_does_not_have_is_refused(tiny_bert, messages):
+    settings = BenchSettings(head="masked-lm", sequence_length=16)
+    with pytest.raises(UsageError, match="--head: the model was not made to fill masks"):
+        Bench(Cell(str(messages), "full", "mezo", settings, tiny_bert), "mezo")
 
 
 def test_mean_scores_are_those_of_all_examples(tiny_gguf, messages):

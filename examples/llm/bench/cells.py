@@ -15,14 +15,15 @@ from examples.llm.errors import UsageError
 from examples.llm.models.opening import open_model
 from examples.llm.program.events import Stage
 from examples.llm.program.processes import Tell
-from examples.llm.tasks.loading import known_format, load_task, read_data
-from examples.llm.tasks.problem import OptionProblem, decoder_reading
-from examples.llm.tasks.scoring import option_scores, token_log_likelihoods
+from examples.llm.program.settings import check_context
+from examples.llm.tasks.encoders import head_for
+from examples.llm.tasks.loading import known_format, read_data
+from examples.llm.tasks.scoring import option_scores
 from examples.llm.tasks.sources import find_source
 from examples.llm.training.judging import Evaluation, Part
 from examples.llm.training.memory import buffer_bytes
 from examples.llm.training.methods import EPS, METHODS, Hyperparameters
-from examples.llm.training.problems import encoded_parts
+from examples.llm.training.problems import classes_of, option_problem
 from examples.llm.training.steps import StepMeasurement
 from examples.llm.training.trainer import Recipe, Trainer
 
@@ -127,28 +128,28 @@ class Bench:
 
     def __init__(self, cell: Cell, method: str):
         settings, model = cell.settings, open_model(cell.model)
-        if settings.sequence_length > model.config.context_length:
-            raise UsageError(
-                f"--sequence-length: the model takes at most {model.config.context_length} "
-                f"tokens, got {settings.sequence_length}"
-            )
-        sizes = (settings.train_examples, settings.dev_examples, settings.test_examples)
-        data, tokenizer = read_data(find_source(cell.task, settings.data)), model.tokenizer()
-        special, length = model.special_tokens(), settings.sequence_length
-        reading = decoder_reading(
-            known_format(data), tokenizer, special, length, aligned=settings.template
-        )
-        task = load_task(data, sizes, reading.template)
-        if task.format.answers:
+        check_context(model.config, settings.sequence_length)
+        data = read_data(find_source(cell.task, settings.data))
+        if known_format(data).answers:
             raise UsageError(f"--task: {cell.task} is answered freely, but must have options")
-        parts = encoded_parts(task, reading.encode, settings.batch_size)
-        objective = settings.objective or task.format.objective
-        self.problem = OptionProblem(*parts, objective, SEARCH_SEED)
+        self.problem = option_problem(
+            data,
+            (settings.train_examples, settings.dev_examples, settings.test_examples),
+            model.tokenizer(),
+            model.special_tokens(),
+            head_for(model.config, settings.head),
+            sequence_length=settings.sequence_length,
+            batch_size=settings.batch_size,
+            objective=settings.objective,
+            aligned=settings.template,
+            seed=SEARCH_SEED,
+        )
         is_backward = METHODS[method].derivative == "backward"
         self.steps = settings.first_order_steps if is_backward else settings.steps
         rate = METHODS[method].learning_rates[cell.tuning]
         chosen = Hyperparameters(rate, EPS[cell.tuning], self.steps, cell.tuning)
-        self.trainer = Trainer(cell.model, Recipe(method, chosen), self.problem)
+        recipe = Recipe(method, chosen, num_classes=classes_of(self.problem))
+        self.trainer = Trainer(cell.model, recipe, self.problem)
 
     def judge(self, parameters: Any, part: Part) -> Evaluation:
         """How well a model does on a part of the task."""
@@ -156,11 +157,11 @@ class Bench:
 
     def mean_scores(self, parameters: Any, part: Part) -> tuple[float, ...]:
         """The mean score of each option over a part."""
-        model, frozen = self.trainer.tuning.model, self.trainer.tuning.frozen
+        problem, model, frozen = self.problem, self.trainer.tuning.model, self.trainer.tuning.frozen
 
         @jax.jit
         def totals(trainable, frozen, batch):
-            likelihoods = token_log_likelihoods(model(trainable, frozen), batch)
+            likelihoods = problem.log_likelihoods(model(trainable, frozen), batch)
             scores = option_scores(likelihoods, batch.mask)
             present = (batch.weights[:, None] > 0) & jnp.isfinite(scores)
             return jnp.sum(jnp.where(present, scores, 0), axis=0)

@@ -29,7 +29,7 @@ def benchmark(arguments: list[str]) -> None:
         path = settings.output / "results.json"
         if settings.quick:
             path.unlink(missing_ok=True)
-        results = Results(path, settings, model.name, about_this_run())
+        results = Results(path, settings, settings.model or model.name, about_this_run())
         for cell in cells_of(settings, model.absolute()):
             if cell.name not in results.cells:
                 results.add(cell, run_in_process(run_cell, cell, cell.name, _show))

@@ -16,7 +16,8 @@ from examples.llm.program.spreads import Spread, spread_of
 # What a result is made with; a file made with something else is not added to.
 _SHARED = (
     "rate_factors", "seeds", "steps", "search_steps", "first_order_steps", "batch_size",
-    "sequence_length", "objective", "template", "train_examples", "dev_examples", "test_examples",
+    "sequence_length", "objective", "head", "template", "train_examples", "dev_examples",
+    "test_examples",
 )  # fmt: skip
 _MEBIBYTE = 2**20
 _HEADINGS = (

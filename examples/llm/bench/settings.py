@@ -12,6 +12,7 @@ from examples.llm.program.settings import (
     check_objective,
     check_seeds,
 )
+from examples.llm.tasks.encoders import Head
 from examples.llm.tasks.sources import find_source
 from examples.llm.training.methods import METHODS, check_method_names
 
@@ -50,6 +51,9 @@ class BenchSettings:
     """Tokens in an example at most."""
     objective: Literal["classification", "language-model", "accuracy", "f1"] | None = None
     """What training improves; left out, every task has its own."""
+    head: Head | None = None
+    """Of an encoder: masked-lm, words of the task in place of a mask; classes, a layer that tells
+    the options apart. Left out, the first if the model can."""
     template: bool = True
     """Word a task such that its answer is likely text."""
     train_examples: int = 1000
@@ -62,7 +66,7 @@ class BenchSettings:
     """Folder with sentence_polarity.zip and SMSSpamCollection.tsv."""
     model: str | None = None
     """A folder of Hugging Face's, a GGUF file, or smollm2-135m, which it is where this is left out,
-    or stories260k."""
+    minilm or stories260k."""
     output: Path = Path("runs/zo_bench")
     """Folder for the results; what is already in it is not run again."""
     quick: bool = False

@@ -8,7 +8,7 @@ from typing import Any
 
 import matplotlib
 import matplotlib.figure
-from matplotlib import cycler
+from matplotlib.rcsetup import cycler
 
 from examples.llm.program.figures import Figure
 from examples.llm.program.palettes import LIGHT, Palette
@@ -29,7 +29,7 @@ _COLOURS = {_MARKS.text: "currentColor", _MARKS.grid: "var(--grid)"} | {
 def as_svg(figure: Figure) -> str:
     """Return the `svg` element, with ids that no other figure has, and no link to anywhere."""
     file = io.StringIO()
-    with matplotlib.rc_context(_style(_MARKS) | {"svg.hashsalt": figure.name}):
+    with matplotlib.rc_context({**_style(_MARKS), "svg.hashsalt": figure.name}):
         canvas = matplotlib.figure.Figure(figsize=(_WIDTH, figure.height), layout="constrained")
         figure.draw(canvas)
         canvas.savefig(file, format="svg", transparent=True, metadata={"Date": None})

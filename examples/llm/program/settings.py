@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 from examples.llm.errors import UsageError
-from examples.llm.models.config import EncoderConfig, ModelConfig
+from examples.llm.models.config import ModelConfig
 from examples.llm.models.opening import named_model
 from examples.llm.program.cluster import Cluster, find_cluster
-from examples.llm.tasks.encoders import Head
+from examples.llm.tasks.encoders import Head, head_for
 from examples.llm.tasks.scoring import OBJECTIVES
 from examples.llm.tasks.sources import Source, find_source
 from examples.llm.training.layout import Layout, make_layout, mesh_sizes
@@ -271,21 +271,16 @@ class Settings:
         return [find_source(task, self.data, "--judge") for task in self.judge]
 
     def head_of(self, config: ModelConfig) -> Head | None:
-        """Return what is asked of a model of this shape that is an encoder, None for a decoder.
+        """Return what is asked of a model that is an encoder, None for a decoder.
 
         Raises:
           UsageError: it can't do that.
         """
-        if not isinstance(config, EncoderConfig):
-            if self.head is not None:
-                raise UsageError("--head: the model is a decoder")
-            return None
+        head = head_for(config, self.head)
         for flag in ("judge", "prompt"):
-            if getattr(self, flag):
+            if head and getattr(self, flag):
                 raise UsageError(f"--{flag}: the model is an encoder, which writes nothing")
-        if self.head == "masked-lm" and config.head != "masked-lm":
-            raise UsageError("--head: the model was not made to fill masks, choose classes")
-        return self.head or ("masked-lm" if config.head == "masked-lm" else "classes")
+        return head
 
     def hyperparameters_of(self, method: str) -> Hyperparameters:
         """Return what `method` is built with."""
@@ -324,6 +319,15 @@ class Settings:
 def target_of(name: str) -> str:
     """Return what `optax_lowbit.memory` calls a target: `v5p` is `tpu v5p` there."""
     return f"tpu {name}" if name.partition(":")[0] in TPUS else name
+
+
+def check_context(config: ModelConfig, sequence_length: int) -> None:
+    """Raise a `UsageError` if a model does not take texts of so many tokens."""
+    if sequence_length > config.context_length:
+        raise UsageError(
+            f"--sequence-length: the model takes at most {config.context_length} "
+            f"tokens, got {sequence_length}"
+        )
 
 
 DEFAULTS = Settings()

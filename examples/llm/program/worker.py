@@ -15,12 +15,12 @@ from examples.llm.program.events import Job, Report, RunResult, Stage, StepDone
 from examples.llm.program.metrics_log import MetricsLog
 from examples.llm.program.processes import StoppedError
 from examples.llm.program.results import finished_result, write_result
+from examples.llm.program.settings import check_context
 from examples.llm.program.stopping import StopRequestedError, StopSwitch
-from examples.llm.tasks.encoders import ClassProblem
 from examples.llm.training.checkpoints import BestParameters, Checkpoints, Progress, run_identity
 from examples.llm.training.judging import Evaluation
 from examples.llm.training.memory import buffer_bytes
-from examples.llm.training.problems import build_judges, build_problem
+from examples.llm.training.problems import build_judges, build_problem, classes_of
 from examples.llm.training.steps import TrainState
 from examples.llm.training.trainer import Trainer, abstract
 from examples.llm.training.tuning import save_adapter
@@ -79,11 +79,7 @@ class _Run:
         self.checkpoints = checkpoints
         model = open_model(job.model)
         self.config = model.config
-        if settings.sequence_length > self.config.context_length:
-            raise UsageError(
-                f"--sequence-length: the model takes at most {self.config.context_length} "
-                f"tokens, got {settings.sequence_length}"
-            )
+        check_context(self.config, settings.sequence_length)
         self.tokenizer, self.special = model.tokenizer(), model.special_tokens()
         head = settings.head_of(self.config)
         self.problem = build_problem(settings, self.tokenizer, self.special, head)
@@ -92,9 +88,7 @@ class _Run:
         self.judges = {"": self.problem, **judges}
         if prompt and self.special.begin is None and not plain_tokens(self.tokenizer, prompt):
             raise UsageError(f"--prompt: {prompt!r} has no tokens")
-        recipe = settings.recipe_of(job.method)
-        if isinstance(self.problem, ClassProblem):
-            recipe = replace(recipe, num_classes=self.problem.train.num_options)
+        recipe = replace(settings.recipe_of(job.method), num_classes=classes_of(self.problem))
         self.trainer = Trainer(job.model, recipe, self.problem, settings.layout())
         self.state: TrainState | None = None
         self.progress = Progress()

@@ -7,6 +7,7 @@ import jax
 from tokenizers import Tokenizer
 
 from examples.llm.errors import UsageError
+from examples.llm.models.config import EncoderConfig, ModelConfig
 from examples.llm.models.tokenizer import plain_tokens
 from examples.llm.tasks.batches import EncodedExample, OptionBatch
 from examples.llm.tasks.example import Example
@@ -16,6 +17,25 @@ from examples.llm.tasks.scoring import option_log_likelihoods
 
 # What an encoder is asked for: the word in place of a mask, or the class of a text.
 Head = Literal["masked-lm", "classes"]
+
+
+def head_for(config: ModelConfig, asked: Head | None) -> Head | None:
+    """Return what is asked of a model of this shape that is an encoder, None for a decoder.
+
+    Args:
+      config: of the model.
+      asked: what the user wants; None for masks if the model was made to fill them.
+
+    Raises:
+      UsageError: it can't do that.
+    """
+    if not isinstance(config, EncoderConfig):
+        if asked is not None:
+            raise UsageError("--head: the model is a decoder")
+        return None
+    if asked == "masked-lm" and config.head != "masked-lm":
+        raise UsageError("--head: the model was not made to fill masks, choose classes")
+    return asked or ("masked-lm" if config.head == "masked-lm" else "classes")
 
 
 class MaskedLanguageModel(Protocol):

@@ -181,10 +181,10 @@ def _forward_gradient(rates: Mapping[str, float]) -> Method:
 
 # What is probed and updated together, by scheme: parts of all layers, since those are stacked.
 _BLOCKS = {
-    "full": ("embedding|head|norm", r"attention/", r"feed_forward/"),
-    "lora": ("query", "value"),
-    "qlora": ("attention/", "feed_forward/"),
-    "prefix": ("keys", "values"),
+    "full": ("embedding|positions|token_types|head|norm", "attention/", "feed_forward/"),
+    "lora": ("query", "value|head"),
+    "qlora": ("attention/", "feed_forward/|head"),
+    "prefix": ("keys", "values|head"),
 }
 
 

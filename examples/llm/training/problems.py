@@ -17,12 +17,11 @@ from examples.llm.instructions.problem import InstructionProblem
 from examples.llm.models.tokenizer import SpecialTokens
 from examples.llm.program.settings import Settings
 from examples.llm.tasks.batches import Batches, EncodedExample
-from examples.llm.tasks.encoders import Head, class_reading, masked_reading
+from examples.llm.tasks.encoders import ClassProblem, Head, class_reading, masked_reading
 from examples.llm.tasks.example import Example
 from examples.llm.tasks.files import Row
-from examples.llm.tasks.formats import Format
 from examples.llm.tasks.loading import Data, Task, known_format, load_task, load_test, read_data
-from examples.llm.tasks.problem import OptionProblem, Reading, decoder_reading
+from examples.llm.tasks.problem import OptionProblem, decoder_reading
 from examples.llm.tasks.questions import AnswerProblem, ScoreProblem, encode_question
 from examples.llm.tasks.scoring import OBJECTIVES
 from examples.llm.tasks.sources import FileSource
@@ -85,15 +84,16 @@ def _problem_of_rows(
     sizes = _sizes(settings, data.rows, settings.train_examples or _TASK_EXAMPLES)
     if settings.pack and not format_.answers:
         raise UsageError(f"--pack: {settings.task} has options, which are read one by one")
-    reading = _reading(settings, format_, tokenizer, special, head)
-    task = load_task(data, sizes, reading.template)
     if format_.answers:
-        return _answer_problem(settings, tokenizer, special, task)
+        return _answer_problem(settings, tokenizer, special, data, sizes)
     objective = settings.objective or format_.objective
     if settings.accumulate > 1 and OBJECTIVES[objective].weight is None:
         raise UsageError(f"--accumulate: {objective} is of a batch as a whole, so it must be 1")
-    parts = encoded_parts(task, reading.encode, settings.batch_size)
-    return reading.problem(*parts, objective, settings.seed)
+    return option_problem(
+        data, sizes, tokenizer, special, head, sequence_length=settings.sequence_length,
+        batch_size=settings.batch_size, objective=objective, aligned=settings.template,
+        seed=settings.seed,
+    )  # fmt: skip
 
 
 def build_judges(
@@ -109,7 +109,7 @@ def build_judges(
         if task.format.answers:
             judge = answer_problem(task, tokenizer, special, context_length, size)
         else:
-            parts = encoded_parts(task, reading.encode, size)
+            parts = _encoded_parts(task, reading.encode, size)
             judge = OptionProblem(*parts, "classification", settings.seed)
         is_alone = sum(Path(other).stem == Path(name).stem for other in settings.judge) == 1
         judges[Path(name).stem if is_alone else name] = judge
@@ -161,27 +161,58 @@ def _batches(settings: Settings, texts: Sequence[EncodedText]) -> PairBatches | 
     return PairBatches(texts, size, alike=alike, **options)
 
 
-def _reading(
-    settings: Settings,
-    format_: Format,
+def option_problem(
+    data: Data,
+    sizes: tuple[int, int, int],
     tokenizer: Tokenizer,
     special: SpecialTokens,
     head: Head | None,
-) -> Reading:
-    length = settings.sequence_length
+    *,
+    sequence_length: int,
+    batch_size: int,
+    objective: str | None,
+    aligned: bool,
+    seed: int,
+) -> OptionProblem:
+    """Learning which option is the right one.
+
+    Args:
+      data: of a task with options.
+      sizes: examples to train on, make choices by and report, at most.
+      tokenizer: of the model.
+      special: of the model.
+      head: of an encoder; None for a decoder.
+      sequence_length: tokens in an example at most.
+      batch_size: examples in a batch.
+      objective: what is trained on; None for the task's own.
+      aligned: with the template that makes the answer likely text, or the bare one.
+      seed: chooses the training batches.
+
+    Raises:
+      UsageError: they are not for such a model.
+    """
+    format_ = known_format(data)
     if head == "classes":
-        return class_reading(format_, tokenizer, length)
-    if head == "masked-lm":
-        if not settings.template:
+        reading = class_reading(format_, tokenizer, sequence_length)
+    elif head == "masked-lm":
+        if not aligned:
             raise UsageError("--no-template: a mask stands in a template")
-        return masked_reading(format_, tokenizer, special.mask, length)
-    return decoder_reading(format_, tokenizer, special, length, aligned=settings.template)
+        reading = masked_reading(format_, tokenizer, special.mask, sequence_length)
+    else:
+        reading = decoder_reading(format_, tokenizer, special, sequence_length, aligned=aligned)
+    task = load_task(data, sizes, reading.template)
+    parts = _encoded_parts(task, reading.encode, batch_size)
+    return reading.problem(*parts, objective or format_.objective, seed)
 
 
-def encoded_parts(
+def classes_of(problem: Problem) -> int | None:
+    """Return how many classes a layer of the model has to tell apart, if that is the problem."""
+    return problem.train.num_options if isinstance(problem, ClassProblem) else None
+
+
+def _encoded_parts(
     task: Task, encode: Callable[[Example], EncodedExample], batch_size: int
 ) -> tuple[Batches, Batches, Batches]:
-    """Batches of the train, development and test examples of a task."""
     train, dev, test = (
         Batches([*map(encode, part)], batch_size) for part in (task.train, task.dev, task.test)
     )
@@ -189,8 +220,17 @@ def encoded_parts(
 
 
 def _answer_problem(
-    settings: Settings, tokenizer: Tokenizer, special: SpecialTokens, task: Task
+    settings: Settings,
+    tokenizer: Tokenizer,
+    special: SpecialTokens,
+    data: Data,
+    sizes: tuple[int, int, int],
 ) -> AnswerProblem:
+    length, size = settings.sequence_length, settings.batch_size
+    reading = decoder_reading(
+        known_format(data), tokenizer, special, length, aligned=settings.template
+    )
+    task = load_task(data, sizes, reading.template)
     kind, answers = AnswerProblem, task.format.answers
     if answers and settings.objective not in (None, "language-model"):
         score = "exact match" if settings.objective == "accuracy" else settings.objective
@@ -202,7 +242,6 @@ def _answer_problem(
         kind = partial(ScoreProblem, score=score)
     window = settings.sequence_length if settings.pack else None
     kind = partial(kind, alike=settings.accumulate, seed=settings.seed, window=window)
-    length, size = settings.sequence_length, settings.batch_size
     return answer_problem(task, tokenizer, special, length, size, kind)
 
 

@@ -17,8 +17,9 @@ from optax_lowbit.kernels.checksums import checksum
 from optax_lowbit.moments.policy import path_name
 from optax_lowbit.zo.blocks import BlockwiseOptimizer
 from optax_lowbit.zo.hyperparameters import InjectedOptimizer, InjectedState
-from optax_lowbit.zo.optimizer import ZeroOrderOptimizer, ZeroOrderState
+from optax_lowbit.zo.optimizer import ZeroOrderOptimizer
 from optax_lowbit.zo.replay.files import VERSION, Log
+from optax_lowbit.zo.state import ZeroOrderState
 
 # Optimizers whose steps follow from their records.
 Optimizer = ZeroOrderOptimizer | BlockwiseOptimizer | InjectedOptimizer

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from optax_lowbit.zo.optimizer import StepInfo
 from optax_lowbit.zo.replay import files, records, runs
+from optax_lowbit.zo.state import StepInfo
 
 
 class Writer:
