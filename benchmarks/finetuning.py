@@ -46,30 +46,30 @@ TASKS = {
     "polarity": Task(
         "all-MiniLM-L6-v2, sentence polarity",
         "accuracy",
-        "--model minilm --task polarity --steps 100 --batch-size 16 --sequence-length 40 "
+        "--model minilm --task polarity --steps 60 --batch-size 16 --sequence-length 40 "
         "--train-examples 4000 --eval-examples 500",
     ),
     "sms": Task(
         "all-MiniLM-L6-v2, SMS spam",
         "f1",
-        "--model minilm --task sms --steps 100 --batch-size 16 --sequence-length 48 "
+        "--model minilm --task sms --steps 60 --batch-size 16 --sequence-length 48 "
         "--train-examples 3000 --eval-examples 500",
     ),
     "self-instruct": Task(
         "SmolLM2-135M, self-instruct's seed tasks",
         "",
-        "--task {data}/self_instruct_seed_tasks.jsonl --steps 20 --batch-size 4 "
+        "--task {data}/self_instruct_seed_tasks.jsonl --steps 16 --batch-size 4 "
         "--sequence-length 96 --eval-examples 32",
     ),
     "gsm8k": Task(
         "SmolLM2-135M, GSM8K",
         "exact match",
-        "--task {data}/gsm8k --steps 20 --batch-size 2 --sequence-length 192 --eval-examples 8",
+        "--task {data}/gsm8k --steps 16 --batch-size 2 --sequence-length 192 --eval-examples 8",
     ),
     "bbh": Task(
         "SmolLM2-135M, BIG-Bench Hard's sports understanding",
         "accuracy",
-        "--task {data}/bbh/sports_understanding.json --steps 20 --batch-size 8 "
+        "--task {data}/bbh/sports_understanding.json --steps 16 --batch-size 8 "
         "--sequence-length 64 --eval-examples 60",
     ),
 }
