@@ -1,6 +1,6 @@
 """Steps that write parameters instead of updates, in one pass."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,9 @@ class Descent(NamedTuple):
     weight_decay: jax.Array
     # For stochastic rounding of bfloat16 parameters.
     key: random_bits.Key | None = None
+    # uint32 numbers of the rows, over all leading axes, where they are some of a leaf's; the last
+    # axis is 1.
+    rows: jax.Array | None = None
     # The same for a kernel.
     noise: Noise | None = None
 
@@ -41,7 +44,11 @@ def descended(update: jax.Array, descent: Descent | None) -> jax.Array:
     params = widened(descent.params)
     update = widened(update) + descent.weight_decay.astype(params.dtype) * params
     new = params - descent.learning_rate.astype(params.dtype) * update
-    return rounded(new, descent.params.dtype, descent.key)
+    indices = None
+    if descent.rows is not None:
+        _, columns = element_indices(new.shape)
+        indices = jnp.broadcast_to(descent.rows, columns.shape), columns
+    return rounded(new, descent.params.dtype, descent.key, indices)
 
 
 def rounded(
@@ -60,9 +67,10 @@ def rounded(
     return stochastic_bfloat16(x.astype(jnp.float32), noise)
 
 
-def noise_operands(key: random_bits.Key, shape: tuple[int, ...], block: int) -> Noise:
+def noise_operands(key: random_bits.Key, params: jax.Array, rows: Any, block: int) -> Noise:
     """The operands of a kernel that rounds stochastically, for blocks of the last axis."""
-    ones = (1,) * len(shape)
-    rows, _ = element_indices((*shape[:-1], 1))
+    shape, ones = params.shape, (1,) * params.ndim
+    if rows is None:
+        rows, _ = element_indices((*shape[:-1], 1))
     _, numbers = element_indices((*ones[:-1], -(-shape[-1] // block)))
     return Noise((key[0].reshape(ones), key[1].reshape(ones)), rows, numbers * jnp.uint32(block))

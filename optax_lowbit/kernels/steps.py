@@ -289,7 +289,7 @@ def _on_leaves(
     """
     noise = None
     if descent is not None and descent.key is not None:
-        noise = noise_operands(descent.key, grad.shape, group)
+        noise = noise_operands(descent.key, descent.params, descent.rows, group)
     flat, tree = jax.tree.flatten((stored, descent.params if descent else None, noise))
     rates = [descent.learning_rate, descent.weight_decay] if descent else []
     vector = jnp.concatenate([scalars, *(jnp.asarray(r, jnp.float32)[None] for r in rates)])

@@ -101,6 +101,10 @@ def zo_adam(
         checks.check_decay_rate(name, value)
     moments = {"mu": Moment(mu_spec), "nu": Moment(nu_spec, nonnegative=True)}
     policy = checked_policy(moments, policy, key=0)
+    checks.check_noise(noise)
+    checks.check_number("adam_eps", adam_eps)
+    if checks.is_concrete(adam_eps) and not adam_eps >= 0:
+        raise ValueError(f"adam_eps must be at least 0, got {adam_eps!r}")
     if num_probes == 1 and noise.has_unit_squares:
         rule = AdamOfSigns(moments={"mu": moments["mu"]}, b1=b1, b2=b2, eps=adam_eps)
     else:

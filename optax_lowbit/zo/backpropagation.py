@@ -49,7 +49,8 @@ def hybrid(
 
     Args:
       opt: For the rest, as far as its ``trainable`` chooses. A :class:`ZeroOrderOptimizer` whose
-        estimator needs values of the loss alone, with ``probe_batch`` 1.
+        estimator needs values of the loss alone, with ``probe_batch`` 1, and all of whose probes
+        count, on each device.
       tx: Any optax transform, with its learning rate: ``optax.adamw(1e-4)``, or
         ``optax_lowbit.adamw4bit(1e-4)``. It sees the parameters' tree with
         :class:`optax.MaskedNode` in place of other leaves, as under :func:`optax.masked`.
@@ -65,7 +66,8 @@ def hybrid(
 
     Raises:
       TypeError: If an argument is of another type, or the estimator differentiates the loss.
-      ValueError: If ``probe_batch`` is not 1; at init, if no float leaf is chosen, or none is left.
+      ValueError: If ``probe_batch`` is not 1, there is a schedule of probes, or they are spread
+        over devices; at init, if no float leaf is chosen, or none is left.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -98,6 +100,9 @@ def hybrid(
         raise ValueError(
             f"probe_batch must be 1, as each probe has a gradient of its own; got {opt.probe_batch}"
         )
+    for name in ("active_probes", "probe_axis"):
+        if getattr(opt, name) is not None:
+            raise ValueError(f"opt must have no {name}: each probe has a gradient of its own")
     return HybridOptimizer(opt, tx, first_order)
 
 

@@ -26,16 +26,13 @@ def check_optimizer(optimizer: Any) -> None:
         raise ValueError(f"learning_rate must be finite, got {optimizer.learning_rate!r}")
     if is_concrete(optimizer.weight_decay) and not optimizer.weight_decay >= 0:
         raise ValueError(f"weight_decay must be at least 0, got {optimizer.weight_decay!r}")
-    clip = optimizer.clip
-    if callable(clip) or (clip is not None and is_concrete(clip) and not clip > 0):
-        raise ValueError(f"clip must be a number above 0 or None, got {clip!r}")
+    check_clip(optimizer.clip)
     if optimizer.active_probes is not None and not callable(optimizer.active_probes):
         raise TypeError(
             f"active_probes must be a schedule or None, got {optimizer.active_probes!r}; a fixed "
             f"number of probes is num_probes"
         )
-    if not isinstance(optimizer.noise, Noise):
-        raise TypeError(f"noise must be a Noise, such as Rademacher(), got {optimizer.noise!r}")
+    check_noise(optimizer.noise)
     if not isinstance(optimizer.estimator, Estimator | ForwardGradient):
         raise TypeError(
             f"estimator must be an Estimator, such as Central(), got {optimizer.estimator!r}"
@@ -54,6 +51,21 @@ def check_optimizer(optimizer: Any) -> None:
         check_choice(name, getattr(optimizer, name))
 
 
+def check_clip(clip: Any) -> None:
+    """Raises TypeError or ValueError unless ``clip`` is a number above 0 or None."""
+    message = f"clip must be a number above 0 or None, got {clip!r}"
+    if clip is not None and not _is_scalar(clip):
+        raise TypeError(message)
+    if clip is not None and is_concrete(clip) and not clip > 0:
+        raise ValueError(message)
+
+
+def check_noise(noise: Any) -> None:
+    """Raises TypeError unless ``noise`` is one."""
+    if not isinstance(noise, Noise):
+        raise TypeError(f"noise must be a Noise, such as Rademacher(), got {noise!r}")
+
+
 def check_count(name: str, value: Any) -> None:
     """Raises ValueError unless ``value`` is an int of at least 1."""
     if type(value) is not int or value < 1:
@@ -62,9 +74,13 @@ def check_count(name: str, value: Any) -> None:
 
 def check_number(name: str, value: Any) -> None:
     """Raises TypeError unless ``value`` is a real scalar or a schedule."""
-    is_scalar = isinstance(value, int | float | np.number | np.ndarray | jax.Array)
-    if not callable(value) and (not is_scalar or jnp.ndim(value) or isinstance(value, bool)):
+    if not callable(value) and not _is_scalar(value):
         raise TypeError(f"{name} must be a number or a schedule, got {value!r}")
+
+
+def _is_scalar(value: Any) -> bool:
+    is_number = isinstance(value, int | float | np.number | np.ndarray | jax.Array)
+    return is_number and not jnp.ndim(value) and not isinstance(value, bool)
 
 
 def check_decay_rate(name: str, value: Any) -> None:

@@ -99,6 +99,7 @@ def hizoo(
     """
     if curvature not in ("exact", "difference"):
         raise ValueError(f'curvature must be "exact" or "difference", got {curvature!r}')
+    checks.check_noise(noise)
     if noise.has_unit_squares:
         raise ValueError(
             f"noise must have squares that differ between elements, as zo.Gaussian() has, or the "

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -38,7 +38,9 @@ class InjectedState(NamedTuple):
         return self.inner_state.key
 
 
-def inject_hyperparams(inner_factory: Callable[..., Any]) -> Callable[..., Any]:
+def inject_hyperparams(
+    inner_factory: Callable[..., Any], static_args: str | Iterable[str] = ()
+) -> Callable[..., Any]:
     """Keeps the numeric hyperparameters of a zeroth-order optimizer in its state.
 
     As :func:`optax.inject_hyperparams`: they can be read, and changed between the steps of a jitted
@@ -50,11 +52,16 @@ def inject_hyperparams(inner_factory: Callable[..., Any]) -> Callable[..., Any]:
       inner_factory: :func:`zo_sgd` or another that makes an optimizer of this package; or a
         function of your own that calls one, for instance
         ``lambda learning_rate: zo.hybrid(zo.zo_sgd(learning_rate), tx, "head")``.
+      static_args: Names of arguments that are none of these: ``"eps"`` of :func:`zo_sgd_grid`,
+        whose directions are compiled for it.
 
     Returns:
       A function with the factory's arguments. It returns an optimizer with the same methods, whose
       state is an :class:`InjectedState`. Its records end with all hyperparameters, in the order of
       :attr:`InjectedOptimizer.hyperparams`.
+
+    Raises:
+      ValueError: If ``static_args`` has a name that is no argument of the factory.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -73,6 +80,12 @@ def inject_hyperparams(inner_factory: Callable[..., Any]) -> Callable[..., Any]:
       {'eps': '0.001', 'learning_rate': '0.009', 'weight_decay': '0.000'}
     """
     signature = inspect.signature(inner_factory)
+    static_names = {static_args} if isinstance(static_args, str) else set(static_args)
+    if not static_names <= signature.parameters.keys():
+        raise ValueError(
+            f"static_args must name arguments of {inner_factory!r}, {[*signature.parameters]}, got "
+            f"{sorted(static_names)}"
+        )
 
     @functools.wraps(inner_factory)
     def make(*args: Any, **kwargs: Any) -> InjectedOptimizer:
@@ -82,7 +95,8 @@ def inject_hyperparams(inner_factory: Callable[..., Any]) -> Callable[..., Any]:
         numeric = {
             name: value
             for name, value in given.items()
-            if _is_hyperparameter(value, signature.parameters[name].annotation)
+            if name not in static_names
+            and _is_hyperparameter(value, signature.parameters[name].annotation)
         }
         inner_factory(**given)  # raises now what it would raise later
         static = {name: value for name, value in given.items() if name not in numeric}
@@ -166,7 +180,8 @@ class InjectedOptimizer:
 
     def _first(self) -> dict[str, jax.Array]:
         return {
-            name: jnp.asarray(value_at(x, jnp.int32(0)), jnp.float32)
+            # A copy: a step may be given the state to write over.
+            name: jnp.array(value_at(x, jnp.int32(0)), jnp.float32)
             for name, x in self.hyperparams.items()
         }
 

@@ -1,6 +1,8 @@
 """Steps along directions of low rank, with momentum in their factors or without."""
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -9,8 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_lowbit.kernels.parameters import rounded
-from optax_lowbit.kernels.reference import widened
 from optax_lowbit.moments.storage import Moment
 from optax_lowbit.zo.checks import check_decay_rate
 from optax_lowbit.zo.directions import Choice, outer
@@ -18,7 +18,7 @@ from optax_lowbit.zo.estimators import Central, Estimator
 from optax_lowbit.zo.low_rank import LowRank
 from optax_lowbit.zo.noise import Factors
 from optax_lowbit.zo.optimizer import ZeroOrderOptimizer
-from optax_lowbit.zo.updates import Descend, Rule, uncontracted
+from optax_lowbit.zo.updates import Descend, Rule, moved, uncontracted
 
 
 def lozo(
@@ -131,20 +131,18 @@ class LowRankMomentum(Rule):
     def update(self, record, leaf):
         """Momentum, in the space of this step's ``V``, and a step along it."""
         rate, decay = record[-2], record[-1]
-        values, trace = widened(leaf.rows.values), leaf.rows.companions["trace"]
+        trace = leaf.rows.companions["trace"]
         factors = leaf.factors(record[:-2])
         if factors is None:
             estimate = leaf.draw(record[:-2])
         else:
-            trace = trace @ self._turn(factors, leaf.scalars)
+            trace = _product(trace, self._turn(factors, leaf.scalars).T, leaf.count)
             estimate = factors.left
         trace = uncontracted(self.decay * trace, leaf.count) + uncontracted(
             (1 - self.decay) * estimate, leaf.count
         )
-        moved = trace if factors is None else outer(trace, factors.right)
-        if leaf.decays:
-            values = values - uncontracted(decay * values, leaf.count)
-        return rounded(values - rate * moved, leaf.rows.values.dtype, leaf.key), {"trace": trace}
+        along = trace if factors is None else _product(trace, factors.right, leaf.count)
+        return moved(leaf, -uncontracted(rate * along, leaf.count), decay), {"trace": trace}
 
     def _turn(self, factors: Factors, scalars: Mapping[str, jax.Array]) -> jax.Array:
         """``(rank, rank)``: takes momentum from the ``V`` it was left with to that of this step.
@@ -153,7 +151,26 @@ class LowRankMomentum(Rule):
         """
         assert factors.before is not None
         n, rank = factors.right.shape
-        product = jnp.matmul(factors.before.T, factors.right, precision="highest")
+        product = _inner(factors.before, factors.right)
         age = scalars["turn"] - scalars["before"]
         projection = jnp.where(age == 1, product / (n / rank**0.5), 0)
         return jnp.where(age == 0, jnp.eye(rank), projection)
+
+
+def _inner(one: jax.Array, other: jax.Array) -> jax.Array:
+    """``one.T @ other`` of normal values, to 1/256 of each.
+
+    Whole numbers have the same sum in any order, wherever the rows are.
+    """
+    one, other = (jnp.round(x * 256).astype(jnp.int32) for x in (one, other))
+    total = jnp.sum(one[:, :, None] * other[:, None, :], axis=0)
+    return total.astype(jnp.float32) / 2**16
+
+
+def _product(left: jax.Array, right: jax.Array, count: jax.Array) -> jax.Array:
+    """``left @ right.T``, the same for some rows as for all of them, however it is compiled."""
+    terms = [
+        uncontracted(outer(left[..., k : k + 1], right[:, k : k + 1]), count)
+        for k in range(right.shape[-1])
+    ]
+    return functools.reduce(operator.add, terms)

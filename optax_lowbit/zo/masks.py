@@ -7,12 +7,13 @@ for a leaf, that is kept in the optimizer's state.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from optax_lowbit.kernels.ordering import data_zero
 from optax_lowbit.kernels.reference import name_hash
 from optax_lowbit.quant import random_bits
 from optax_lowbit.zo.checks import check_count
@@ -96,7 +97,10 @@ class _Mask(Noise):
         found = []
         for number, (leaf, count) in enumerate(zip(params.leaves, kept, strict=True)):
             rows = whole(number, leaf)
-            below = functools.partial(_count_below, self._score, tuple(keys[number]), rows)
+            # One leaf after the other: scores are then those of one leaf.
+            first, second = keys[number]
+            key = first + data_zero(found[-1]) if found else first, second
+            below = functools.partial(_count_below, self._score, key, rows)
             found.append(threshold(below, jnp.int32(count), leaf.size))
         return jnp.stack(found)
 
@@ -153,7 +157,7 @@ class RandomMask(_Mask):
         left_out = total - _kept(total, self.ratio)
         rows = [whole(number, leaf) for number, leaf in enumerate(params.leaves)]
         bound = _magnitude_threshold(rows, left_out)
-        counts = [_count_below(_magnitude, None, own, bound) for own in rows]
+        counts = _counts_below(rows, bound)
         return self._by_score(params, keys, [s - count for s, count in zip(sizes, counts)])
 
 
@@ -214,22 +218,33 @@ def _kept(size: int, ratio: float) -> int:
     return size - round(ratio * size)
 
 
-def _magnitude(key: Any, rows: Rows) -> jax.Array:
+def _magnitude(key: random_bits.Key, rows: Rows) -> jax.Array:
     """The bits of the float32 magnitude, in the order of magnitudes."""
-    del key
     magnitude = jnp.abs(rows.values.astype(jnp.float32))
-    return jax.lax.bitcast_convert_type(magnitude, jnp.uint32)
+    return jax.lax.bitcast_convert_type(magnitude, jnp.uint32) | data_zero(key[0])
 
 
 def _magnitude_threshold(rows: Sequence[Rows], kept: int) -> jax.Array:
     """The bound of magnitudes, over all leaves, with so many below it."""
 
     def below(bound):
-        counts = [_count_below(_magnitude, None, own, bound) for own in rows]
-        return functools.reduce(jnp.add, counts)
+        return functools.reduce(jnp.add, _counts_below(rows, bound))
 
     return threshold(below, jnp.int32(kept), sum(own.values.size for own in rows))
 
 
-def _count_below(score: Any, key: Any, rows: Rows, bound: jax.Array) -> jax.Array:
+def _counts_below(rows: Sequence[Rows], bound: jax.Array) -> list[jax.Array]:
+    """How many magnitudes of each leaf are below a bound."""
+    nothing = jnp.uint32(0), jnp.uint32(0)
+    return [_count_below(_magnitude, nothing, own, bound) for own in rows]
+
+
+def _count_below(
+    score: Callable[[random_bits.Key, Rows], jax.Array],
+    key: random_bits.Key,
+    rows: Rows,
+    bound: jax.Array,
+) -> jax.Array:
+    # Made anew for each bound: a compiler would take them out of the search, and hold them.
+    key = key[0] + data_zero(bound), key[1]
     return jnp.sum(score(key, rows) < bound, dtype=jnp.int32)

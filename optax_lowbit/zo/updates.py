@@ -1,6 +1,7 @@
 """What a step makes of a leaf: directions drawn again, parameters written, moments kept."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -9,19 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_lowbit.kernels import tiling
+from optax_lowbit.kernels.meshes import axis_shards
 from optax_lowbit.kernels.parameters import Descent, rounded
 from optax_lowbit.kernels.reference import Step, widened
 from optax_lowbit.kernels.steps import Fused, step_leaf
 from optax_lowbit.moments.storage import Moment
-from optax_lowbit.quant import random_bits
+from optax_lowbit.quant import is_quantized, random_bits
 from optax_lowbit.zo.directions import Directions
 from optax_lowbit.zo.grid import Grid
 from optax_lowbit.zo.noise import Factors
 from optax_lowbit.zo.rows import Rows
 
-# Leaves of more elements, and more than two axes, are updated one slice of the first axis at a
-# time: no more than a slice of an estimate is ever held.
-STACK_ELEMENTS = 2**20
+# Leaves of more elements are updated a tile of so many at a time on each device, whole rows: no
+# more than a tile of an estimate is ever held.
+TILE_ELEMENTS = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +182,7 @@ def stepped(
     """``p - rate * (u + decay * p)`` with ``u`` of step number ``count``, and the new moments."""
     descent = Descent(
         leaf.rows.values, rate, decay if leaf.decays else jnp.float32(0),
-        random_bits.fold_in(leaf.key, 1),
+        random_bits.fold_in(leaf.key, 1), leaf.rows.numbers,
     )  # fmt: skip
     scalars = None if fused is None else fused.scalars(count)
     return step_leaf(
@@ -202,41 +204,42 @@ def is_taken(record: jax.Array) -> jax.Array:
 
 
 def update_leaf(rule: Rule, record: jax.Array, leaf: Leaf) -> tuple[jax.Array, dict[str, Any]]:
-    """The rule on a leaf, slice by slice if it is a large stack; nothing if no step is taken."""
+    """The rule on a leaf, tile by tile if it is large; nothing if no step is taken."""
     rows = leaf.rows
     # The direction of one probe is made where it is added; the sum of several is held.
     if not rule.moments and len(leaf.directions.keys) == 1:
         new, _ = rule.update(record, leaf)
         return jnp.where(is_taken(record), new, rows.values), {}
-    arrays = jax.tree.leaves((rows.values, rows.companions))
-    is_stack = rows.values.ndim > 2 and rows.values.size > STACK_ELEMENTS
-    is_stack = is_stack and all(len(x) == len(rows.values) for x in arrays)
-    dtypes = jax.tree.map(lambda x: x.dtype, (rows.values, rows.companions))
 
-    def turn(i, state):
-        part = _slice_of(state, i) if is_stack else state
-        values, moments = jax.tree.map(tiling.from_bits, part, dtypes)
-        number = _slice_of(rows.numbers, i) if is_stack else rows.numbers
-        own = dataclasses.replace(
-            leaf, rows=dataclasses.replace(rows, values=values, numbers=number, companions=moments),
-            key=random_bits.fold_in(leaf.key, i) if is_stack else leaf.key,
-        )  # fmt: skip
-        new = jax.tree.map(tiling.as_bits, rule.update(record, own))
-        if not is_stack:
-            return new
-        return jax.tree.map(
-            lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0), state, new
-        )
+    def updated(numbers, values, moments):
+        own = dataclasses.replace(rows, values=values, numbers=numbers, companions=moments)
+        return rule.update(record, dataclasses.replace(leaf, rows=own))
 
+    kept = rows.values, rows.companions
+    plan = _plan(rows)
     # A loop updates what it carries in place. A choice between old and new would hold both.
-    state = jax.tree.map(tiling.as_bits, (rows.values, rows.companions))
-    turns = jnp.where(is_taken(record), len(rows.values) if is_stack else 1, 0)
-    state = jax.lax.fori_loop(0, turns, turn, state)
-    return jax.tree.map(tiling.from_bits, state, dtypes)
+    if plan is None:
+        turns = jnp.where(is_taken(record), 1, 0)
+        return jax.lax.fori_loop(0, turns, lambda _, kept: updated(rows.numbers, *kept), kept)
+
+    def body(tile, numbers, kept):
+        del tile
+        new = updated(numbers, *kept)
+        return jax.tree.map(functools.partial(jnp.where, is_taken(record)), new, kept)
+
+    return tiling.over_tiles(plan, body, rows.numbers, kept)
 
 
-def _slice_of(arrays: Any, i: jax.Array) -> Any:
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), arrays)
+def _plan(rows: Rows) -> tiling.Tiling | None:
+    """Tiles of whole rows; None for a leaf that is one, or whose moments can't be parted so."""
+    values, moments = rows.values, jax.tree.leaves(rows.companions, is_leaf=is_quantized)
+    arrays = jax.tree.leaves((values, rows.companions))
+    # Stochastic rounding of moments numbers the rows of what it is given.
+    is_parted = all(x.ndim == values.ndim and x.shape[:-1] == values.shape[:-1] for x in arrays)
+    is_parted &= not any(is_quantized(x) and x.spec.rounding == "stochastic" for x in moments)
+    if values.ndim < 2 or not is_parted:
+        return None
+    return tiling.plan_tiles(values.shape, values.shape[-1], axis_shards(values), TILE_ELEMENTS)
 
 
 def uncontracted(x: jax.Array, number: jax.Array) -> jax.Array:
@@ -245,9 +248,9 @@ def uncontracted(x: jax.Array, number: jax.Array) -> jax.Array:
     Where it did, replaying under another compilation would round differently.
 
     Args:
-      x: float32.
+      x: float32 or float64.
       number: Any non-negative int32 that is not known when the program is compiled.
     """
-    nothing = (number < 0).astype(jnp.uint32)
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) ^ nothing
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+    word = jnp.uint64 if x.dtype == jnp.float64 else jnp.uint32
+    bits = jax.lax.bitcast_convert_type(x, word) ^ (number < 0).astype(word)
+    return jax.lax.bitcast_convert_type(bits, x.dtype)

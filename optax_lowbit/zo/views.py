@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import JaxprEqn
 
 from optax_lowbit.moments.equations import bind
@@ -88,13 +89,15 @@ def _gather(equation: JaxprEqn) -> Along | None:
         and numbers.offset_dims[-1:] == (len(result) - 1,)
         and len(result) > 1
     )
+    # What is read out of bounds is no parameter. NaN stays NaN; any other value must not move.
+    fill = equation.params["fill_value"]
+    is_kept = is_kept and (fill is None or np.isnan(fill))
 
     def along(x):
-        # What is read out of bounds may be NaN, which row numbers can't be.
-        has_fill = equation.params["fill_value"] is not None
+        # Row numbers can't be NaN.
         is_float = jnp.issubdtype(x.dtype, jnp.floating)
-        fill = {"fill_value": 0} if has_fill and not is_float else {}
-        return {"slice_sizes": (*sizes[:-1], x.shape[-1]), **fill}
+        own = {} if fill is None or is_float else {"fill_value": 0}
+        return {"slice_sizes": (*sizes[:-1], x.shape[-1]), **own}
 
     return along if is_kept else None
 

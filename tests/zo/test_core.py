@@ -96,6 +96,23 @@ def test_curvature_is_the_second_derivative_along_the_direction():
     np.testing.assert_allclose(second, z @ matrix @ z, rtol=1e-6)
 
 
+@pytest.mark.parametrize("fill", [None, 0.0, 2.0])
+@pytest.mark.parametrize("estimator", [zo.Central(), zo.ForwardGradient()])
+def test_what_is_read_in_place_of_a_missing_row_does_not_move(fill, estimator):
+    params = {"table": jnp.ones((4, 8))}
+    opt = zo.zo_sgd(1e-2, eps=2**-4, estimator=estimator)
+
+    def loss(params, ids):
+        rows = jnp.take(params["table"], ids, axis=0, mode="fill", fill_value=fill)
+        return jnp.sum(jnp.nan_to_num(rows) @ jnp.arange(8.0))
+
+    state = opt.init(params, 0)
+    inside = opt.estimate(loss, params, state, jnp.array([1, 2]))
+    beyond = opt.estimate(loss, params, state, jnp.array([1, 2, 7]))
+    np.testing.assert_array_equal(beyond.coefficients, inside.coefficients)
+    assert np.any(inside.coefficients != 0)
+
+
 def test_leaves_without_elements_are_left_alone():
     params = {"empty": jnp.zeros((0, 3)), "w": jnp.ones(2)}
     opt = zo.zo_sgd(0.1)

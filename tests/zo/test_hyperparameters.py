@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from optax_lowbit import zo
+from optax_lowbit import QuantSpec, quantize, zo
 from tests.zo.quick_noise import QuickSigns
 
 PARAMS = {"a": jnp.linspace(-1, 1, 12).reshape(3, 4)}
@@ -86,3 +86,26 @@ def test_wrong_arguments_are_seen_at_once():
         zo.inject_hyperparams(zo.zo_sgd)(0.5, eps=-1.0)
     with pytest.raises(TypeError, match="learning_rate"):
         zo.inject_hyperparams(zo.zo_sgd)()
+
+
+def test_arguments_that_are_part_of_the_program_are_named():
+    params = {
+        "w": quantize(
+            jnp.ones((4, 128)),
+            QuantSpec(codebook="integer", bits=4, signed=True, scaling="block", block_size=64),
+        )
+    }
+    opt = zo.inject_hyperparams(zo.zo_sgd_grid, static_args="eps")(20.0)
+    state = opt.init(params, 0)
+    assert set(state.hyperparams) == {"learning_rate"}
+    with pytest.raises(ValueError, match=r"static_args must name arguments of .* got \['epss'\]"):
+        zo.inject_hyperparams(zo.zo_sgd, static_args=["epss"])
+
+
+def test_a_state_that_is_written_over_is_the_states_alone():
+    rate = jnp.float32(1e-2)
+    opt, params = zo.inject_hyperparams(zo.zo_sgd)(rate), {"w": jnp.ones(3)}
+    step = jax.jit(opt.step, static_argnums=0, donate_argnums=(1, 2))
+    step(lambda p: jnp.sum(p["w"] ** 2), params, opt.init(params, 0))
+    assert not rate.is_deleted()
+    opt.init({"w": jnp.ones(3)}, 0)

@@ -9,6 +9,7 @@ import pytest
 
 import optax_lowbit
 from optax_lowbit import Policy, QuantSpec, zo
+from optax_lowbit.zo import updates
 from optax_lowbit.zo.estimators import over_probes
 from optax_lowbit.zo.fzoo import Normalized
 from tests.zo.cases import drawn
@@ -43,6 +44,23 @@ def test_donated_step_of_adam_probes_what_it_moves_along_and_nan_changes_nothing
     params, state, info = step(linear, params, state, slopes * jnp.nan)
     assert not np.any(info.record) and np.isnan(info.loss)
     assert bits((params, state)) == kept
+
+
+def test_conservative_step_of_several_probes_is_rounded_in_tiles_as_it_was_judged(monkeypatch):
+    monkeypatch.setattr(updates, "TILE_ELEMENTS", 2**7)
+    opt = zo.zo_sgd_conservative(2.0**-10, eps=2.0**-5, num_probes=2)
+    params = jax.random.normal(jax.random.key(0), (4, 30, 40)).astype(jnp.bfloat16)
+    state, seen = opt.init(params, 0), []
+
+    def loss(params):
+        jax.debug.callback(lambda x: seen.append(np.asarray(x, np.float32)), params)
+        return jnp.sum(jnp.abs(params.astype(jnp.float32)))
+
+    new, _, info = opt.step(loss, params, state)
+    assert info.is_taken
+    new = np.asarray(new, np.float32)
+    assert np.mean(new != np.asarray(params, np.float32)) > 0.1
+    assert any(np.array_equal(new, candidate) for candidate in seen)
 
 
 def test_conservative_step_is_the_best_of_three_and_a_rejected_one_changes_no_bit():

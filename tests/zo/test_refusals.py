@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 from optax_lowbit import zo
@@ -149,3 +150,25 @@ def test_several_probes_on_a_stack_are_added_as_on_its_slices():
     new, _ = jax.jit(opt.apply)(params, state, record)
     expected = opt.combine(params, state, record[:2])
     assert (new["a"] == expected["a"]).all() and new["a"].any()
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: zo.zo_adam(1e-3, noise="gaussian"), TypeError, "noise must be a Noise"),
+        (lambda: zo.hizoo(1e-3, noise="gaussian"), TypeError, "noise must be a Noise"),
+        (lambda: zo.zo_adam(1e-3, adam_eps=-1.0), ValueError, "adam_eps must be at least 0, got"),
+        (lambda: zo.zo_sgd(1e-3, clip="a"), TypeError, "clip must be a number above 0 or None"),
+        (lambda: zo.zo_sgd(1e-3, clip=-1.0), ValueError, "above 0 or None, got -1.0"),
+        (
+            lambda: zo.hybrid(
+                zo.zo_sgd(1e-3, num_probes=2, active_probes=lambda n: 1), optax.sgd(1), "w"
+            ),
+            ValueError,
+            "opt must have no active_probes",
+        ),
+    ],
+)
+def test_impossible_arguments_are_named(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optax_lowbit import checkpoint, zo
+from optax_lowbit.zo import updates
 from tests.optimizers.test_sharding import elements_of_collectives
 from tests.sharding.cases import mesh_of, place
 from tests.zo.exact import OPT, exact_case, loss
@@ -91,6 +92,28 @@ def test_step_of_sharded_parameters_exchanges_what_the_loss_does(axis_type, spec
     check_step(found, step_of_one_device())
     for name, x in found[0].items():
         assert x.sharding.is_equivalent_to(params[name].sharding, x.ndim)
+
+
+@pytest.mark.parametrize(("opt", "spec"), [
+    (zo.zo_sgd(2**-6, num_probes=2), P("a", None, "b")),
+    (zo.zo_sgd(2**-6, num_probes=2), P(None, "a", "b")),
+    (zo.zo_sgd_momentum(2**-6), P("a")),
+    (zo.lozo(2**-6, momentum=0.9), P("a")),
+], ids=["sgd", "sgd-rows", "momentum", "lozo"])  # fmt: skip
+def test_an_update_in_tiles_exchanges_no_tile(opt, spec, monkeypatch):
+    monkeypatch.setattr(updates, "TILE_ELEMENTS", 2**10)
+    mesh = mesh_of(AxisType.Auto)
+    stack = jax.device_put(jnp.ones((4, 64, 512)), NamedSharding(mesh, spec))
+    with jax.set_mesh(mesh):
+        state = opt.init(stack, 3)
+        record = jnp.ones(opt.num_probes + opt.rule.settings)
+        apply = jax.jit(opt.apply, donate_argnums=(0, 1)).lower(stack, state, record).compile()
+    # Low rank: the momentum's space, 2x2.
+    assert max(elements_of_collectives(apply.as_text()), default=0) <= 4
+    # Tiles have an eighth of a device's rows at most. The sum over the probes of all of them would
+    # be as large as the shard.
+    shard = stack.addressable_shards[0].data
+    assert apply.memory_analysis().temp_size_in_bytes < shard.nbytes / 2
 
 
 def test_state_is_saved_and_restored(tmp_path):

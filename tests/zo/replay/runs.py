@@ -46,6 +46,11 @@ def sgd(**options):
     )  # fmt: skip
 
 
+def lozo():
+    """Momentum in a space of low rank, that changes on the way."""
+    return zo.lozo(1e-2, 1e-2, 2, interval=2, momentum=0.9, weight_decay=0.5)
+
+
 def momentum():
     """Momentum in 4 bits, by a kernel where there is one."""
     rule = Stepped(moments={"trace": Moment(SPEC)}, step=_momentum, fused=FusedMomentum(0.9, False))

@@ -8,8 +8,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optax_lowbit import zo
+from optax_lowbit.zo import updates
 from optax_lowbit.zo.replay import replaying
-from tests.zo.replay.runs import assert_same_bits, logged_run, momentum, sgd, tree
+from tests.zo.replay.runs import assert_same_bits, logged_run, lozo, momentum, sgd, tree
 
 STEPS = 5
 
@@ -33,12 +34,15 @@ def check_replay(opt, base, path):
 
 
 @pytest.mark.parametrize(
-    ("make", "worth_fusing"), [(sgd, STEPS), (momentum, 256)], ids=["sgd", "momentum"]
+    ("make", "worth_fusing"),
+    [(sgd, STEPS), (momentum, 256), (lozo, STEPS)],
+    ids=["sgd", "momentum", "lozo"],
 )
 def test_any_batching_and_any_mesh_give_the_bits_of_the_run(
     make, worth_fusing, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(replaying, "FUSED", 2)
+    monkeypatch.setattr(updates, "TILE_ELEMENTS", 16)  # on each of 8 devices
     monkeypatch.setattr(replaying, "WORTH_FUSING", worth_fusing)
     opt, base = make(), tree()
     log, params, state = check_replay(opt, base, tmp_path / "log")
