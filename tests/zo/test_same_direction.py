@@ -20,7 +20,7 @@ SHAPES = {"bias": (4,), "stack": (2, 3, 5)}
 ZEROS = {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
 
 # Where directions are no signs, slopes are powers of 2, so that no product is rounded.
-POWER = {"eps": 1.0, "clip": 2.0**-6}
+CLIP = 2.0**-6
 
 # Those whose update is a sum of directions, each times a number of the record.
 SUMS = {
@@ -31,9 +31,9 @@ SUMS = {
     "conservative": zo.zo_sgd_conservative(1e-3, 1.0, 3, noise=MASKED),
     "forward_grad": zo.forward_grad(0.3, 3, noise=MASKED),
     "fzoo": zo.fzoo(0.3, 1.0, 3, noise=MASKED),
-    "lozo": zo.lozo(0.5, interval=3, **POWER),
-    "hizoo": zo.hizoo(0.5, curvature="difference", **POWER),
-    "hizoo, exact": zo.hizoo(0.5, noise=zo.RandomMask(zo.Gaussian(), 0.3, 3), **POWER),
+    "lozo": zo.lozo(0.5, 1.0, interval=3, clip=CLIP),
+    "hizoo": zo.hizoo(0.5, 1.0, curvature="difference", clip=CLIP),
+    "hizoo, exact": zo.hizoo(0.5, noise=zo.RandomMask(zo.Gaussian(), 0.3, 3), clip=CLIP),
 }
 # Those that make more of it: from moments of 0, a number times the direction.
 MULTIPLES = {
@@ -41,7 +41,7 @@ MULTIPLES = {
     "sign": zo.zo_sgd_sign(0.3, 1.0, noise=MASKED),
     "adam": zo.zo_adam(0.3, 1.0, noise=MASKED),
     "adam of signs": zo.zo_adam(0.3, 1.0, noise=QuickSigns()),
-    "lozo, momentum": zo.lozo(0.5, interval=3, momentum=0.5, **POWER),
+    "lozo, momentum": zo.lozo(0.5, 1.0, interval=3, momentum=0.5, clip=CLIP),
 }
 
 
