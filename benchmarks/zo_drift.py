@@ -1,11 +1,15 @@
 """What probing does to parameters: perturbed in place and put back, and perturbed where used.
 
 MeZO as published, and its ports, add ``eps z`` to the parameters, take ``2 eps z`` away and add
-``eps z`` again, every sum rounded to the parameters' dtype. ``python -m benchmarks.zo_drift``
-prints the table of docs/zeroth_order.md: how far parameters are from where they were.
+``eps z`` again, every sum rounded to the parameters' dtype; updates are rounded to nearest.
+``python -m benchmarks.zo_drift`` prints the tables of docs/zeroth_order_low_bit.md: how far
+parameters are from where they were, and how many a small step moves. In place with the arithmetic
+of JAX, of ports of MeZO to it, and with that of PyTorch, of MeZO and most others, where it is
+installed.
 """
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -16,22 +20,34 @@ from optax_lowbit import zo
 SHAPE = (512, 512)
 DEVIATION = 0.02
 CYCLES = 1000
+STEPS = (1e-4, 1e-5, 1e-6)
+HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 
 def main():
-    """Prints the table."""
-    print("| dtype | eps | in place, 1 cycle | in place, 1000 cycles | here, 1000 cycles |")
-    print("| --- | --- | ---: | ---: | ---: |")
+    """Prints the tables."""
+    print(
+        "| dtype | eps | in place, 1 cycle: changed | 1000 cycles, JAX | PyTorch | here |\n"
+        "| --- | --- | ---: | ---: | ---: | ---: |"
+    )
     for dtype in (jnp.float32, jnp.float16, jnp.bfloat16):
         for eps in (1e-3, 1e-4):
             old = weights(dtype)
-            moved = float(np.mean(changed(old, in_place(old, eps, 1))))
-            theirs = drift(old, in_place(old, eps, CYCLES))
-            ours = drift(weights(dtype), probed(weights(dtype), eps, CYCLES))
+            once = np.mean(changed(old, in_place(old, eps, 1)))
+            torch_drift = drift(old, in_place_torch(old, eps, CYCLES)) if HAS_TORCH else np.nan
             print(
-                f"| {jnp.dtype(dtype).name} | {eps:g} | {moved:.0%} of weights changed "
-                f"| {theirs:.2g} | {ours:.2g} |"
+                f"| {jnp.dtype(dtype).name} | {eps:g} | {once:.0%} "
+                f"| {drift(old, in_place(old, eps, CYCLES)):.2g} | {torch_drift:.2g} "
+                f"| {drift(old, probed(weights(dtype), eps, CYCLES)):.2g} |"
             )
+    print(
+        "\n| step of bfloat16 weights | moved, PyTorch | of the step taken | moved, here "
+        "| of the step taken |\n| --- | ---: | ---: | ---: | ---: |"
+    )
+    for size in STEPS:
+        theirs = movement(*stepped_torch(size)) if HAS_TORCH else (np.nan, np.nan)
+        cells = " | ".join(f"{x:.1%} | {y:.2f}" for x, y in (theirs, movement(*stepped(size))))
+        print(f"| {size:g} | {cells} |")
 
 
 def weights(dtype):
@@ -55,6 +71,45 @@ def in_place(params, eps, cycles):
         return params
 
     return jax.lax.fori_loop(0, cycles, cycle, params)
+
+
+def in_place_torch(params, eps, cycles):
+    """The same by PyTorch: ``p += scale * z * eps`` from left to right, as in MeZO's programs."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    p = as_torch(params)
+    for i in range(cycles):
+        z = torch.normal(0, 1, SHAPE, dtype=p.dtype, generator=torch.Generator().manual_seed(i))
+        for scale in (1, -2, 1):
+            p = p + scale * z * eps
+    return p.float().numpy()
+
+
+def stepped_torch(size):
+    """bfloat16 weights before and after ``p -= lr * (g * z)`` by PyTorch, and ``lr g z``."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    p = as_torch(weights(jnp.bfloat16))
+    z = torch.normal(0, 1, SHAPE, dtype=p.dtype, generator=torch.Generator().manual_seed(0))
+    step = size * (1.0 * z)
+    return p.float().numpy(), (p - step).float().numpy(), -size * z.float().numpy()
+
+
+def stepped(size):
+    """The same by this library."""
+    opt, old = zo.zo_sgd(size, noise=zo.Gaussian()), weights(jnp.bfloat16)
+    state, slope = opt.init(old, 0), jnp.ones(1)
+    record = opt.rule.record(slope, jnp.float32(size), jnp.float32(0))
+    new, _ = jax.jit(opt.apply)(old, state, record)
+    return old, new, -size * opt.combine(old.astype(jnp.float32), state, slope)
+
+
+def as_torch(params):
+    """The same values as a tensor of the same dtype."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    dtype = getattr(torch, jnp.dtype(params.dtype).name)
+    return torch.from_numpy(np.array(params, np.float32)).to(dtype)
 
 
 def probed(params, eps, cycles):
@@ -81,6 +136,12 @@ def drift(old, new):
     """The distance, over the norm."""
     old, new = (np.asarray(x, np.float64) for x in (old, new))
     return float(np.linalg.norm(new - old) / np.linalg.norm(old))
+
+
+def movement(old, new, wanted):
+    """The share of weights that moved, and how far all went along a step, over its length."""
+    old, new, wanted = (np.asarray(x, np.float64) for x in (old, new, wanted))
+    return np.mean(changed(old, new)), np.vdot(new - old, wanted) / np.vdot(wanted, wanted)
 
 
 def changed(old, new):
