@@ -140,7 +140,8 @@ class Preconditioned(Noise):
 
     def draw(self, probe, rows):
         """``z / sqrt(H)``."""
-        return self.inner.draw(probe, rows) * jax.lax.rsqrt(_floats(rows.companions["hessian"]))
+        hessian = _floats(rows.companions["hessian"], jnp.uint32(probe.zero))
+        return self.inner.draw(probe, rows) * jax.lax.rsqrt(hessian)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -219,5 +220,9 @@ class HessianOptimizer(ZeroOrderOptimizer):
         return self.curvature == "difference"
 
 
-def _floats(hessian: Any) -> jax.Array:
-    return decode(hessian) if is_quantized(hessian) else hessian
+def _floats(hessian: Any, zero: jax.Array) -> jax.Array:
+    """Read where it is needed: a compiler would take the roots of all leaves out of a loop."""
+    if not is_quantized(hessian):
+        return hessian + zero.astype(hessian.dtype)
+    codes = hessian.codes | zero.astype(hessian.codes.dtype)
+    return decode(dataclasses.replace(hessian, codes=codes))

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optax_lowbit.kernels import tiling
 from optax_lowbit.kernels.ordering import data_zero
 from optax_lowbit.kernels.reference import name_hash
 from optax_lowbit.quant import random_bits
@@ -20,7 +21,7 @@ from optax_lowbit.zo.checks import check_count
 from optax_lowbit.zo.directions import Trainable, leaf_keys
 from optax_lowbit.zo.noise import Noise, columns, words
 from optax_lowbit.zo.refresh import Kept, refreshed
-from optax_lowbit.zo.rows import Rows, whole
+from optax_lowbit.zo.rows import Rows, row_tiles, whole
 from optax_lowbit.zo.selection import BOUND, threshold
 
 Scope = Literal["leaf", "global"]
@@ -220,8 +221,10 @@ def _kept(size: int, ratio: float) -> int:
 
 def _magnitude(key: random_bits.Key, rows: Rows) -> jax.Array:
     """The bits of the float32 magnitude, in the order of magnitudes."""
-    magnitude = jnp.abs(rows.values.astype(jnp.float32))
-    return jax.lax.bitcast_convert_type(magnitude, jnp.uint32) | data_zero(key[0])
+    # Not at all before the key is there: of -0 the magnitude is that of 0.
+    values = rows.values + data_zero(key[0]).astype(rows.values.dtype)
+    magnitude = jnp.abs(values.astype(jnp.float32))
+    return jax.lax.bitcast_convert_type(magnitude, jnp.uint32)
 
 
 def _magnitude_threshold(rows: Sequence[Rows], kept: int) -> jax.Array:
@@ -234,9 +237,12 @@ def _magnitude_threshold(rows: Sequence[Rows], kept: int) -> jax.Array:
 
 
 def _counts_below(rows: Sequence[Rows], bound: jax.Array) -> list[jax.Array]:
-    """How many magnitudes of each leaf are below a bound."""
-    nothing = jnp.uint32(0), jnp.uint32(0)
-    return [_count_below(_magnitude, nothing, own, bound) for own in rows]
+    """How many magnitudes of each leaf are below a bound, counted one leaf after the other."""
+    nothing, counts = (jnp.uint32(0), jnp.uint32(0)), []
+    for own in rows:
+        counts.append(_count_below(_magnitude, nothing, own, bound))
+        bound = bound + data_zero(counts[-1])
+    return counts
 
 
 def _count_below(
@@ -247,4 +253,18 @@ def _count_below(
 ) -> jax.Array:
     # Made anew for each bound: a compiler would take them out of the search, and hold them.
     key = key[0] + data_zero(bound), key[1]
-    return jnp.sum(score(key, rows) < bound, dtype=jnp.int32)
+
+    def count(values, numbers):
+        part = dataclasses.replace(rows, values=values, numbers=numbers)
+        return jnp.sum(score(key, part) < bound, dtype=jnp.int32)
+
+    plan = row_tiles(rows.values)
+    if plan is None:
+        return count(rows.values, rows.numbers)
+    total = tiling.over_tiles(
+        plan,
+        lambda tile, parts, total: total + count(*parts),
+        (rows.values, rows.numbers),
+        jnp.zeros((1,) * rows.values.ndim, jnp.int32),
+    )
+    return total.reshape(())

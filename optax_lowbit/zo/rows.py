@@ -11,7 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optax_lowbit.kernels import tiling
+from optax_lowbit.kernels.meshes import axis_shards
 from optax_lowbit.quant import random_bits
+
+# Of a larger leaf a tile of so many at a time is made on each device: a direction, an estimate.
+TILE_ELEMENTS = 2**18
 
 
 @jax.tree_util.register_dataclass
@@ -41,3 +46,10 @@ def whole(leaf: int, values: jax.Array, companions: Any = ()) -> Rows:
     """All rows of a leaf."""
     shape = (*values.shape[:-1], 1) if values.ndim else ()
     return Rows(values, random_bits.element_indices(shape)[0], companions, leaf)
+
+
+def row_tiles(values: jax.Array) -> tiling.Tiling | None:
+    """Tiles of whole rows, for what is made of a leaf; None if that is small, or has no rows."""
+    if values.ndim < 2:
+        return None
+    return tiling.plan_tiles(values.shape, values.shape[-1], axis_shards(values), TILE_ELEMENTS)

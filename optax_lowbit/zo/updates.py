@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_lowbit.kernels import tiling
-from optax_lowbit.kernels.meshes import axis_shards
 from optax_lowbit.kernels.parameters import Descent, rounded
 from optax_lowbit.kernels.reference import Step, widened
 from optax_lowbit.kernels.steps import Fused, step_leaf
@@ -19,11 +18,7 @@ from optax_lowbit.quant import is_quantized, random_bits
 from optax_lowbit.zo.directions import Directions
 from optax_lowbit.zo.grid import Grid
 from optax_lowbit.zo.noise import Factors
-from optax_lowbit.zo.rows import Rows
-
-# Leaves of more elements are updated a tile of so many at a time on each device, whole rows: no
-# more than a tile of an estimate is ever held.
-TILE_ELEMENTS = 2**20
+from optax_lowbit.zo.rows import Rows, row_tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,9 +232,7 @@ def _plan(rows: Rows) -> tiling.Tiling | None:
     # Stochastic rounding of moments numbers the rows of what it is given.
     is_parted = all(x.ndim == values.ndim and x.shape[:-1] == values.shape[:-1] for x in arrays)
     is_parted &= not any(is_quantized(x) and x.spec.rounding == "stochastic" for x in moments)
-    if values.ndim < 2 or not is_parted:
-        return None
-    return tiling.plan_tiles(values.shape, values.shape[-1], axis_shards(values), TILE_ELEMENTS)
+    return row_tiles(values) if is_parted else None
 
 
 def uncontracted(x: jax.Array, number: jax.Array) -> jax.Array:

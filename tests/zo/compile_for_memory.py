@@ -38,6 +38,9 @@ OPTIMIZERS = {
     "one-sided": zo.zo_sgd(1e-6, estimator=zo.OneSided()),
     "four probes": zo.zo_sgd(1e-6, num_probes=4),
     "momentum in 4 bits": zo.zo_sgd_momentum(1e-6),
+    "hizoo": zo.hizoo(1e-6, curvature="difference"),
+    "random mask": zo.zo_sgd(1e-6, noise=zo.RandomMask(zo.Rademacher(), 0.5, 1)),
+    "magnitude mask": zo.zo_sgd(1e-6, noise=zo.MagnitudeMask(zo.Rademacher(), 0.75, 100, "global")),
     "forward gradient": zo.forward_grad(1e-6),
 }
 

@@ -107,8 +107,8 @@ def test_what_is_read_in_place_of_a_missing_row_does_not_move(fill, estimator):
         return jnp.sum(jnp.nan_to_num(rows) @ jnp.arange(8.0))
 
     state = opt.init(params, 0)
-    inside = opt.estimate(loss, params, state, jnp.array([1, 2]))
-    beyond = opt.estimate(loss, params, state, jnp.array([1, 2, 7]))
+    inside = opt.estimate(loss, params, state, jnp.array([1, 3]))
+    beyond = opt.estimate(loss, params, state, jnp.array([1, 3, 7]))
     np.testing.assert_array_equal(beyond.coefficients, inside.coefficients)
     assert np.any(inside.coefficients != 0)
 

@@ -9,7 +9,7 @@ import pytest
 
 import optax_lowbit
 from optax_lowbit import Policy, QuantSpec, zo
-from optax_lowbit.zo import updates
+from optax_lowbit.zo import rows
 from optax_lowbit.zo.estimators import over_probes
 from optax_lowbit.zo.fzoo import Normalized
 from tests.zo.cases import drawn
@@ -47,7 +47,7 @@ def test_donated_step_of_adam_probes_what_it_moves_along_and_nan_changes_nothing
 
 
 def test_conservative_step_of_several_probes_is_rounded_in_tiles_as_it_was_judged(monkeypatch):
-    monkeypatch.setattr(updates, "TILE_ELEMENTS", 2**7)
+    monkeypatch.setattr(rows, "TILE_ELEMENTS", 2**7)
     opt = zo.zo_sgd_conservative(2.0**-10, eps=2.0**-5, num_probes=2)
     params = jax.random.normal(jax.random.key(0), (4, 30, 40)).astype(jnp.bfloat16)
     state, seen = opt.init(params, 0), []

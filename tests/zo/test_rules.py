@@ -8,7 +8,7 @@ import optax
 import optax_lowbit
 from optax_lowbit import Policy, zo
 from optax_lowbit.moments.storage import init_moment
-from optax_lowbit.zo import updates
+from optax_lowbit.zo import rows
 from optax_lowbit.zo.adam import BLOCK_SECOND_MOMENT_4BIT
 from optax_lowbit.zo.rows import whole
 from optax_lowbit.zo.updates import Leaf, update_leaf
@@ -105,7 +105,7 @@ def test_momentum_is_optax():
 
 
 def test_momentum_in_4_bits_is_that_of_sgd4bit_slice_by_slice(monkeypatch):
-    monkeypatch.setattr(updates, "TILE_ELEMENTS", 100)
+    monkeypatch.setattr(rows, "TILE_ELEMENTS", 100)
     opt = zo.zo_sgd_momentum(RATE, policy=POLICY)
     ours, params, state = compared(opt, optax_lowbit.sgd4bit(RATE, 0.9, policy=POLICY))
     np.testing.assert_allclose(ours.values, params, rtol=2e-6, atol=2e-7)
@@ -166,7 +166,7 @@ def test_signs_of_coefficients():
 
 
 def test_stochastic_rounding_of_bfloat16_keeps_small_steps(monkeypatch):
-    monkeypatch.setattr(updates, "TILE_ELEMENTS", 100)
+    monkeypatch.setattr(rows, "TILE_ELEMENTS", 100)
     ours = Follower(zo.zo_sgd_momentum(RATE, policy=POLICY), jnp.ones(SHAPE, jnp.bfloat16))
     z = directions(0, 1)
     ours.take([2.0**-8], z, 0)

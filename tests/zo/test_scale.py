@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optax_lowbit import checkpoint, zo
-from optax_lowbit.zo import updates
+from optax_lowbit.zo import rows
 from tests.optimizers.test_sharding import elements_of_collectives
 from tests.sharding.cases import mesh_of, place
 from tests.zo.exact import OPT, exact_case, loss
@@ -101,7 +101,7 @@ def test_step_of_sharded_parameters_exchanges_what_the_loss_does(axis_type, spec
     (zo.lozo(2**-6, momentum=0.9), P("a")),
 ], ids=["sgd", "sgd-rows", "momentum", "lozo"])  # fmt: skip
 def test_an_update_in_tiles_exchanges_no_tile(opt, spec, monkeypatch):
-    monkeypatch.setattr(updates, "TILE_ELEMENTS", 2**10)
+    monkeypatch.setattr(rows, "TILE_ELEMENTS", 2**10)
     mesh = mesh_of(AxisType.Auto)
     stack = jax.device_put(jnp.ones((4, 64, 512)), NamedSharding(mesh, spec))
     with jax.set_mesh(mesh):

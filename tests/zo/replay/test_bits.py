@@ -8,7 +8,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optax_lowbit import zo
-from optax_lowbit.zo import updates
+from optax_lowbit.zo import rows
 from optax_lowbit.zo.replay import replaying
 from tests.zo.replay.runs import assert_same_bits, logged_run, lozo, momentum, sgd, tree
 
@@ -42,7 +42,7 @@ def test_any_batching_and_any_mesh_give_the_bits_of_the_run(
     make, worth_fusing, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(replaying, "FUSED", 2)
-    monkeypatch.setattr(updates, "TILE_ELEMENTS", 16)  # on each of 8 devices
+    monkeypatch.setattr(rows, "TILE_ELEMENTS", 16)  # on each of 8 devices
     monkeypatch.setattr(replaying, "WORTH_FUSING", worth_fusing)
     opt, base = make(), tree()
     log, params, state = check_replay(opt, base, tmp_path / "log")
