@@ -83,6 +83,13 @@ def test_of_equal_trials_the_lower_loss_wins_and_nan_loses():
     assert best_trial(trials[2:]).learning_rate == 2
 
 
+def test_where_f1_is_the_objective_f1_chooses():
+    one, other = (
+        Trial(rate, Evaluation(1.0, {"accuracy": rate, "f1": 1 - rate})) for rate in (0.25, 0.75)
+    )
+    assert best_trial([one, other], "f1") is one and best_trial([one, other]) is other
+
+
 COST = Cost(
     steps=10, trainable=1000, forward_passes=20, derivative="", step_seconds=0.25,
     state_bytes=2**20, peak_bytes=3 * 2**20,

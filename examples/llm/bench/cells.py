@@ -111,7 +111,9 @@ def run_cell(cell: Cell, tell: Tell) -> CellResult:
     runs = _Runs(cell)
     own = METHODS[cell.method].learning_rates[cell.tuning]
     rates = [own * factor for factor in cell.settings.rate_factors]
-    trials, rate, finals = search(runs.train, runs.judge, rates, cell.settings.seeds, say)
+    trials, rate, finals = search(
+        runs.train, runs.judge, rates, cell.settings.seeds, say, cell.settings.objective
+    )
     return CellResult(trials, finals, rate, EPS[cell.tuning], runs.cost())
 
 

@@ -41,9 +41,9 @@ class FinalRun:
     test: Evaluation
 
 
-def best_trial(trials: Sequence[Trial]) -> Trial:
-    """The trial with the highest accuracy, of equal ones that with the lowest loss."""
-    return max(trials, key=lambda trial: merit(trial.dev))
+def best_trial(trials: Sequence[Trial], objective: str | None = None) -> Trial:
+    """The trial with the most merit, see `merit`."""
+    return max(trials, key=lambda trial: merit(trial.dev, objective))
 
 
 def search(
@@ -52,6 +52,7 @@ def search(
     rates: Sequence[float],
     seeds: Sequence[int],
     tell: Callable[[str], None],
+    objective: str | None = None,
 ) -> tuple[list[Trial], float, list[FinalRun]]:
     """Try learning rates, and repeat the best; return the trials, the rate and the runs.
 
@@ -61,12 +62,13 @@ def search(
       rates: learning rates to try; a single one is taken as it is.
       seeds: of the final runs.
       tell: is given a line on each run.
+      objective: of training; None for the task's own.
     """
     trials = []
     for rate in rates if len(rates) > 1 else ():
         trials.append(Trial(rate, judge(train(rate, SEARCH_SEED, False), "dev")))
         tell(f"learning rate {rate:.3g}: {_words(trials[-1].dev)} on dev")
-    rate = best_trial(trials).learning_rate if trials else rates[0]
+    rate = best_trial(trials, objective).learning_rate if trials else rates[0]
 
     def final_run(seed: int) -> FinalRun:
         # What was trained is let go of before the next run, to whose memory it would add.

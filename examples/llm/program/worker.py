@@ -156,7 +156,7 @@ class _Run:
         found = self.trainer.judge(self.state.parameters, self.problem, batches)._asdict()
         evaluations.append({"step": step, **found})
         log.write(step, part="development", **found)
-        if self.settings.keep_best and self.progress.best_step == step:
+        if self.settings.keep_best and self.progress.best_step(self.settings.objective) == step:
             with BestParameters(self.job.folder / "best") as best:
                 best.save(step, self.state.parameters)
 
@@ -165,7 +165,7 @@ class _Run:
         assert self.state is not None
         if not self.settings.keep_best:
             return self.settings.steps, self.state.parameters
-        step = self.progress.best_step
+        step = self.progress.best_step(self.settings.objective)
         with BestParameters(self.job.folder / "best") as best:
             return step, best.restore(step, abstract(self.state.parameters))
 

@@ -41,14 +41,13 @@ class Progress:
     peak_bytes: int = 0
     evaluations: list[dict[str, Any]] = field(default_factory=list)
 
-    @property
-    def best_step(self) -> int:
-        """After how many steps the run did best by development data."""
-        return max(self.evaluations, key=_merit)["step"]
+    def best_step(self, objective: str | None) -> int:
+        """After how many steps the run did best by development data, see `merit`."""
 
+        def quality(evaluation: Mapping[str, Any]) -> tuple[float, float]:
+            return merit(Evaluation(evaluation["loss"], evaluation["scores"]), objective)
 
-def _merit(evaluation: Mapping[str, Any]) -> tuple[float, float]:
-    return merit(Evaluation(evaluation["loss"], evaluation["scores"]))
+        return max(self.evaluations, key=quality)["step"]
 
 
 def run_identity(job: Job) -> dict[str, Any]:

@@ -27,11 +27,15 @@ class Evaluation(NamedTuple):
     scores: dict[str, float]
 
 
-def merit(evaluation: Evaluation) -> tuple[float, float]:
-    """What the better of two evaluations has more of: correct answers, then less loss."""
+def merit(evaluation: Evaluation, objective: str | None = None) -> tuple[float, float]:
+    """What the better of two evaluations has more of, then less loss.
+
+    That is F1 where F1 is the objective of training, and correct answers elsewhere.
+    """
     loss, scores = evaluation
     correct = scores.get("accuracy", scores.get("exact match", 0.0))
-    return correct, -loss if loss == loss else -math.inf
+    wanted = scores["f1"] if objective == "f1" else correct
+    return wanted, -loss if loss == loss else -math.inf
 
 
 class Problem(Protocol):
