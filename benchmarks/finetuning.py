@@ -1,4 +1,4 @@
-"""First-order methods on real models and tasks: what each reaches, keeps and takes.
+"""First-order methods on real models and tasks: what each reaches, and keeps in memory.
 
 ``python -m benchmarks.finetuning --data FOLDER`` runs the program of examples/llm on every task
 below, by every method and with three seeds, prints the tables of docs/benchmark.md and writes
@@ -105,21 +105,17 @@ def command_of(task: Task, data: Path) -> list[str]:
 def kept(run: Mapping[str, Any]) -> dict[str, Any]:
     """Of a run's numbers those that tables need."""
     names = ("method", "seed", "loss_before", "loss_after", "scores_before", "scores_after")
-    return {name: run[name] for name in (*names, "state_bytes", "peak_bytes")} | {
-        "step_seconds": statistics.median(run["step_seconds"])
-    }
+    return {name: run[name] for name in (*names, "state_bytes", "peak_bytes")}
 
 
 def table(task: Task, runs: Sequence[Mapping[str, Any]]) -> str:
     """A row of means and deviations for each method, and one of the model as it was."""
     score, rows = task.score, []
-    first = runs[0]
     head = ["", "held-out loss", *([f"{score}, %"] if score else []), "state, MiB", "peak, MiB"]
     before = [f"{spread_of(run['loss_before'] for run in runs).mean:.3f}"]
     if score:
         before.append(f"{100 * spread_of(run['scores_before'][score] for run in runs).mean:.1f}")
-    rows.append(["before", *before, "", "", ""])
-    base = [run["step_seconds"] for run in runs if run["method"] == first["method"]]
+    rows.append(["before", *before, "", ""])
     for method in METHODS:
         own = [run for run in runs if run["method"] == method]
         row = [method, spread_of(run["loss_after"] for run in own).words(".3f")]
@@ -127,10 +123,8 @@ def table(task: Task, runs: Sequence[Mapping[str, Any]]) -> str:
             row.append(spread_of(100 * run["scores_after"][score] for run in own).words(".1f"))
         row.append(f"{own[0]['state_bytes'] / MEBIBYTE:.1f}")
         row.append(f"{statistics.mean(run['peak_bytes'] for run in own) / MEBIBYTE:,.0f}")
-        seconds = [run["step_seconds"] for run in own]
-        row.append(f"{statistics.mean(seconds) / statistics.mean(base):.2f}")
         rows.append(row)
-    return markdown_table([*head, f"step, x {first['method']}"], rows)
+    return markdown_table(head, rows)
 
 
 if __name__ == "__main__":
