@@ -14,6 +14,8 @@ from optax_lowbit.qlora.peft_files import Adapter, Matrices, Names, adapter_leav
 
 # Starts that leave the base as it is.
 _PLAIN = (True, False, "gaussian", "orthogonal", "eva")
+# It is found nowhere.
+_NONE = r"(?!)"
 
 
 def from_peft(adapter: Adapter, names: Names) -> tuple[LoRA, dict[str, dict[str, jax.Array]]]:
@@ -70,7 +72,7 @@ def from_peft(adapter: Adapter, names: Names) -> tuple[LoRA, dict[str, dict[str,
     lora = LoRA(
         rank=config.r,
         alpha=float(config.lora_alpha),
-        targets="|".join(map(_exactly, leaves)),
+        targets="|".join(map(_exactly, leaves)) or _NONE,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         dropout=config.lora_dropout,
@@ -125,9 +127,9 @@ def to_peft(
         alpha = lora.scale_of(leaf) * (math.sqrt(rank) if lora.use_rslora else rank)
         for module in _modules(names, leaf):
             if rank != lora.rank:
-                ranks[module] = rank
+                ranks[_exactly(module)] = rank
             if not math.isclose(alpha, lora.alpha):
-                alphas[module] = alpha
+                alphas[_exactly(module)] = alpha
     config = AdapterConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,

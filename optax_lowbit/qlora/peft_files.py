@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_lowbit.qlora.peft_config import AdapterConfig
-from optax_lowbit.qlora.safetensors_files import TensorFiles, read_json, write_file, write_json
+from optax_lowbit.qlora.safetensors_files import TensorFiles, json_text, read_json, write_file
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # PEFT's name for a tensor of a module -> ours.
 _ROLES = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "magnitude"}
-# Names are matched with patterns of the config.
-_MAX_NAME = 512
+# Names are matched with patterns of the config. Letters of a name; and names times letters of
+# patterns.
+_MAX_NAME, _MAX_WORK = 512, 2**26
 
 # "a" `(r, n)`, "b" `(r, m)` and, of DoRA, "magnitude" `(m,)`; of a stack, with an axis in front.
 Matrices = Mapping[str, Mapping[str, Any]]
@@ -87,6 +88,10 @@ def read_adapter(folder: Any) -> Adapter:
             others[module] = files[name]
         else:
             matrices.setdefault(module, {})[role] = files[name].T if role == "b" else files[name]
+    if len(matrices) * sum(map(len, (*config.rank_pattern, *config.alpha_pattern))) > _MAX_WORK:
+        raise ValueError(
+            f"{path}: 'rank_pattern' and 'alpha_pattern' must be shorter for {len(matrices)} modules"
+        )
     for module, arrays in matrices.items():
         _check_module(module, arrays, config, str(files.path))
     return Adapter(config=config, matrices=matrices, others=others)
@@ -104,6 +109,7 @@ def write_adapter(folder: Any, adapter: Adapter) -> None:
 
     Raises:
       ValueError: If shapes or ``config`` do not fit the matrices, or adapters are there.
+      TypeError: If ``config`` has what can't be written as JSON.
       ImportError: Without safetensors.
 
     Examples:
@@ -132,12 +138,13 @@ def write_adapter(folder: Any, adapter: Adapter) -> None:
         tensors[_PREFIX + name] = np.asarray(array)
     if config.target_modules is None:
         config = dataclasses.replace(config, target_modules=tuple(sorted(adapter.matrices)))
+    text = json_text(config.to_json(), "config")
     folder.mkdir(parents=True, exist_ok=True)
     for name in (CONFIG, TENSORS):
         if (folder / name).exists():
             raise ValueError(f"{folder}: must have no {name} yet")
     write_file(folder / TENSORS, tensors)
-    write_json(folder / CONFIG, config.to_json())
+    (folder / CONFIG).write_text(text)
 
 
 def adapter_leaves(matrices: Matrices, names: Names) -> dict[str, dict[str, jax.Array]]:

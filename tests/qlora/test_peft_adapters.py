@@ -59,6 +59,25 @@ def test_ranks_and_scales_of_leaves_survive_files(use_rslora, tmp_path):
     found.attach(params, trained)
 
 
+def test_what_is_said_of_one_module_is_not_of_those_whose_names_end_so(tmp_path):
+    params = {"a": jnp.ones((12, 8)), "b": jnp.ones((12, 8))}
+    names = {"a": "q", "b": "enc.q"}
+    lora = adapters.LoRA(
+        rank=2, alpha=4, targets="^[ab]$", alpha_pattern={"^a$": 10}, rank_pattern={"^a$": 1}
+    )
+    qlora.write_adapter(tmp_path, qlora.to_peft(lora, lora.init(params, 0), names))
+    config = qlora.read_adapter(tmp_path).config
+    assert (config.scaling("q"), config.scaling("enc.q")) == (10, 2)
+
+
+def test_no_adapters_are_no_targets():
+    empty = qlora.Adapter(config=qlora.AdapterConfig(r=2), matrices={})
+    lora, trained = qlora.from_peft(empty, {})
+    assert trained == {}
+    with pytest.raises(ValueError, match="must be found in the path of a matrix"):
+        lora.init({"x": jnp.ones((8, 8))}, 0)
+
+
 def test_magnitudes_of_dora_survive(rng):
     params = {"q": jnp.asarray(rng.normal(size=(12, 8)), jnp.float32)}
     lora = adapters.LoRA(rank=2, targets="q", use_dora=True)
