@@ -37,7 +37,7 @@ class AdapterConfig:
 
     The product of ``A`` and ``B`` is scaled by ``lora_alpha / r``, under ``use_rslora`` by
     ``lora_alpha / sqrt(r)``. Regular expressions may have characters, ``.``, ``\d``, groups of
-    alternatives, ``?``, and ``*`` and ``+`` after one character.
+    alternatives, and ``*``, ``+`` and ``?`` after one character.
 
     Raises:
       ValueError: At construction, if a field is impossible; of ``target_modules`` and

@@ -90,7 +90,7 @@ def read_adapter(folder: Any) -> Adapter:
             matrices.setdefault(module, {})[role] = files[name].T if role == "b" else files[name]
     if len(matrices) * sum(map(len, (*config.rank_pattern, *config.alpha_pattern))) > _MAX_WORK:
         raise ValueError(
-            f"{path}: 'rank_pattern' and 'alpha_pattern' must be shorter for {len(matrices)} modules"
+            f"{path}: 'rank_pattern' and 'alpha_pattern' are too long for {len(matrices)} modules"
         )
     for module, arrays in matrices.items():
         _check_module(module, arrays, config, str(files.path))

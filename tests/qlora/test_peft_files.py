@@ -339,7 +339,7 @@ def test_hostile_patterns_take_no_time(tmp_path):
 
 def test_a_config_without_json_leaves_nothing_behind(tmp_path):
     config = qlora.AdapterConfig(r=2, others={"n": np.int64(3)})
-    with pytest.raises(TypeError, match="config can't be written as JSON: .*int64"):
+    with pytest.raises(TypeError, match=r"config can't be written as JSON: .*int64"):
         qlora.write_adapter(tmp_path, qlora.Adapter(config=config, matrices={"x.q": pair()}))
     assert list(tmp_path.iterdir()) == []
 
