@@ -14,7 +14,8 @@ def intercept_linen() -> contextlib.AbstractContextManager[None]:
     traced: it stands inside the jitted function, around `model.apply`.
 
     Raises:
-      ValueError: In the context, of an `nn.DenseGeneral` with ``batch_dims`` and such a kernel.
+      ValueError: In the context, of an `nn.DenseGeneral` with ``batch_dims`` and such a kernel, or a
+        layer with ``dot_general`` or ``promote_dtype`` of its own and a kernel in few bits.
 
     Examples:
       >>> import jax, jax.numpy as jnp

@@ -8,8 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
 
 from optax_lowbit.adapters.arrays import is_quantized_matrix
+from optax_lowbit.adapters.linear_fields import check_fields
 from optax_lowbit.adapters.lora_matrix import LoRAMatrix
 from optax_lowbit.kernels.quantized_matrix import QuantizedMatrix
 
@@ -71,10 +73,11 @@ def _product(layer: Any, kernel: LoRAMatrix | QuantizedMatrix, inputs: jax.Array
 
 
 def _quantized_product(layer, base, rows):
+    check_fields("/".join((*layer.path, "kernel")), layer, promote_dtype)
     bias = _parameters(layer).get("bias")
     dtypes = [base.dtype, *([] if bias is None else [bias.dtype])]
     dtype = layer.dtype or functools.reduce(np.promote_types, dtypes, rows.dtype)
-    y = rows.astype(dtype) @ base
+    y = base.left_dot(rows.astype(dtype), precision=layer.precision)
     y = y.reshape(*rows.shape[:-1], *_tuple(layer.features))
     if bias is not None:
         y += bias.astype(dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)

@@ -95,7 +95,8 @@ def quantize_model(
 
     Raises:
       TypeError, ValueError: If an argument is impossible, no layer is a target, or one is a layer
-        of a subclass, which may compute something else, or has batch axes.
+        of a subclass, which may compute something else, or has batch axes, ``dot_general``,
+        ``preferred_element_type`` or ``promote_dtype`` of its own.
 
     Examples:
       >>> from flax import nnx
@@ -107,7 +108,7 @@ def quantize_model(
     """
     from flax import nnx
 
-    from optax_lowbit.qlora.layers import LAYERS, QuantizedLayer, kernel_matrix
+    from optax_lowbit.qlora.layers import LAYERS, QuantizedLayer, check_layer, kernel_matrix
 
     chosen = _chooser(spec, targets, exclude)
     found = []
@@ -118,11 +119,7 @@ def quantize_model(
         name, kernel = "/".join(map(str, (*path, "kernel"))), node.kernel.get_value()
         if not is_quantized_matrix(kernel) and not chosen(name):
             return node
-        if type(node) not in LAYERS or getattr(node, "batch_axis", None):
-            raise ValueError(
-                f"targets={targets!r} finds {name!r} of a {type(node).__name__}, which may do more "
-                "than multiply by a matrix: exclude it"
-            )
+        check_layer(name, node)
         found.append(name)
         matrix: Any = kernel_matrix(name, node, kernel)
         if not is_quantized_matrix(kernel):

@@ -1,5 +1,7 @@
 """Flax models whose linear layers are in few bits."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +70,60 @@ def test_layers_that_may_do_more_are_named(model):
     with pytest.raises(ValueError, match=r"finds 'up/kernel' of a Doubled, which may do more"):
         qlora.quantize_model(model)
     assert type(qlora.quantize_model(model, exclude="up|head").up) is Doubled
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"dot_general": lambda *args, **kwargs: jax.lax.dot_general(*args, **kwargs)},
+        {"preferred_element_type": jnp.float32},
+        {"promote_dtype": lambda args, dtype: args},
+    ],
+)
+def test_products_of_their_own_are_not_dropped(field):
+    model = nnx.Sequential(nnx.Linear(64, 8, **field, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=f"'layers/0/kernel' is of a layer with {[*field][0]}="):
+        qlora.quantize_model(model)
+    with pytest.raises(ValueError, match="must be found in the path of a layer"):
+        qlora.quantize_model(model, exclude="layers")
+
+
+@pytest.mark.parametrize("dtypes", ["bfloat16 float32", "float32 bfloat16", "bfloat16 bfloat16"])
+def test_the_dtype_is_that_of_inputs_kernel_and_bias(dtypes):
+    plain = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+    for variable, dtype in zip((plain.kernel, plain.bias), dtypes.split()):
+        variable.set_value(variable.get_value().astype(dtype))
+    x = jnp.ones((2, 64), jnp.bfloat16)
+    with jax.numpy_dtype_promotion("standard"):
+        layer = qlora.quantize_model(nnx.Sequential(plain)).layers[0]
+        assert layer(x).dtype == plain(x).dtype
+
+
+@pytest.mark.parametrize(
+    "precision", [jax.lax.Precision.HIGHEST, "highest", (jax.lax.Precision.HIGHEST,) * 2, None]
+)
+def test_precision_is_that_of_forward_and_backward_pass(precision):
+    def precisions(layer):
+        gradient = jax.make_jaxpr(jax.grad(lambda x: layer(x).sum()))
+        found = re.findall(r"precision=(\w+|\([\w., ]+\))", str(gradient(jnp.ones((2, 64)))))
+        return set(found) - {"None"}
+
+    plain = nnx.Linear(64, 8, use_bias=False, precision=precision, rngs=nnx.Rngs(0))
+    layer = qlora.quantize_model(nnx.Sequential(plain)).layers[0]
+    assert precisions(layer) == precisions(plain)
+    # A context counts where the product is, and not where its derivative is taken.
+    y, pullback = jax.vjp(layer, jnp.ones((2, 64)))
+    with jax.default_matmul_precision("bfloat16"):
+        program = str(jax.make_jaxpr(pullback)(y))
+    assert "DEFAULT" not in program
+
+
+def test_a_precision_of_each_factor_is_refused():
+    pair = (jax.lax.Precision.HIGHEST, jax.lax.Precision.DEFAULT)
+    plain = nnx.Linear(64, 8, precision=pair, rngs=nnx.Rngs(0))
+    layer = qlora.quantize_model(nnx.Sequential(plain)).layers[0]
+    with pytest.raises(ValueError, match="precision must be .* the same for both factors, got"):
+        layer(jnp.ones((2, 64)))
 
 
 def test_kernels_from_files_stay_as_they_are(model):
