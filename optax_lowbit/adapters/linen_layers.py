@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
+from flax.core import meta
 from flax.linen.dtypes import promote_dtype
 
 from optax_lowbit.adapters.arrays import is_quantized_matrix
@@ -16,6 +17,7 @@ from optax_lowbit.adapters.lora_matrix import LoRAMatrix
 from optax_lowbit.kernels.quantized_matrix import QuantizedMatrix
 
 _LAYERS = (nn.Dense, nn.DenseGeneral)
+_CONVOLUTIONS = (nn.Conv, nn.ConvLocal, nn.ConvTranspose)
 
 
 @contextlib.contextmanager
@@ -50,6 +52,12 @@ def _intercept(next_fun, args, kwargs, context):
         kernel = _parameters(layer).get("kernel")
         if isinstance(kernel, LoRAMatrix | QuantizedMatrix):
             return _product(layer, kernel, *args, **kwargs)
+    if isinstance(layer, _CONVOLUTIONS) and method == "__call__":
+        if isinstance(_parameters(layer).get("kernel"), LoRAMatrix | QuantizedMatrix):
+            raise ValueError(
+                f"{'/'.join((*layer.path, 'kernel'))!r} is of a {type(layer).__name__}, which can "
+                "have no adapters and not be in few bits: exclude it"
+            )
     if isinstance(layer, nn.Embed) and method in ("__call__", "attend"):
         table = _parameters(layer).get("embedding")
         if isinstance(table, LoRAMatrix):
@@ -109,7 +117,16 @@ def _in_rows(layer, inputs):
 
 
 def _parameters(layer):
-    return layer.variables.get("params", {})
+    """Its own parameters, without the boxes of `nn.with_partitioning`."""
+    return {name: _unboxed(x) for name, x in layer.variables.get("params", {}).items()}
+
+
+def _unboxed(x):
+    if isinstance(x, meta.AxisMetadata):
+        value: Any = getattr(x, "value", None)
+        # A box would put the sharding of an array on what is none.
+        return value if isinstance(value, LoRAMatrix | QuantizedMatrix) else x.unbox()
+    return x
 
 
 def _tuple(x) -> tuple[int, ...]:

@@ -127,8 +127,8 @@ class QuantizedMatrix:
         Args:
           x: The left factor.
           out_sharding: Of the product, on an Explicit mesh that leaves a choice.
-          precision: Of the product and its derivatives, as of `jax.lax.dot_general`; by default that
-            of the context. Of a pair both must be the same.
+          precision: Of the product and its derivatives, as of `jax.lax.dot_general`; by default
+            that of the context. Of a pair both must be the same.
 
         Raises:
           TypeError: If this is a stack of matrices, or ``x`` is not of a float dtype.

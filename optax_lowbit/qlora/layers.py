@@ -114,7 +114,7 @@ class QLinear(QuantizedLayer, nnx.Linear):
     """An `nnx.Linear` whose kernel is a frozen matrix in few bits. See :class:`QuantizedLayer`."""
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """Map ``(..., n)`` to ``(..., m)``, in ``dtype``, by default that of inputs and parameters."""
+        """Map ``(..., n)`` to ``(..., m)``, in ``dtype``, by default of inputs and parameters."""
         return self._plus_bias(self._product(inputs, out_sharding))
 
     def dequantized(self) -> nnx.Linear:
@@ -138,7 +138,7 @@ class QLinearGeneral(QuantizedLayer, nnx.LinearGeneral):
         return len(layer.in_features), len(layer.out_features)
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """Map what `nnx.LinearGeneral` maps, in ``dtype``, by default that of inputs and parameters."""
+        """Map what `nnx.LinearGeneral` maps, in ``dtype``, by default of inputs and parameters."""
         rows = in_rows(inputs, self.axis)
         outputs = self._product(rows, self._flat_sharding(out_sharding, rows.ndim - 1))
         outputs = outputs.reshape(*outputs.shape[:-1], *self.out_features)
