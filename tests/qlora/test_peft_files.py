@@ -165,8 +165,12 @@ def test_a_config_that_does_not_fit(tmp_path, fields, complaint):
             "names must begin with",
         ),
         (
-            lambda t: t.update({"base_model.model.e.lora_embedding_A": np.ones((2, 9))}),
-            "'base_model.model.e.lora_embedding_A' is none of",
+            lambda t: t.update({"base_model.model.e.lora_E": np.ones((2, 9))}),
+            "'base_model.model.e.lora_E' is none of",
+        ),
+        (
+            lambda t: t.update({"base_model.model.x.q.lora_embedding_A": np.ones((2, 9))}),
+            "'x.q' must be linear or an embedding, not both",
         ),
         (
             lambda t: t.update({"base_model.model.x.q.lora_B.weight": np.ones((2, 4, 1, 1))}),
