@@ -64,17 +64,7 @@ def from_peft(adapter: Adapter, names: Names) -> tuple[LoRA, dict[str, dict[str,
         )
     tensors = {leaf: names[leaf] for leaf in names if not is_bias(leaf)}
     leaves = jax.tree.map(widened, adapter_leaves(adapter.matrices, tensors))
-    ranks, alphas = {}, {}
-    for leaf, arrays in leaves.items():
-        scalings = {config.scaling(module) for module in modules_of(names, leaf)}
-        if len(scalings) > 1:
-            raise ValueError(f"{leaf!r} is a stack, whose scalings differ: {sorted(scalings)}")
-        rank = arrays["a"].shape[-2]
-        alpha = scalings.pop() * (math.sqrt(rank) if config.use_rslora else rank)
-        if rank != config.r:
-            ranks[_exactly(leaf)] = rank
-        if not math.isclose(alpha, config.lora_alpha):
-            alphas[_exactly(leaf)] = alpha
+    ranks, alphas = _patterns_of_leaves(config, leaves, names)
     values = read_values(adapter.others, {x: names[x] for x in names if x not in leaves})
     saved = [leaf for leaf in values if config.bias == "none" or not is_bias(leaf)]
     tables = [leaf for leaf in leaves if adapter.embeddings & {*modules_of(names, leaf)}]
@@ -129,15 +119,7 @@ def to_peft(
     values = {leaf: arrays for leaf, arrays in trained.items() if "value" in arrays}
     pairs = {leaf: arrays for leaf, arrays in trained.items() if leaf not in values}
     saved = [leaf for leaf in values if lora.bias == "none" or not is_bias(leaf)]
-    ranks, alphas = {}, {}
-    for leaf in pairs:
-        rank = lora.rank_of(leaf)
-        alpha = lora.scale_of(leaf) * (math.sqrt(rank) if lora.use_rslora else rank)
-        for module in modules_of(names, leaf):
-            if rank != lora.rank:
-                ranks[_exactly(module)] = rank
-            if not math.isclose(alpha, lora.alpha):
-                alphas[_exactly(module)] = alpha
+    ranks, alphas = _patterns_of_modules(lora, pairs, names)
     config = AdapterConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -158,6 +140,40 @@ def to_peft(
         others=written_values(values, names, lora.kernel_axes, matrices),
         embeddings=frozenset(_modules(names, tables)),
     )
+
+
+def _patterns_of_leaves(
+    config: AdapterConfig, leaves: Matrices, names: Names
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Ranks and alphas of leaves that differ from the config's."""
+    ranks, alphas = {}, {}
+    for leaf, arrays in leaves.items():
+        scalings = {config.scaling(module) for module in modules_of(names, leaf)}
+        if len(scalings) > 1:
+            raise ValueError(f"{leaf!r} is a stack, whose scalings differ: {sorted(scalings)}")
+        rank = arrays["a"].shape[-2]
+        alpha = scalings.pop() * (math.sqrt(rank) if config.use_rslora else rank)
+        if rank != config.r:
+            ranks[_exactly(leaf)] = rank
+        if not math.isclose(alpha, config.lora_alpha):
+            alphas[_exactly(leaf)] = alpha
+    return ranks, alphas
+
+
+def _patterns_of_modules(
+    lora: LoRA, leaves: Matrices, names: Names
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Ranks and alphas of modules that differ from the adapters'."""
+    ranks, alphas = {}, {}
+    for leaf in leaves:
+        rank = lora.rank_of(leaf)
+        alpha = lora.scale_of(leaf) * (math.sqrt(rank) if lora.use_rslora else rank)
+        for module in modules_of(names, leaf):
+            if rank != lora.rank:
+                ranks[_exactly(module)] = rank
+            if not math.isclose(alpha, lora.alpha):
+                alphas[_exactly(module)] = alpha
+    return ranks, alphas
 
 
 def _modules(names: Names, leaves: Iterable[str]) -> tuple[str, ...]:
