@@ -116,12 +116,12 @@ def _in_rows(layer, inputs):
     return in_rows(inputs, _tuple(getattr(layer, "axis", -1)))
 
 
-def _parameters(layer):
+def _parameters(layer: Any) -> dict[str, Any]:
     """Its own parameters, without the boxes of `nn.with_partitioning`."""
     return {name: _unboxed(x) for name, x in layer.variables.get("params", {}).items()}
 
 
-def _unboxed(x):
+def _unboxed(x: Any) -> Any:
     if isinstance(x, meta.AxisMetadata):
         value: Any = getattr(x, "value", None)
         # A box would put the sharding of an array on what is none.

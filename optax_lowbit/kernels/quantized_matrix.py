@@ -167,8 +167,8 @@ def quantize_matrix(
         where it cannot.
 
     Returns:
-      A :class:`QuantizedMatrix`. Codes, scales and dequantized values are those of bitsandbytes,
-      bit for bit, for the tables and block sizes that it has.
+      A :class:`QuantizedMatrix`. Codes, scales and dequantized values are those of bitsandbytes'
+      reference in PyTorch on an x86 CPU, bit for bit, for the tables and block sizes that it has.
 
     Raises:
       TypeError: If ``w`` is not a float array, or ``spec`` is no :class:`QuantSpec`.

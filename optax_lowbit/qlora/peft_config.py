@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -68,7 +68,7 @@ class AdapterConfig:
     # Patterns of the ends of the names of modules -> r and lora_alpha in place of those above.
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    bias: str = "none"
+    bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: tuple[str, ...] | None = None
     lora_dropout: float = 0.0
     fan_in_fan_out: bool = False
