@@ -25,7 +25,7 @@ REFUSED = (
     "velora_config",
 )
 # Patterns that a config may have, each of which is matched with each module.
-MOST_PATTERNS = 2**12
+_MOST_PATTERNS = 2**12
 _NAME = re.compile(r"[\w.-]+")
 # What PEFT leaves out under "all-linear": output layers, by their names in transformers.
 _OUTPUTS = ("lm_head", "embed_out")
@@ -102,6 +102,8 @@ class AdapterConfig:
             if not is_right:
                 raise ValueError(f"impossible {field}: {getattr(self, field)!r:.200}")
         for field in ("rank_pattern", "alpha_pattern"):
+            if (count := len(getattr(self, field))) > _MOST_PATTERNS:
+                raise ValueError(f"{field} must have at most {_MOST_PATTERNS} keys, has {count}")
             for key in getattr(self, field):
                 _found(field, peft_patterns.matches_end, key, "")
         for field in REFUSED:
@@ -210,8 +212,7 @@ def _tuple(x: Any) -> tuple[Any, ...]:
 
 
 def _is_pattern(pattern: Any, is_value: Any) -> bool:
-    is_mapping = isinstance(pattern, Mapping) and len(pattern) <= MOST_PATTERNS
-    return is_mapping and all(
+    return isinstance(pattern, Mapping) and all(
         isinstance(key, str) and key and is_value(value) for key, value in pattern.items()
     )
 
