@@ -188,9 +188,10 @@ def is_convolution(leaves: Mapping[str, Any], path: str, axes: tuple[int, int]) 
     """
     inner, outer = axes
     stack = leaves[path].ndim - inner - outer
-    if stack < 1 or is_quantized_matrix(leaves[path]):
+    *layer, name = path.split("/")
+    if stack < 1 or name != "kernel" or is_quantized_matrix(leaves[path]):
         return False
-    bias = leaves.get("/".join((*path.split("/")[:-1], "bias")))
+    bias = leaves.get("/".join((*layer, "bias")))
     return (bias is not None and bias.ndim < stack + outer) or bool(_CONVOLUTION.search(path))
 
 

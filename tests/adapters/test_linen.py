@@ -164,6 +164,9 @@ def test_convolutions_are_no_stacks(rng):
         y = Convolutions().apply({"params": lora.attach(base, moved(trained))}, x)
     merged = Convolutions().apply({"params": lora.merge(base, moved(trained))}, x)
     np.testing.assert_allclose(y, merged, rtol=1e-4, atol=1e-4)
+    # Of leaves with other names it is said nowhere.
+    stack = qlora.quantize_params({"w": jnp.ones((2, 4, 4)), "bias": jnp.ones(4)}, targets="w")
+    assert is_quantized_matrix(stack["w"])
     chosen = adapters.LoRA(rank=2, targets="stem/kernel")
     with adapters.intercept_linen(), pytest.raises(ValueError, match="'stem/kernel' is of a Conv,"):
         Convolutions().apply({"params": chosen.attach(params, chosen.init(params, 0))}, x)
