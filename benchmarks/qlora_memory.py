@@ -37,15 +37,9 @@ def models(name, backend: Backend = "auto"):
     floats = abstract_params(name, "bfloat16")
 
     def quantized(params):
-        return qlora.quantize_params(params, targets=MATRICES)
+        return qlora.quantize_params(params, targets=MATRICES, backend=backend)
 
     base: Any = jax.eval_shape(quantized, floats)
-    base["layers"] = {
-        leaf: qlora.abstract_matrix(x.shape, x.dtype, backend=backend)
-        if isinstance(x, qlora.QuantizedMatrix)
-        else x
-        for leaf, x in base["layers"].items()
-    }
     return base, jax.eval_shape(lambda params: LORA.init(params, 0), floats)
 
 

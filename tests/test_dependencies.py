@@ -45,6 +45,11 @@ def part_of(module):
     return module.split(".")[1] if "." in module else None
 
 
+def is_conditional(test):
+    """Whether what stands under an `if` is imported by no user who has not imported it."""
+    return "sys.modules" in test or test == "TYPE_CHECKING"
+
+
 def imports(source, module, is_package=False):
     """(imported dotted name, whether it is lazy, line) of every import in a module's source."""
     found = []
@@ -52,7 +57,7 @@ def imports(source, module, is_package=False):
     def visit(node, lazy):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             lazy = True
-        if isinstance(node, ast.If) and "sys.modules" in ast.unparse(node.test):
+        if isinstance(node, ast.If) and is_conditional(ast.unparse(node.test)):
             for child in node.body:
                 visit(child, True)
             for child in node.orelse:

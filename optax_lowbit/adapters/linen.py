@@ -9,12 +9,15 @@ def intercept_linen() -> contextlib.AbstractContextManager[None]:
 
     In it `nn.Dense` and `nn.DenseGeneral` take kernels and `nn.Embed` takes tables that are
     :class:`LoRAMatrix`, as :meth:`LoRA.attach` puts them into a model's parameters; a kernel may
-    be a :class:`~optax_lowbit.qlora.QuantizedMatrix`, too. Layers with plain arrays are unchanged,
+    be a :class:`~optax_lowbit.qlora.QuantizedMatrix`, too. Either may be in the box of
+    `nn.with_partitioning`. Layers with plain arrays are unchanged,
     and so are `nn.scan`, `nn.remat` and whatever else the model does. It acts when the model is
     traced: it stands inside the jitted function, around `model.apply`.
 
     Raises:
-      ValueError: In the context, of an `nn.DenseGeneral` with ``batch_dims`` and such a kernel.
+      ValueError: In the context, of an `nn.DenseGeneral` with ``batch_dims`` or a convolution with
+        such a kernel, or of a layer with ``dot_general`` or ``promote_dtype`` of its own and a
+        kernel in few bits.
 
     Examples:
       >>> import jax, jax.numpy as jnp

@@ -8,12 +8,16 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
+from flax.core import meta
+from flax.linen.dtypes import promote_dtype
 
 from optax_lowbit.adapters.arrays import is_quantized_matrix
+from optax_lowbit.adapters.linear_fields import check_fields
 from optax_lowbit.adapters.lora_matrix import LoRAMatrix
 from optax_lowbit.kernels.quantized_matrix import QuantizedMatrix
 
 _LAYERS = (nn.Dense, nn.DenseGeneral)
+_CONVOLUTIONS = (nn.Conv, nn.ConvLocal, nn.ConvTranspose)
 
 
 @contextlib.contextmanager
@@ -48,6 +52,12 @@ def _intercept(next_fun, args, kwargs, context):
         kernel = _parameters(layer).get("kernel")
         if isinstance(kernel, LoRAMatrix | QuantizedMatrix):
             return _product(layer, kernel, *args, **kwargs)
+    if isinstance(layer, _CONVOLUTIONS) and method == "__call__":
+        if isinstance(_parameters(layer).get("kernel"), LoRAMatrix | QuantizedMatrix):
+            raise ValueError(
+                f"{'/'.join((*layer.path, 'kernel'))!r} is of a {type(layer).__name__}, which can "
+                "have no adapters and not be in few bits: exclude it"
+            )
     if isinstance(layer, nn.Embed) and method in ("__call__", "attend"):
         table = _parameters(layer).get("embedding")
         if isinstance(table, LoRAMatrix):
@@ -71,10 +81,11 @@ def _product(layer: Any, kernel: LoRAMatrix | QuantizedMatrix, inputs: jax.Array
 
 
 def _quantized_product(layer, base, rows):
+    check_fields("/".join((*layer.path, "kernel")), layer, promote_dtype)
     bias = _parameters(layer).get("bias")
     dtypes = [base.dtype, *([] if bias is None else [bias.dtype])]
     dtype = layer.dtype or functools.reduce(np.promote_types, dtypes, rows.dtype)
-    y = rows.astype(dtype) @ base
+    y = base.left_dot(rows.astype(dtype), precision=layer.precision)
     y = y.reshape(*rows.shape[:-1], *_tuple(layer.features))
     if bias is not None:
         y += bias.astype(dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
@@ -105,8 +116,17 @@ def _in_rows(layer, inputs):
     return in_rows(inputs, _tuple(getattr(layer, "axis", -1)))
 
 
-def _parameters(layer):
-    return layer.variables.get("params", {})
+def _parameters(layer: Any) -> dict[str, Any]:
+    """Its own parameters, without the boxes of `nn.with_partitioning`."""
+    return {name: _unboxed(x) for name, x in layer.variables.get("params", {}).items()}
+
+
+def _unboxed(x: Any) -> Any:
+    if isinstance(x, meta.AxisMetadata):
+        value: Any = getattr(x, "value", None)
+        # A box would put the sharding of an array on what is none.
+        return value if isinstance(value, LoRAMatrix | QuantizedMatrix) else x.unbox()
+    return x
 
 
 def _tuple(x) -> tuple[int, ...]:

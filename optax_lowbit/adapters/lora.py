@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 
 from optax_lowbit.adapters import fields, merging, sites
-from optax_lowbit.adapters.arrays import is_matrix, leaves_by_path
+from optax_lowbit.adapters.arrays import leaves_by_path
 from optax_lowbit.adapters.entries import changes_base, new_entry
 from optax_lowbit.adapters.merging import Adapters, map_adapted
 from optax_lowbit.kernels.reference import widened
@@ -45,7 +45,8 @@ class LoRA:
       targets: A regular expression, searched for in paths such as `layers/query/kernel`. Of the
         leaves it finds, float ones with two axes or more are adapted; of an NNX model, kernels and
         tables of layers. Or "all-linear": leaves named `kernel`, as Flax names them, and matrices
-        in few bits.
+        in few bits; of a tree not those of convolutions, as far as it shows them: a bias that is
+        not stacked beside a kernel that would be, or a name such as `Conv_0`.
       exclude: A regular expression: paths that are no targets. By default none is, but for that of
         the output layer under "all-linear", if it is named `head` or `lm_head`: Flax marks none.
       use_rslora: Scale by ``alpha / sqrt(r)`` (`rsLoRA <https://arxiv.org/abs/2312.03732>`_).
@@ -165,7 +166,7 @@ class LoRA:
             missing or of other shapes.
         """
         leaves = leaves_by_path(params)
-        matrices = {path: leaf for path, leaf in leaves.items() if is_matrix(leaf)}
+        matrices = sites.matrices_of(self, leaves)
         originals = {} if weights is None else leaves_by_path(weights)
         bases, adapters = {}, {}
         for path in sites.chosen_matrices(self, matrices):
@@ -302,10 +303,12 @@ class LoRA:
         Args:
           model: An `nnx.Module`.
           adapters: What :meth:`extract` gave of such a model, :meth:`init` of its parameters, or
-            :func:`mix` of several.
+            :func:`mix` of several: then the ranks are those of all together, until others are put
+            in.
 
         Raises:
-          ValueError: If these are not the paths or the shapes of the model's adapters.
+          ValueError: If these are not the paths of the model's adapters, or neither the shapes that
+            these have nor those that they started with.
         """
         from optax_lowbit.adapters import nnx_models
 

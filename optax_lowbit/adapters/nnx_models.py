@@ -116,6 +116,9 @@ def update_adapters(lora: "LoRA", model: nnx.Module, adapters: Adapters) -> None
 
 def _check_entry(lora, path, node, entry):
     if isinstance(node, LoRALayer):
+        # Those of a mixture have other ranks than the site's.
+        if jax.tree.map(jnp.shape, dict(entry)) == jax.tree.map(jnp.shape, node.entry()):
+            return None
         kernel = node.matrix().base
         site = sites.site_of(lora, path, kernel, node.kernel_axes(node.base))
         return check_shapes(site, kernel, entry)

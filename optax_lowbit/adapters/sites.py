@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
-from optax_lowbit.adapters.arrays import is_float, is_quantized_matrix
+from optax_lowbit.adapters.arrays import is_float, is_matrix, is_quantized_matrix
 
 if TYPE_CHECKING:
     from optax_lowbit.adapters.lora import LoRA
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # The output layer. Flax marks none, so it goes by its name, as PEFT's classifier heads do.
 HEAD = r"(^|/)(lm_)?head/"
+_CONVOLUTION = re.compile(r"(^|/)conv(local|transpose)?_?\d*/kernel$", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +100,16 @@ def scale_of(lora: "LoRA", path: str) -> float:
     return alpha / (math.sqrt(rank) if lora.use_rslora else rank)
 
 
+def matrices_of(lora: "LoRA", leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a tree's leaves that can have adapters; under "all-linear" no convolutions."""
+
+    def is_possible(path: str) -> bool:
+        axes = first_found(lora.kernel_axes, path, (1, 1))
+        return lora.targets != "all-linear" or not is_convolution(leaves, path, axes)
+
+    return {path: leaf for path, leaf in leaves.items() if is_matrix(leaf) and is_possible(path)}
+
+
 def chosen_matrices(lora: "LoRA", matrices: Mapping[str, Any]) -> list[str]:
     """The paths that have low-rank adapters.
 
@@ -162,6 +173,26 @@ def chosen_values(lora: "LoRA", leaves: Mapping[str, Any], adapted: Iterable[str
 def is_saved(lora: "LoRA", path: str) -> bool:
     """Whether ``modules_to_save`` finds it, so that it needs no adapters."""
     return lora.modules_to_save is not None and re.search(lora.modules_to_save, path) is not None
+
+
+def is_convolution(leaves: Mapping[str, Any], path: str, axes: tuple[int, int]) -> bool:
+    """Whether a kernel is taken for a convolution's, and its first axes not for a stack's.
+
+    A tree does not say. It is one if the bias beside it has no such axes, as those of stacked
+    layers have; or by the names that Flax gives, such as `Conv_0` and `conv`.
+
+    Args:
+      leaves: All of the tree, by path.
+      path: That of the kernel.
+      axes: How many of its last axes would make ``n``, and how many ``m``.
+    """
+    inner, outer = axes
+    stack = leaves[path].ndim - inner - outer
+    *layer, name = path.split("/")
+    if stack < 1 or name != "kernel" or is_quantized_matrix(leaves[path]):
+        return False
+    bias = leaves.get("/".join((*layer, "bias")))
+    return (bias is not None and bias.ndim < stack + outer) or bool(_CONVOLUTION.search(path))
 
 
 def _is_chosen(lora, path, leaf) -> bool:

@@ -34,6 +34,7 @@ def quantized_dot(
     shape: tuple[int, int],
     *,
     out_sharding: NamedSharding | None = None,
+    precision: Any = None,
     backend: Backend = "auto",
 ) -> jax.Array:
     """``x @ W`` for ``W`` of ``shape`` ``(n, m)``.
@@ -44,6 +45,8 @@ def quantized_dot(
         not differentiated.
       shape: ``(n, m)``.
       out_sharding: Of the product, on an Explicit mesh that leaves a choice.
+      precision: Of the product and of its derivatives, as of `jax.lax.dot_general`; by default that
+        of the context. Of a pair both must be the same.
       backend: A :data:`~optax_lowbit.kernels.backends.Backend`. Where a kernel takes the product,
         ``W`` is never dequantized but for a tile at a time: on TPUs and GPUs, and on CPUs where
         that is faster, with a ``W`` of 32 MiB in the dtype of ``x`` and 512 rows of ``x`` at most;
@@ -54,8 +57,8 @@ def quantized_dot(
       ``(..., m)`` in the dtype of ``x``; summed up in float32.
 
     Raises:
-      ValueError: If the shapes don't fit, or the backend is unknown, or is named and cannot take
-        the product.
+      ValueError: If the shapes don't fit, the precision is none or differs for the two factors, or
+        the backend is unknown, or is named and cannot take the product.
       TypeError: If ``x`` is not of a float dtype of 16 bits or more.
     """
     backends.checked(backend)
@@ -70,7 +73,8 @@ def quantized_dot(
     leaves, structure = jax.tree.flatten(rows)
     # In a shard_map whose devices have rows of their own each gives a part of the cotangent of x.
     x = as_varying(x, frozenset().union(*map(varying_axes, leaves)))
-    return _bind(_Product(structure, shape, False, out_sharding, backend), x, leaves)
+    product = _Product(structure, shape, False, out_sharding, _named(precision), backend)
+    return _bind(product, x, leaves)
 
 
 class _Product(NamedTuple):
@@ -81,6 +85,7 @@ class _Product(NamedTuple):
       shape: ``(n, m)``.
       is_transposed: Whether it is the product with ``W`` transposed, of a cotangent.
       out_sharding: Of the product, on an Explicit mesh.
+      precision: By the name that contexts have for it; None if they have none.
       backend: What multiplies, or dequantizes.
     """
 
@@ -88,7 +93,27 @@ class _Product(NamedTuple):
     shape: tuple[int, int]
     is_transposed: bool
     out_sharding: NamedSharding | None
+    precision: str | None
     backend: Backend
+
+
+def _named(precision: Any) -> str | None:
+    """A precision by its name in `jax.default_matmul_precision`; None is the context's."""
+    if precision is None:
+        config: Any = jax.config
+        return config.jax_default_matmul_precision
+    one = precision[0] if isinstance(precision, tuple) and len({*precision}) == 1 else precision
+    if isinstance(one, jax.lax.DotAlgorithmPreset):
+        return one.name
+    if isinstance(one, str) and one in jax.lax.DotAlgorithmPreset.__members__:
+        return one
+    try:
+        return jax.lax.Precision(one).name.lower()
+    except ValueError as error:
+        raise ValueError(
+            "precision must be a jax.lax.Precision or a preset of an algorithm, or the name of "
+            f"one, and the same for both factors, got {precision!r}"
+        ) from error
 
 
 _dot = Primitive("quantized_dot")
@@ -97,18 +122,17 @@ _dot.multiple_results = True
 
 def _bind(product: _Product, x: jax.Array, leaves: Sequence[jax.Array]) -> jax.Array:
     types = tuple(jax.typeof(operand) for operand in (x, *leaves))
-    config: Any = jax.config
-    precision = config.jax_default_matmul_precision
-    program = _program(product, types, jax.sharding.get_abstract_mesh(), precision)
+    program = _program(product, types, jax.sharding.get_abstract_mesh())
     (y,) = _dot.bind(x, *leaves, product=product, program=program)
     return y
 
 
 @functools.lru_cache(maxsize=1024)
-def _program(product: _Product, types: tuple[Any, ...], mesh: Any, precision: Any) -> ClosedJaxpr:
+def _program(product: _Product, types: tuple[Any, ...], mesh: Any) -> ClosedJaxpr:
     """What the operation lowers to: an operand of it, for JAX to look for what needs devices."""
-    del mesh, precision  # It is traced in the context that they are taken from.
-    return jax.make_jaxpr(functools.partial(_compute, product))(*types)
+    del mesh  # It is traced in the context that it is taken from.
+    with jax.default_matmul_precision(product.precision):
+        return jax.make_jaxpr(functools.partial(_compute, product))(*types)
 
 
 def _compute(product: _Product, x: jax.Array, *leaves: jax.Array) -> jax.Array:

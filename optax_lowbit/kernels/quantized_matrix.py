@@ -116,17 +116,23 @@ class QuantizedMatrix:
         return self.left_dot(x)
 
     def left_dot(
-        self, x: jax.Array, *, out_sharding: jax.sharding.NamedSharding | None = None
+        self,
+        x: jax.Array,
+        *,
+        out_sharding: jax.sharding.NamedSharding | None = None,
+        precision: Any = None,
     ) -> jax.Array:
         """``x @ w``, floats ``(..., n)`` to ``(..., m)`` in their dtype, summed up in float32.
 
         Args:
           x: The left factor.
           out_sharding: Of the product, on an Explicit mesh that leaves a choice.
+          precision: Of the product and its derivatives, as of `jax.lax.dot_general`; by default
+            that of the context. Of a pair both must be the same.
 
         Raises:
           TypeError: If this is a stack of matrices, or ``x`` is not of a float dtype.
-          ValueError: If the shapes don't fit.
+          ValueError: If the shapes don't fit, or the precision is none.
         """
         if self.ndim != 2:
             raise TypeError(
@@ -134,7 +140,7 @@ class QuantizedMatrix:
             )
         return quantized_dot(
             jnp.asarray(x), self.rows, (self.n, self.m),
-            out_sharding=out_sharding, backend=self.backend,
+            out_sharding=out_sharding, precision=precision, backend=self.backend,
         )  # fmt: skip
 
     def dequantize(self) -> jax.Array:
@@ -161,8 +167,8 @@ def quantize_matrix(
         where it cannot.
 
     Returns:
-      A :class:`QuantizedMatrix`. Codes, scales and dequantized values are those of bitsandbytes,
-      bit for bit, for the tables and block sizes that it has.
+      A :class:`QuantizedMatrix`. Codes, scales and dequantized values are those of bitsandbytes'
+      reference in PyTorch on an x86 CPU, bit for bit, for the tables and block sizes that it has.
 
     Raises:
       TypeError: If ``w`` is not a float array, or ``spec`` is no :class:`QuantSpec`.

@@ -1,3 +1,5 @@
+from typing import TYPE_CHECKING, Any
+
 from optax_lowbit.kernels.quantized_matrix import (
     NF4,
     QuantizedMatrix,
@@ -18,11 +20,16 @@ from optax_lowbit.qlora.peft_files import (
 from optax_lowbit.qlora.placement import matrix_sharding
 from optax_lowbit.qlora.streaming import QuantizedCheckpoint, quantize_checkpoint
 
+if TYPE_CHECKING:
+    from optax_lowbit.qlora.layers import QLinear, QLinearGeneral
+
 __all__ = (
     "NF4",
     "Adapter",
     "AdapterConfig",
     "BitsAndBytesFiles",
+    "QLinear",
+    "QLinearGeneral",
     "QuantizedCheckpoint",
     "QuantizedMatrix",
     "abstract_matrix",
@@ -40,3 +47,12 @@ __all__ = (
     "write_adapter",
     "write_bitsandbytes",
 )
+
+
+def __getattr__(name: str) -> Any:
+    """The layers, which need Flax, when they are asked for."""
+    if name in ("QLinear", "QLinearGeneral"):
+        from optax_lowbit.qlora import layers
+
+        return getattr(layers, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 
-from optax_lowbit.adapters.arrays import is_float, is_quantized_matrix
+from optax_lowbit.adapters.arrays import is_float, is_quantized_matrix, leaves_by_path
 from optax_lowbit.adapters.fields import hashable_patterns
-from optax_lowbit.adapters.sites import HEAD, first_found
+from optax_lowbit.adapters.sites import HEAD, first_found, is_convolution
+from optax_lowbit.kernels.backends import Backend
 from optax_lowbit.kernels.quantized_matrix import NF4, check_spec, quantize_matrix
 from optax_lowbit.moments.policy import compiled_pattern, path_name
 from optax_lowbit.quant import QuantSpec
@@ -21,6 +22,7 @@ def quantize_params(
     targets: str = r"(^|/)kernel$",
     exclude: str = HEAD,
     kernel_axes: Mapping[str, tuple[int, int]] | tuple[tuple[str, tuple[int, int]], ...] = (),
+    backend: Backend = "auto",
 ) -> Any:
     """A tree of parameters with some matrices in few bits.
 
@@ -31,12 +33,16 @@ def quantize_params(
       params: Pytree of arrays.
       spec: How to store them.
       targets: A regular expression, searched for in paths such as ``layers/query/kernel``. Of the
-        leaves it finds, float ones of two axes are quantized, and stacks of three.
+        leaves it finds, float ones of two axes are quantized, and stacks of three. Those of
+        convolutions stay, as far as a tree shows them: a bias that is not stacked beside a kernel
+        that would be, or a name such as `Conv_0`; exclude others.
       exclude: A regular expression; what it finds stays. By default the output layer, as in QLoRA
         and Transformers: its errors are those of the loss.
       kernel_axes: As of :class:`~optax_lowbit.adapters.LoRA`, of kernels with more axes:
         :func:`~optax_lowbit.adapters.linen_kernel_axes` finds those of a linen model's attention.
         They become matrices of ``n`` and ``m``, or stacks of them.
+      backend: What multiplies, a :data:`~optax_lowbit.kernels.backends.Backend`; to compile for a
+        platform that this process does not have, it must be named.
 
     Returns:
       A tree like ``params``, with :class:`QuantizedMatrix` for these leaves.
@@ -54,17 +60,18 @@ def quantize_params(
     """
     chosen = _chooser(spec, targets, exclude)
     patterns = hashable_patterns("kernel_axes", kernel_axes)
-    found = []
+    leaves, found = leaves_by_path(params), []
 
     def visit(path, leaf):
         name = path_name(path)
         inner, outer = first_found(patterns, name, (1, 1))
-        if not (_is_target(leaf, inner + outer) and chosen(name)):
+        is_target = _is_target(leaf, inner + outer) and chosen(name)
+        if not is_target or is_convolution(leaves, name, (inner, outer)):
             return leaf
         found.append(name)
         stack = leaf.ndim - inner - outer
         n, m = math.prod(leaf.shape[stack:-outer]), math.prod(leaf.shape[-outer:])
-        return quantize_matrix(leaf.reshape(*leaf.shape[:stack], n, m), spec)
+        return quantize_matrix(leaf.reshape(*leaf.shape[:stack], n, m), spec, backend=backend)
 
     tree = jax.tree_util.tree_map_with_path(visit, params, is_leaf=is_quantized_matrix)
     if not found:
@@ -73,7 +80,12 @@ def quantize_params(
 
 
 def quantize_model(
-    model: Any, spec: QuantSpec = NF4, *, targets: str = "", exclude: str = HEAD
+    model: Any,
+    spec: QuantSpec = NF4,
+    *,
+    targets: str = "",
+    exclude: str = HEAD,
+    backend: Backend = "auto",
 ) -> Any:
     """A Flax NNX model whose linear layers that are targets have kernels in few bits.
 
@@ -89,13 +101,15 @@ def quantize_model(
       targets: A regular expression, searched for in paths such as ``layers/query/kernel``; by
         default all.
       exclude: As in :func:`quantize_params`.
+      backend: As in :func:`quantize_params`.
 
     Returns:
       The new model.
 
     Raises:
       TypeError, ValueError: If an argument is impossible, no layer is a target, or one is a layer
-        of a subclass, which may compute something else, or has batch axes.
+        of a subclass, which may compute something else, or has batch axes, ``dot_general``,
+        ``preferred_element_type`` or ``promote_dtype`` of its own.
 
     Examples:
       >>> from flax import nnx
@@ -107,7 +121,7 @@ def quantize_model(
     """
     from flax import nnx
 
-    from optax_lowbit.qlora.layers import LAYERS, QuantizedLayer, kernel_matrix
+    from optax_lowbit.qlora.layers import LAYERS, QuantizedLayer, check_layer, kernel_matrix
 
     chosen = _chooser(spec, targets, exclude)
     found = []
@@ -118,15 +132,11 @@ def quantize_model(
         name, kernel = "/".join(map(str, (*path, "kernel"))), node.kernel.get_value()
         if not is_quantized_matrix(kernel) and not chosen(name):
             return node
-        if type(node) not in LAYERS or getattr(node, "batch_axis", None):
-            raise ValueError(
-                f"targets={targets!r} finds {name!r} of a {type(node).__name__}, which may do more "
-                "than multiply by a matrix: exclude it"
-            )
+        check_layer(name, node)
         found.append(name)
         matrix: Any = kernel_matrix(name, node, kernel)
         if not is_quantized_matrix(kernel):
-            matrix = quantize_matrix(matrix, spec)
+            matrix = quantize_matrix(matrix, spec, backend=backend)
         return LAYERS[type(node)](node, matrix)
 
     result = nnx.recursive_map(quantized, model)
@@ -136,7 +146,7 @@ def quantize_model(
 
 
 def _is_target(leaf: Any, axes: int) -> bool:
-    """Whether it can be quantized: float matrices and stacks of them, and no convolutions."""
+    """Whether it can be quantized: float matrices and stacks of them."""
     return is_float(leaf) and leaf.ndim - axes in (0, 1) and not is_quantized_matrix(leaf)
 
 

@@ -1,5 +1,6 @@
 """4-bit models of bitsandbytes in safetensors files, as transformers reads and writes them."""
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,8 +11,8 @@ from optax_lowbit.qlora.bnb_matrices import STATE, STORAGES, matrix_tensors, par
 from optax_lowbit.qlora.safetensors_files import (
     TensorFiles,
     config_beside,
+    json_text,
     new_folder,
-    write_json,
     write_tensors,
 )
 
@@ -111,14 +112,15 @@ def write_bitsandbytes(
       config: What ``config.json`` is to have. Its ``quantization_config`` may have
         ``bnb_4bit_quant_storage``, the dtype under which codes are stored ("uint8"),
         ``bnb_4bit_compute_dtype`` ("float32") and ``llm_int8_skip_modules`` (modules of which
-        there are two-dimensional floats, and "lm_head"). The others follow from the matrices.
+        there are two-dimensional floats, and "lm_head" if it is not in 4 bits). The others follow
+        from the matrices.
       max_shard_bytes: A model that is larger goes into several files, with an index.
 
     Returns:
       Nothing, when all is written.
 
     Raises:
-      TypeError: If ``max_shard_bytes`` is no int.
+      TypeError: If ``max_shard_bytes`` is no int, or ``config`` can't be written as JSON.
       ValueError: If a matrix is a stack, or bitsandbytes has nothing like it; if ``config`` says
         otherwise than the matrices do; if the folder holds a model.
       ImportError: Without safetensors.
@@ -135,11 +137,12 @@ def write_bitsandbytes(
     """
     if type(max_shard_bytes) is not int or max_shard_bytes < 1:
         raise TypeError(f"max_shard_bytes must be an int of at least 1, got {max_shard_bytes!r}")
+    json_text(config or {}, "config")
     folder = new_folder(folder)
     described = _Description(config or {})
     groups = (described.written(name, tensors[name]) for name in tensors)
     write_tensors(folder, groups, max_shard_bytes)
-    write_json(folder / "config.json", described.config(), "\n")
+    (folder / "config.json").write_text(json_text(described.config(), "config") + "\n")
 
 
 class _Description:
@@ -156,7 +159,7 @@ class _Description:
                 f"got {self._storage!r}"
             )
         self._floats: list[str] = []
-        self._has_matrices = False
+        self._quantized: list[str] = []
 
     def written(self, name: str, tensor: Any) -> dict[str, np.ndarray]:
         """The tensors that stand for one."""
@@ -179,15 +182,23 @@ class _Description:
                     f"this one has {value!r}"
                 )
         _check_skipped([name], self._given, "config")
-        self._has_matrices = True
+        self._quantized.append(name)
         return matrix_tensors(name, tensor, self._storage)
 
     def config(self) -> dict[str, Any]:
-        if not self._has_matrices:
+        if not self._quantized:
             return self._config
-        skipped = sorted({*self._floats, "lm_head"})
+        skipped = sorted({*map(self._exactly, self._floats), *self._free("lm_head")})
         rest = {"bnb_4bit_compute_dtype": "float32", "llm_int8_skip_modules": skipped}
         return {**self._config, "quantization_config": {**rest, **self._given}}
+
+    def _free(self, name: str) -> list[str]:
+        """The name, unless it stands for a matrix in 4 bits."""
+        return [] if any(_is_skipped(each, name) for each in self._quantized) else [name]
+
+    def _exactly(self, name: str) -> str:
+        """What stands for the module and no matrix; to Transformers it is a regular expression."""
+        return name if self._free(name) else f"^{re.escape(name)}$"
 
 
 def _check_config(config: Mapping[str, Any], quantized: Any, where: str) -> None:
@@ -208,7 +219,11 @@ def _check_skipped(quantized: Any, given: Mapping[str, Any], where: str) -> None
     if not isinstance(skipped, list) or not all(isinstance(x, str) and x for x in skipped):
         raise ValueError(f"{where}: 'llm_int8_skip_modules' must be names, is {skipped!r:.100}")
     for name in quantized:
-        module = name.removesuffix(".weight")
-        # As in Transformers.
-        if any(module.startswith(each) or module.endswith(each) for each in skipped):
+        if any(_is_skipped(name, each) for each in skipped):
             raise ValueError(f"{where}: 'llm_int8_skip_modules' names {name!r}, which is in 4 bits")
+
+
+def _is_skipped(name: str, skipped: str) -> bool:
+    """Whether Transformers takes a tensor for one of a module that is not in 4 bits."""
+    module = name.removesuffix(".weight")
+    return f"{module}.".startswith(f"{skipped}.") or module.endswith(skipped)

@@ -1,15 +1,17 @@
 """Linear layers of Flax NNX with a frozen kernel in few bits. Imported only where it is used."""
 
-import contextlib
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 from jax.sharding import PartitionSpec
 
 from optax_lowbit.adapters.arrays import is_quantized_matrix
+from optax_lowbit.adapters.linear_fields import check_fields
 from optax_lowbit.adapters.nnx_layers import in_rows
 from optax_lowbit.kernels.quantized_matrix import QuantizedMatrix
 from optax_lowbit.qlora.placement import matrix_specs
@@ -76,12 +78,15 @@ class QuantizedLayer(nnx.Module):
         raise NotImplementedError
 
     def _product(self, rows: jax.Array, out_sharding: Any) -> jax.Array:
-        """``(..., n)`` times the kernel, in ``dtype``, by default that of both."""
+        """``(..., n)`` times the kernel, in ``dtype``, by default that of both and the bias."""
         layer: Any = self
         kernel = layer.kernel.get_value()
-        dtype = layer.dtype or jnp.promote_types(rows.dtype, kernel.dtype)
-        with _precision(layer.precision):
-            return kernel.left_dot(rows.astype(dtype), out_sharding=out_sharding)
+        parameters = [kernel, *([] if self.bias is None else [self.bias.get_value()])]
+        dtypes = [parameter.dtype for parameter in parameters]
+        dtype = layer.dtype or functools.reduce(jnp.promote_types, dtypes, rows.dtype)
+        return kernel.left_dot(
+            rows.astype(dtype), out_sharding=out_sharding, precision=layer.precision
+        )
 
     def _plus_bias(self, outputs: jax.Array) -> jax.Array:
         if self.bias is None:
@@ -109,7 +114,7 @@ class QLinear(QuantizedLayer, nnx.Linear):
     """An `nnx.Linear` whose kernel is a frozen matrix in few bits. See :class:`QuantizedLayer`."""
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """Map ``(..., n)`` to ``(..., m)``, in ``dtype``, by default that of inputs and kernel."""
+        """Map ``(..., n)`` to ``(..., m)``, in ``dtype``, by default of inputs and parameters."""
         return self._plus_bias(self._product(inputs, out_sharding))
 
     def dequantized(self) -> nnx.Linear:
@@ -133,7 +138,7 @@ class QLinearGeneral(QuantizedLayer, nnx.LinearGeneral):
         return len(layer.in_features), len(layer.out_features)
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """Map what `nnx.LinearGeneral` maps, in ``dtype``, by default that of inputs and kernel."""
+        """Map what `nnx.LinearGeneral` maps, in ``dtype``, by default of inputs and parameters."""
         rows = in_rows(inputs, self.axis)
         outputs = self._product(rows, self._flat_sharding(out_sharding, rows.ndim - 1))
         outputs = outputs.reshape(*outputs.shape[:-1], *self.out_features)
@@ -185,10 +190,16 @@ def kernel_matrix(name: str, layer: Any, kernel: Any) -> Any:
 LAYERS: dict[type, type[QuantizedLayer]] = {nnx.Linear: QLinear, nnx.LinearGeneral: QLinearGeneral}
 
 
-def _precision(precision: Any) -> contextlib.AbstractContextManager[Any]:
-    """In it products have the precision of a layer, if it has one."""
-    if precision is None:
-        return contextlib.nullcontext()
-    if isinstance(precision, jax.lax.Precision):
-        precision = precision.name.lower()
-    return jax.default_matmul_precision(precision)
+def check_layer(name: str, layer: Any) -> None:
+    """Raise unless a layer is one that can have a kernel in few bits.
+
+    Args:
+      name: The path of its kernel.
+      layer: An `nnx.Linear` or `nnx.LinearGeneral`, or of a subclass.
+    """
+    if type(layer) not in LAYERS or getattr(layer, "batch_axis", None):
+        raise ValueError(
+            f"targets finds {name!r} of a {type(layer).__name__}, which may do more than multiply "
+            "by a matrix: exclude it"
+        )
+    check_fields(name, layer, promote_dtype)

@@ -3,8 +3,12 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from optax_lowbit.qlora import peft_patterns
 
 # What changes what an adapter computes, and is not read.
 REFUSED = (
@@ -20,20 +24,24 @@ REFUSED = (
     "use_qalora",
     "velora_config",
 )
-# In a file they are matched with names in it: what could take a regular expression long is refused.
-_NAME = r"(?:[\w.-]|\\[.d-])*"
-_PATTERN = re.compile(rf"(?=.)\^?{_NAME}(?:(?:\.|\\d)[*+]{_NAME})?\$?")
+# Patterns that a config may have, each of which is matched with each module.
+_MOST_PATTERNS = 2**12
+_NAME = re.compile(r"[\w.-]+")
+# What PEFT leaves out under "all-linear": output layers, by their names in transformers.
+_OUTPUTS = ("lm_head", "embed_out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """What PEFT says of LoRA adapters, under its names.
+    r"""What PEFT says of LoRA adapters, under its names.
 
     The product of ``A`` and ``B`` is scaled by ``lora_alpha / r``, under ``use_rslora`` by
-    ``lora_alpha / sqrt(r)``.
+    ``lora_alpha / sqrt(r)``. Regular expressions may have characters, ``.``, ``\d``, groups of
+    alternatives, and ``*``, ``+`` and ``?`` after one character.
 
     Raises:
-      ValueError: At construction, if a field is impossible.
+      ValueError: At construction, if a field is impossible; of ``target_modules`` and
+        ``exclude_modules`` with other regular expressions, from :meth:`targets`.
 
     Examples:
       >>> from optax_lowbit import qlora
@@ -57,11 +65,10 @@ class AdapterConfig:
     layers_pattern: str | tuple[str, ...] | None = None
     use_rslora: bool = False
     use_dora: bool = False
-    # Ends of the names of modules -> r and lora_alpha in place of those above. A name may have one
-    # `.*`, `.+` or `\d+`; other regular expressions are refused.
+    # Patterns of the ends of the names of modules -> r and lora_alpha in place of those above.
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    bias: str = "none"
+    bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: tuple[str, ...] | None = None
     lora_dropout: float = 0.0
     fan_in_fan_out: bool = False
@@ -70,6 +77,8 @@ class AdapterConfig:
     others: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
+        for field in FIELDS - {"others"}:
+            object.__setattr__(self, field, _plain(getattr(self, field)))
         names = self.modules_to_save
         rules = {
             "r": is_rank(self.r),
@@ -77,8 +86,7 @@ class AdapterConfig:
             "target_modules": _are_modules(self.target_modules),
             "exclude_modules": _are_modules(self.exclude_modules),
             "layers_to_transform": _are_layers(self),
-            "layers_pattern": _are_modules(self.layers_pattern)
-            and (self.layers_to_transform is not None or not self.layers_pattern),
+            "layers_pattern": _are_patterns_of_layers(self),
             "use_rslora": isinstance(self.use_rslora, bool),
             "use_dora": isinstance(self.use_dora, bool),
             "rank_pattern": _is_pattern(self.rank_pattern, is_rank),
@@ -93,28 +101,36 @@ class AdapterConfig:
         for field, is_right in rules.items():
             if not is_right:
                 raise ValueError(f"impossible {field}: {getattr(self, field)!r:.200}")
+        for field in ("rank_pattern", "alpha_pattern"):
+            if (count := len(getattr(self, field))) > _MOST_PATTERNS:
+                raise ValueError(f"{field} must have at most {_MOST_PATTERNS} keys, has {count}")
+            for key in getattr(self, field):
+                _found(field, peft_patterns.matches_end, key, "")
         for field in REFUSED:
             if self.others.get(field):
                 raise ValueError(f"{field} must be unset, got {self.others[field]!r:.200}")
 
     def rank(self, module: str) -> int:
         """``r`` of a module."""
-        return _of_module(self.rank_pattern, module, self.r)
+        return _of_module(self, "rank_pattern", module, self.r)
 
     def scaling(self, module: str) -> float:
         """What the product of a module's ``A`` and ``B`` is scaled by."""
         rank = self.rank(module)
-        alpha = _of_module(self.alpha_pattern, module, self.lora_alpha)
+        alpha = _of_module(self, "alpha_pattern", module, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def targets(self, module: str) -> bool:
         """Whether PEFT has adapters on a linear module, as its ``check_target_module_exists``."""
         targets = self.target_modules
-        if _are_named(self.exclude_modules, module):
+        saved = any(f".{name}." in f".{module}." for name in self.modules_to_save or ())
+        if saved or self._are_named("exclude_modules", module):
             return False
-        if targets is None or targets == "all-linear" or module in _tuple(targets):
+        if targets == "all-linear":
+            return module.rpartition(".")[2] not in _OUTPUTS
+        if targets is None or module in _tuple(targets):
             return True
-        return _are_named(targets, module) and self._has_layer(module)
+        return self._are_named("target_modules", module) and self._has_layer(module)
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "AdapterConfig":
@@ -122,9 +138,6 @@ class AdapterConfig:
         if fields.get("peft_type") != "LORA":
             raise ValueError(f"peft_type must be 'LORA', got {fields.get('peft_type')!r:.100}")
         known = {field: fields[field] for field in FIELDS & fields.keys() if field != "others"}
-        for field, value in known.items():
-            if isinstance(value, list):
-                known[field] = tuple(value)
         for field in ("rank_pattern", "alpha_pattern"):
             known[field] = known.get(field) or {}
         rest = {field: value for field, value in fields.items() if field not in FIELDS}
@@ -139,13 +152,23 @@ class AdapterConfig:
                 fields[field] = list(value)
         return {"peft_type": "LORA", **self.others, **fields}
 
+    def _are_named(self, field: str, module: str) -> bool:
+        """Whether a field has a module, the end of its name, or a pattern for all of it."""
+        modules = getattr(self, field)
+        if isinstance(modules, str):
+            return _found(field, peft_patterns.matches, modules, module)
+        return any(module == each or module.endswith(f".{each}") for each in modules or ())
+
     def _has_layer(self, module: str) -> bool:
         """Whether the first number in the name is that of a layer that has adapters."""
         layers = _tuple(self.layers_to_transform)
         # Without a pattern PEFT wants a name before that of the layers.
-        starts = [rf"(?:^|.*?\.){each}" for each in _tuple(self.layers_pattern)]
-        found = (re.match(rf"{each}\.(\d+)\.", module) for each in starts or [r".*?\.[^.]*"])
-        number = next((int(match[1]) for match in found if match), None)
+        patterns = _tuple(self.layers_pattern)
+        number = None
+        for pattern in patterns or [""]:
+            number = _first_number(pattern, module)
+            if number is not None:
+                break
         return not layers or number in layers
 
 
@@ -177,11 +200,11 @@ def _are_layers(config: AdapterConfig) -> bool:
     return are_numbers and not (layers and isinstance(config.target_modules, str))
 
 
-def _are_named(modules: str | tuple[str, ...] | None, module: str) -> bool:
-    """Whether a module, or the end of its name, or a regular expression for all of it is there."""
-    if isinstance(modules, str):
-        return re.fullmatch(modules, module) is not None
-    return any(module == each or module.endswith(f".{each}") for each in modules or ())
+def _are_patterns_of_layers(config: AdapterConfig) -> bool:
+    """Whether they are names, and only where PEFT takes them."""
+    patterns = config.layers_pattern
+    are_used = config.layers_to_transform is not None or not patterns
+    return are_used and _are_modules(patterns) and all(map(_NAME.fullmatch, _tuple(patterns)))
 
 
 def _tuple(x: Any) -> tuple[Any, ...]:
@@ -190,14 +213,41 @@ def _tuple(x: Any) -> tuple[Any, ...]:
 
 def _is_pattern(pattern: Any, is_value: Any) -> bool:
     return isinstance(pattern, Mapping) and all(
-        isinstance(key, str) and _PATTERN.fullmatch(key) and is_value(value)
-        for key, value in pattern.items()
+        isinstance(key, str) and key and is_value(value) for key, value in pattern.items()
     )
 
 
-def _of_module(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+def _of_module(config: AdapterConfig, field: str, module: str, default: Any) -> Any:
     """The value of the first key that the name ends with, as PEFT's ``get_pattern_key``."""
-    for key, value in pattern.items():
-        if re.search(rf"(?:^|\.)(?:{key})$", module):
+    for key, value in getattr(config, field).items():
+        if _found(field, peft_patterns.matches_end, key, module):
             return value
     return default
+
+
+def _first_number(pattern: str, module: str) -> int | None:
+    """The first number of a layer in the name; with a pattern, the first after a match of it."""
+    parts = module.split(".")
+    for i in range(1 if pattern else 2, len(parts) - 1):
+        if parts[i].isdecimal():
+            before = ".".join(parts[:i])
+            if not pattern or peft_patterns.matches_end(pattern, before):
+                return int(parts[i])
+    return None
+
+
+def _found(field: str, matches: Callable[[str, str], bool], pattern: str, name: str) -> bool:
+    """Whether a pattern of a field matches; an error of the pattern names the field."""
+    try:
+        return matches(pattern, name)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}, got {pattern!r:.200}") from error
+
+
+def _plain(x: Any) -> Any:
+    """What JSON and :class:`AdapterConfig` have of it: no lists and no numbers of NumPy's."""
+    if isinstance(x, list | tuple):
+        return tuple(map(_plain, x))
+    if isinstance(x, Mapping):
+        return {key: _plain(value) for key, value in x.items()}
+    return x.item() if isinstance(x, np.generic) else x

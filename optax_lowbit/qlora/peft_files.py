@@ -10,14 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_lowbit.qlora.peft_config import AdapterConfig
-from optax_lowbit.qlora.safetensors_files import TensorFiles, read_json, write_file, write_json
+from optax_lowbit.qlora.safetensors_files import TensorFiles, json_text, read_json, write_file
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-# PEFT's name for a tensor of a module -> ours.
+# PEFT's name for a tensor of a module -> ours; of linear modules and of embeddings.
 _ROLES = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "magnitude"}
-# Names are matched with patterns of the config.
-_MAX_NAME = 512
+_TABLE_ROLES = {
+    "lora_embedding_A": "a",
+    "lora_embedding_B": "b",
+    "lora_magnitude_vector": "magnitude",
+}
+# Names are matched with patterns of the config. Letters of a name; and names times letters of
+# patterns.
+_MAX_NAME, _MAX_WORK = 512, 2**26
 
 # "a" `(r, n)`, "b" `(r, m)` and, of DoRA, "magnitude" `(m,)`; of a stack, with an axis in front.
 Matrices = Mapping[str, Mapping[str, Any]]
@@ -34,11 +40,13 @@ class Adapter:
       matrices: By module, ``"a"`` ``(r, n)``, ``"b"`` ``(r, m)`` and, under ``config.use_dora``,
         ``"magnitude"`` ``(m,)``, for ``x W`` with ``W`` ``(n, m)``.
       others: By PyTorch name, tensors that are trained whole: of ``modules_to_save``, and biases.
+      embeddings: The modules among them whose ``W`` is an embedding's, of ``n`` tokens.
     """
 
     config: AdapterConfig
     matrices: Matrices
     others: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    embeddings: frozenset[str] = frozenset()
 
 
 def read_adapter(folder: Any) -> Adapter:
@@ -53,7 +61,7 @@ def read_adapter(folder: Any) -> Adapter:
 
     Raises:
       ValueError: If a file is not what it has to be, or has what is not read, such as adapters of
-        embeddings; it, and the tensor or field, are named.
+        convolutions; it, and the tensor or field, are named.
       FileNotFoundError: If there is no such file.
       ImportError: Without safetensors.
 
@@ -81,15 +89,27 @@ def read_adapter(folder: Any) -> Adapter:
     files = TensorFiles(folder / TENSORS)
     matrices: dict[str, dict[str, np.ndarray]] = {}
     others: dict[str, np.ndarray] = {}
+    embeddings = set()
     for name in files:
-        module, role = _place(files.path, name)
-        if role is None:
+        module, suffix = _place(files.path, name)
+        if suffix is None:
             others[module] = files[name]
-        else:
-            matrices.setdefault(module, {})[role] = files[name].T if role == "b" else files[name]
+            continue
+        role = {**_ROLES, **_TABLE_ROLES}[suffix]
+        if role in matrices.setdefault(module, {}):
+            raise ValueError(f"{files.path}: {module!r} must be linear or an embedding, not both")
+        matrices[module][role] = files[name].T if role == "b" else files[name]
+        if suffix not in _ROLES:
+            embeddings.add(module)
+    if len(matrices) * sum(map(len, (*config.rank_pattern, *config.alpha_pattern))) > _MAX_WORK:
+        raise ValueError(
+            f"{path}: 'rank_pattern' and 'alpha_pattern' are too long for {len(matrices)} modules"
+        )
     for module, arrays in matrices.items():
         _check_module(module, arrays, config, str(files.path))
-    return Adapter(config=config, matrices=matrices, others=others)
+    return Adapter(
+        config=config, matrices=matrices, others=others, embeddings=frozenset(embeddings)
+    )
 
 
 def write_adapter(folder: Any, adapter: Adapter) -> None:
@@ -104,6 +124,7 @@ def write_adapter(folder: Any, adapter: Adapter) -> None:
 
     Raises:
       ValueError: If shapes or ``config`` do not fit the matrices, or adapters are there.
+      TypeError: If ``config`` has what can't be written as JSON.
       ImportError: Without safetensors.
 
     Examples:
@@ -121,8 +142,9 @@ def write_adapter(folder: Any, adapter: Adapter) -> None:
     tensors = {}
     for module, arrays in adapter.matrices.items():
         _check_module(module, arrays, config, "adapter.matrices")
-        _check_targeted(module, config)
-        for suffix, role in _ROLES.items():
+        is_table = module in adapter.embeddings
+        _check_targeted(module, config, is_table)
+        for suffix, role in (_TABLE_ROLES if is_table else _ROLES).items():
             if role in arrays:
                 array = np.asarray(arrays[role])
                 tensors[f"{_PREFIX}{module}.{suffix}"] = array.T if role == "b" else array
@@ -132,12 +154,13 @@ def write_adapter(folder: Any, adapter: Adapter) -> None:
         tensors[_PREFIX + name] = np.asarray(array)
     if config.target_modules is None:
         config = dataclasses.replace(config, target_modules=tuple(sorted(adapter.matrices)))
+    text = json_text(config.to_json(), "config")
     folder.mkdir(parents=True, exist_ok=True)
     for name in (CONFIG, TENSORS):
         if (folder / name).exists():
             raise ValueError(f"{folder}: must have no {name} yet")
     write_file(folder / TENSORS, tensors)
-    write_json(folder / CONFIG, config.to_json())
+    (folder / CONFIG).write_text(text)
 
 
 def adapter_leaves(matrices: Matrices, names: Names) -> dict[str, dict[str, jax.Array]]:
@@ -228,18 +251,25 @@ def adapter_matrices(leaves: Matrices, names: Names) -> dict[str, dict[str, jax.
     return matrices
 
 
+def modules_of(names: Names, leaf: str) -> list[str]:
+    """The modules of a leaf, one or those of a stack."""
+    modules = names.get(leaf, ())
+    return [modules] if isinstance(modules, str) else [*modules]
+
+
 def _place(path: pathlib.Path, name: str) -> tuple[str, str | None]:
-    """Module and role of an adapter's tensor; of others, the tensor's own name and None."""
+    """Module and suffix of an adapter's tensor; of others, the tensor's own name and None."""
     if not name.startswith(_PREFIX) or len(name) > _MAX_NAME:
         raise ValueError(
             f"{path}: names must begin with {_PREFIX!r} and have at most {_MAX_NAME} letters, "
             f"has {name[:_MAX_NAME]!r}"
         )
-    for suffix, role in _ROLES.items():
+    for suffix in (*_ROLES, *_TABLE_ROLES):
         if name.endswith(f".{suffix}"):
-            return name.removeprefix(_PREFIX).removesuffix(f".{suffix}"), role
+            return name.removeprefix(_PREFIX).removesuffix(f".{suffix}"), suffix
     if "lora_" in name:
-        raise ValueError(f"{path}: {name!r} is none of {[*_ROLES]}, which are read")
+        known = [*{**_ROLES, **_TABLE_ROLES}]
+        raise ValueError(f"{path}: {name!r} is none of {known}, which are read")
     return name.removeprefix(_PREFIX), None
 
 
@@ -265,9 +295,9 @@ def _check_module(
         )
 
 
-def _check_targeted(module: str, config: AdapterConfig) -> None:
+def _check_targeted(module: str, config: AdapterConfig, is_table: bool) -> None:
     """Raise unless PEFT will look for the module's adapters; so that none is lost silently."""
-    if not config.targets(module):
+    if not config.targets(module) or (is_table and config.target_modules == "all-linear"):
         fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
         given = {field: getattr(config, field) for field in fields if getattr(config, field)}
         raise ValueError(f"config.target_modules must name {module!r}, got {given}")

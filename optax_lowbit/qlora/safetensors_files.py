@@ -150,7 +150,7 @@ def write_tensors(
         _part(folder, i).rename(folder / name)
     weight_map = {tensor: names[i] for tensor, i in places.items()}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_json(folder / INDEX, index, "\n")
+    (folder / INDEX).write_text(json_text(index, INDEX) + "\n")
 
 
 def write_file(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -204,9 +204,12 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def write_json(path: pathlib.Path, value: Mapping[str, Any], end: str = "") -> None:
-    """Writes JSON as transformers and PEFT do."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + end)
+def json_text(value: Mapping[str, Any], where: str) -> str:
+    """JSON as transformers and PEFT write it; a TypeError says ``where`` something has none."""
+    try:
+        return json.dumps(value, indent=2, sort_keys=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(f"{where} can't be written as JSON: {error}") from error
 
 
 def _shards(

@@ -66,9 +66,9 @@ def quantize_checkpoint(
 
     Returns:
       A mapping from PyTorch names to NumPy arrays and :class:`QuantizedMatrix`; as of
-      :func:`read_bitsandbytes`, and equal to bitsandbytes bit for bit. **Memory:** a tensor is read
-      and quantized when it is asked for, and not kept: of floats, there are never more than those
-      of one tensor and a few MiB.
+      :func:`read_bitsandbytes`, and equal to :func:`quantize_matrix` bit for bit. **Memory:** a
+      tensor is read and quantized when it is asked for, and not kept: of floats, there are never
+      more than those of one tensor and a few MiB.
 
     Raises:
       TypeError: If ``spec`` is no :class:`QuantSpec`, or ``targets`` or ``exclude`` no string.

@@ -2,8 +2,9 @@
 
 References:
   Dettmers et al, `QLoRA <https://arxiv.org/abs/2305.14314>`_, 2023, Section 3, and bitsandbytes'
-  ``quantize_4bit(..., compress_statistics=True)``, to which codes, scales and mean are equal bit by
-  bit. For moments there is :mod:`optax_lowbit.quant.double_quant`.
+  ``quantize_4bit(..., compress_statistics=True)``, to whose reference in PyTorch, on an x86 CPU,
+  codes, scales and mean are equal bit by bit. For moments there is
+  :mod:`optax_lowbit.quant.double_quant`.
 """
 
 import dataclasses

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from optax_lowbit import adapters
+from optax_lowbit import adapters, qlora
+from optax_lowbit.adapters.arrays import is_quantized_matrix
 from optax_lowbit.kernels.quantized_matrix import quantize_matrix
 
 TOKENS = jnp.asarray([[1, 4, 0], [2, 2, 10]])
@@ -140,3 +141,59 @@ def test_batched_kernels_are_refused():
     assert adapters.linen_kernel_axes(model, {"params": params}, x) == {}
     with adapters.intercept_linen(), pytest.raises(ValueError, match="has batch_dims"):
         model.apply({"params": tree}, x)
+
+
+class Convolutions(nn.Module):
+    """A convolution with a bias, one without, and a linear layer."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(64, (3,), name="stem")(x)
+        return nn.Dense(4)(nn.Conv(64, (3,), use_bias=False)(x))
+
+
+def test_convolutions_are_no_stacks(rng):
+    x = jnp.asarray(rng.normal(size=(2, 10, 64)), jnp.float32)
+    params = jax.jit(Convolutions().init)(jax.random.key(0), x)["params"]
+    lora = adapters.LoRA(rank=2, targets="all-linear")
+    trained = lora.init(params, 0)
+    assert trained.keys() == {"Dense_0/kernel"}
+    base = qlora.quantize_params(params)
+    assert [name for name in base if is_quantized_matrix(base[name]["kernel"])] == ["Dense_0"]
+    with adapters.intercept_linen():
+        y = Convolutions().apply({"params": lora.attach(base, moved(trained))}, x)
+    merged = Convolutions().apply({"params": lora.merge(base, moved(trained))}, x)
+    np.testing.assert_allclose(y, merged, rtol=1e-4, atol=1e-4)
+    # Of leaves with other names it is said nowhere.
+    stack = qlora.quantize_params({"w": jnp.ones((2, 4, 4)), "bias": jnp.ones(4)}, targets="w")
+    assert is_quantized_matrix(stack["w"])
+    chosen = adapters.LoRA(rank=2, targets="stem/kernel")
+    with adapters.intercept_linen(), pytest.raises(ValueError, match="'stem/kernel' is of a Conv,"):
+        Convolutions().apply({"params": chosen.attach(params, chosen.init(params, 0))}, x)
+
+
+@pytest.mark.parametrize("box", [nn.with_partitioning, nn.with_logical_partitioning])
+def test_parameters_in_boxes(box, rng):
+    model = nn.Dense(4, kernel_init=box(nn.initializers.lecun_normal(), (None, "model")))
+    x = jnp.asarray(rng.normal(size=(2, 64)), jnp.float32)
+    params = model.init(jax.random.key(0), x)["params"]
+    lora = adapters.LoRA(rank=2, targets="all-linear")
+    for base in (params, qlora.quantize_params(params)):
+        trained = moved(lora.init(base, 0))
+        with adapters.intercept_linen():
+            y = model.apply({"params": lora.attach(base, trained)}, x)
+        merged = lora.merge(base, trained)
+        assert merged["kernel"].names == (None, "model")
+        np.testing.assert_allclose(y, model.apply({"params": merged}, x), rtol=1e-4, atol=1e-4)
+
+
+def test_products_of_linen_layers_with_matrices_in_few_bits(rng):
+    x = jnp.asarray(rng.normal(size=(2, 64)), jnp.float32)
+    own = nn.Dense(4, dot_general=lambda *args, **kwargs: jax.lax.dot_general(*args, **kwargs))
+    base = qlora.quantize_params(own.init(jax.random.key(0), x)["params"])
+    with adapters.intercept_linen(), pytest.raises(ValueError, match="'kernel' is of a layer with"):
+        own.apply({"params": base}, x)
+    with adapters.intercept_linen():
+        exact = nn.Dense(4, precision="highest")
+        program = jax.make_jaxpr(jax.grad(lambda x: exact.apply({"params": base}, x).sum()))(x)
+    assert str(program).count("HIGHEST") == 4

@@ -234,6 +234,11 @@ def test_adapters_of_other_tasks_and_mixtures_go_into_a_model(model, before):
     for weights, expected in (({"a": 1.0}, outputs["a"]), ({"b": 1.0}, outputs["b"]), ({}, before)):
         lora.update(wrapped, adapters.mix(tasks, weights))
         np.testing.assert_allclose(wrapped(TOKENS), expected, atol=1e-6)
+    lora.update(wrapped, adapters.mix(tasks, {"a": 1.0}))
+    lora.update(wrapped, lora.extract(wrapped))
+    np.testing.assert_allclose(wrapped(TOKENS), outputs["a"], atol=1e-6)
+    lora.update(wrapped, tasks["b"])
+    np.testing.assert_allclose(wrapped(TOKENS), outputs["b"], atol=1e-6)
 
 
 def test_impossible_adapters_of_a_model_are_refused(model):

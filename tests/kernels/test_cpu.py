@@ -14,7 +14,7 @@ import optax
 import pytest
 
 import optax_lowbit
-from optax_lowbit import FactoredMoment, Policy, QuantSpec, is_quantized, quantize
+from optax_lowbit import FactoredMoment, Policy, QuantSpec, dequantize, is_quantized, quantize
 from optax_lowbit.kernels.cpu import library, ops
 from optax_lowbit.kernels.means import ManualAxes, square_means
 from optax_lowbit.moments.presets import (
@@ -268,6 +268,15 @@ def test_values_next_to_boundaries(scale):
     spec = dataclasses.replace(FIRST_MOMENT_4BIT, scaling="block", block_size=128)
     ours = jax.jit(ops.quantize, static_argnums=1)(jnp.asarray(x), spec)
     np.testing.assert_array_equal(ours.codes, quantize(jnp.asarray(x), spec).codes)
+
+
+def test_values_of_a_table_that_is_not_sorted(rng):
+    spec = QuantSpec(codebook="fp4", bits=4, signed=True, scaling="block", block_size=64)
+    q = quantize(jnp.asarray(rng.normal(size=(256, 128)), jnp.float32), spec)
+    assert ops.why_not("dequantize", q.shape, q.dtype, spec) is None
+    assert ops.why_not("quantized_dot", (4096, 4096), q.dtype, spec) is None
+    assert "not sorted" in ops.why_not("quantize", q.shape, q.dtype, spec)
+    np.testing.assert_array_equal(ops.dequantize(q), dequantize(q))
 
 
 def test_fused_apply_refuses_what_it_cannot_see_into():

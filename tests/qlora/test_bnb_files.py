@@ -209,6 +209,33 @@ def test_what_bitsandbytes_has_not_is_not_written(tmp_path, tensors, config, com
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("floats", "matrices", "skipped"),
+    [
+        ([], ["lm_head"], []),
+        (["lm_head"], ["x.q"], ["lm_head"]),
+        (["proj", "x.embed"], ["x.q_proj"], ["^proj$", "lm_head", "x.embed"]),
+        (["h.1"], ["h.11.q", "h.1.q"], ["^h\\.1$", "lm_head"]),
+        (["h.1"], ["h.11.q"], ["h.1", "lm_head"]),
+    ],
+)
+def test_modules_that_are_skipped_have_no_matrix(tmp_path, floats, matrices, skipped):
+    tensors = {f"{name}.weight": jnp.ones((2, 2)) for name in floats}
+    tensors |= {f"{name}.weight": W for name in matrices}
+    qlora.write_bitsandbytes(tmp_path, tensors)
+    model = qlora.read_bitsandbytes(tmp_path)
+    assert model.config["quantization_config"]["llm_int8_skip_modules"] == skipped
+    assert {name for name in model if isinstance(model[name], qlora.QuantizedMatrix)} == {
+        f"{name}.weight" for name in matrices
+    }
+
+
+def test_a_config_without_json_leaves_nothing_behind(tmp_path):
+    with pytest.raises(TypeError, match=r"config can't be written as JSON: .*int64"):
+        qlora.write_bitsandbytes(tmp_path, {"w": W}, config={"n": np.int64(3)})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_model_that_is_there_stays(tmp_path):
     qlora.write_bitsandbytes(tmp_path, {"w": W})
     with pytest.raises(ValueError, match="must have no safetensors files yet, has"):

@@ -1,5 +1,7 @@
 """Flax models whose linear layers are in few bits."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,6 @@ import pytest
 from flax import nnx
 
 from optax_lowbit import adapters, qlora
-from optax_lowbit.qlora.layers import QLinear
 
 
 class Model(nnx.Module):
@@ -35,7 +36,10 @@ TOKENS = jnp.arange(16)
 
 def test_all_linear_layers_but_the_head(model):
     quantized = qlora.quantize_model(model)
-    assert [type(layer) for layer in (quantized.up, quantized.down)] == [QLinear, QLinear]
+    assert [type(layer) for layer in (quantized.up, quantized.down)] == [
+        qlora.QLinear,
+        qlora.QLinear,
+    ]
     assert type(quantized.head) is nnx.Linear and type(model.up) is nnx.Linear
     assert quantized.embedding.embedding is model.embedding.embedding
     left = nnx.to_flat_state(nnx.state(quantized, nnx.Param))
@@ -44,9 +48,9 @@ def test_all_linear_layers_but_the_head(model):
     ]  # fmt: skip
     some = qlora.quantize_model(model, targets="up|head", exclude="^$")
     assert [type(getattr(some, name)) for name in ("up", "down", "head")] == [
-        QLinear, nnx.Linear, QLinear,
+        qlora.QLinear, nnx.Linear, qlora.QLinear,
     ]  # fmt: skip
-    assert type(qlora.quantize_model(quantized, targets="head", exclude="^$").up) is QLinear
+    assert type(qlora.quantize_model(quantized, targets="head", exclude="^$").up) is qlora.QLinear
 
 
 def test_a_layer_is_that_of_its_dequantized_kernel(model):
@@ -70,6 +74,71 @@ def test_layers_that_may_do_more_are_named(model):
     assert type(qlora.quantize_model(model, exclude="up|head").up) is Doubled
 
 
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"dot_general": lambda *args, **kwargs: jax.lax.dot_general(*args, **kwargs)},
+        {"preferred_element_type": jnp.float32},
+        {"promote_dtype": lambda args, dtype: args},
+    ],
+)
+def test_products_of_their_own_are_not_dropped(field):
+    model = nnx.Sequential(nnx.Linear(64, 8, **field, rngs=nnx.Rngs(0)))
+    (name,) = field
+    with pytest.raises(ValueError, match=f"'layers/0/kernel' is of a layer with {name}="):
+        qlora.quantize_model(model)
+    with pytest.raises(ValueError, match="must be found in the path of a layer"):
+        qlora.quantize_model(model, exclude="layers")
+
+
+@pytest.mark.parametrize("dtypes", ["bfloat16 float32", "float32 bfloat16", "bfloat16 bfloat16"])
+def test_the_dtype_is_that_of_inputs_kernel_and_bias(dtypes):
+    plain = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+    for variable, dtype in zip((plain.kernel, plain.bias), dtypes.split()):
+        variable.set_value(variable.get_value().astype(dtype))
+    x = jnp.ones((2, 64), jnp.bfloat16)
+    with jax.numpy_dtype_promotion("standard"):
+        layer = qlora.quantize_model(nnx.Sequential(plain)).layers[0]
+        assert layer(x).dtype == plain(x).dtype
+
+
+@pytest.mark.parametrize(
+    "precision", [jax.lax.Precision.HIGHEST, "highest", (jax.lax.Precision.HIGHEST,) * 2, None]
+)
+def test_precision_is_that_of_forward_and_backward_pass(precision):
+    def precisions(layer):
+        gradient = jax.make_jaxpr(jax.grad(lambda x: layer(x).sum()))
+        found = re.findall(r"precision=(\w+|\([\w., ]+\))", str(gradient(jnp.ones((2, 64)))))
+        return set(found) - {"None"}
+
+    plain = nnx.Linear(64, 8, use_bias=False, precision=precision, rngs=nnx.Rngs(0))
+    layer = qlora.quantize_model(nnx.Sequential(plain)).layers[0]
+    assert precisions(layer) == precisions(plain)
+    # A context counts where the product is, and not where its derivative is taken.
+    y, pullback = jax.vjp(layer, jnp.ones((2, 64)))
+    with jax.default_matmul_precision("bfloat16"):
+        program = str(jax.make_jaxpr(pullback)(y))
+    assert "DEFAULT" not in program
+
+
+def test_a_precision_of_each_factor_is_refused():
+    pair = (jax.lax.Precision.HIGHEST, jax.lax.Precision.DEFAULT)
+    plain = nnx.Linear(64, 8, precision=pair, rngs=nnx.Rngs(0))
+    layer = qlora.quantize_model(nnx.Sequential(plain)).layers[0]
+    with pytest.raises(ValueError, match=r"precision must be .* the same for both factors, got"):
+        layer(jnp.ones((2, 64)))
+
+
+def test_backends_are_told_to_matrices(model):
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    base = jax.eval_shape(lambda x: qlora.quantize_params(x, backend="pallas_tpu"), params)
+    assert base["up"]["kernel"].backend == "pallas_tpu"
+    quantized = qlora.quantize_model(model, backend="reference")
+    assert quantized.up.kernel.get_value().backend == "reference"
+    with pytest.raises(ValueError, match="backend"):
+        qlora.quantize_model(model, backend="abacus")
+
+
 def test_kernels_from_files_stay_as_they_are(model):
     kernel = qlora.quantize_matrix(model.up.kernel.get_value())
     model.up.kernel.set_value(kernel)
@@ -82,8 +151,8 @@ def test_trees_in_part_in_few_bits_become_models(model):
     graph, state = nnx.split(model)
     tree = qlora.quantize_params(nnx.to_pure_dict(state), targets="down/kernel")
     mixed = qlora.quantize_model(nnx.merge(graph, nnx.State(tree)), targets="^$")
-    assert [type(layer) for layer in (mixed.up, mixed.down)] == [nnx.Linear, QLinear]
-    assert type(qlora.quantize_model(nnx.merge(graph, nnx.State(tree))).up) is QLinear
+    assert [type(layer) for layer in (mixed.up, mixed.down)] == [nnx.Linear, qlora.QLinear]
+    assert type(qlora.quantize_model(nnx.merge(graph, nnx.State(tree))).up) is qlora.QLinear
     expected = qlora.quantize_model(model, targets="down")
     np.testing.assert_array_equal(mixed(TOKENS), expected(TOKENS))
     graph, state = nnx.split(mixed)
@@ -145,7 +214,7 @@ def test_merged_models_are_floats_or_in_few_bits_again(model):
     assert type(merged.up) is nnx.Linear
     np.testing.assert_allclose(merged(TOKENS), wrapped(TOKENS), rtol=1e-4, atol=1e-4)
     again, errors = lora.requantized(wrapped)
-    assert type(again.up) is QLinear and errors.keys() == trained.keys()
+    assert type(again.up) is qlora.QLinear and errors.keys() == trained.keys()
     assert all(0.02 < float(error) < 0.15 for error in errors.values())
 
 

@@ -17,6 +17,41 @@ def normal(rng, *shape, dtype=jnp.float32):
     return jnp.asarray(rng.normal(size=shape), dtype)
 
 
+# Positive values of E2M1 over their largest; the other halves of these tables are their negatives.
+E2M1 = (0.0, 0.5 / 6, 1 / 6, 1.5 / 6, 2 / 6, 3 / 6, 4 / 6, 1.0)
+# The table of the paper's appendix E.
+NF4_TABLE = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+def test_errors_of_normal_weights_are_in_the_order_of_the_paper(rng):
+    x = rng.normal(size=(256, 1024)).astype(np.float32)
+    both = tuple(sorted({*E2M1, *(-value for value in E2M1)}))
+    specs = {
+        "nf4": (PLAIN, NF4_TABLE, 0.0920),
+        "e2m1": (dataclasses.replace(PLAIN, codebook=both), both, 0.1057),
+        "int4": (dataclasses.replace(INT4, block_size=64), np.arange(-7, 8) / 7, 0.1077),
+    }
+    errors = {}
+    for name, (spec, table, published) in specs.items():
+        values = np.asarray(qlora.quantize_matrix(jnp.asarray(x.T), spec).dequantize()).T
+        errors[name] = np.linalg.norm(values - x) / np.linalg.norm(x)
+        blocks = x.reshape(-1, 64, 1)
+        absmax = np.abs(blocks).max(1, keepdims=True)
+        nearest = np.abs(blocks / absmax - np.asarray(table)).min(-1, keepdims=True) * absmax
+        assert errors[name] == pytest.approx(np.linalg.norm(nearest) / np.linalg.norm(x), rel=1e-5)
+        assert errors[name] == pytest.approx(published, rel=0.005)
+    assert errors["nf4"] < errors["e2m1"] < errors["int4"]
+    coded = np.asarray(qlora.quantize_matrix(jnp.asarray(x.T)).dequantize()).T
+    # What double quantization adds: 2.6e-4 of it.
+    more = np.linalg.norm(coded - x) / np.linalg.norm(x) / errors["nf4"] - 1
+    assert 1e-4 < more < 5e-4
+
+
 def test_values_are_those_of_bitsandbytes(golden):
     vectors = golden("bnb_quant") | golden("bnb_nested")
     dtypes = {"fp16_in": jnp.float16}

@@ -1,5 +1,8 @@
 import json
 import pathlib
+import random
+import re
+import time
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +10,7 @@ import numpy as np
 import pytest
 
 from optax_lowbit import adapters, qlora
+from optax_lowbit.qlora import peft_patterns
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy", reason="safetensors is missing")
 
@@ -114,8 +118,9 @@ def test_ranks_and_scalings_follow_patterns_as_in_peft():
         ({"layers_pattern": "h"}, "impossible layers_pattern: .h."),
         ({"layers_pattern": (1,), "layers_to_transform": 0}, "impossible layers_pattern"),
         ({"modules_to_save": "head"}, "impossible modules_to_save"),
-        ({"rank_pattern": {"(a+)+": 2}}, "impossible rank_pattern"),
-        ({"rank_pattern": {"a.*b.*c": 2}}, "impossible rank_pattern"),
+        ({"rank_pattern": {"(a+)+": 2}}, "rank_pattern: a regular expression here may .*, got .*a"),
+        ({"rank_pattern": {str(i): 2 for i in range(4097)}}, "at most 4096 keys, has 4097"),
+        ({"layers_pattern": "h+", "layers_to_transform": 0}, "impossible layers_pattern: 'h.'"),
         ({"rank_pattern": {"a": 0}}, "impossible rank_pattern"),
         ({"alpha_pattern": {"": 2}}, "impossible alpha_pattern"),
         ({"alpha_pattern": ["a"]}, "impossible alpha_pattern"),
@@ -160,8 +165,12 @@ def test_a_config_that_does_not_fit(tmp_path, fields, complaint):
             "names must begin with",
         ),
         (
-            lambda t: t.update({"base_model.model.e.lora_embedding_A": np.ones((2, 9))}),
-            "'base_model.model.e.lora_embedding_A' is none of",
+            lambda t: t.update({"base_model.model.e.lora_E": np.ones((2, 9))}),
+            "'base_model.model.e.lora_E' is none of",
+        ),
+        (
+            lambda t: t.update({"base_model.model.x.q.lora_embedding_A": np.ones((2, 9))}),
+            "'x.q' must be linear or an embedding, not both",
         ),
         (
             lambda t: t.update({"base_model.model.x.q.lora_B.weight": np.ones((2, 4, 1, 1))}),
@@ -276,6 +285,80 @@ def test_what_says_which_modules_have_adapters_comes_back(tmp_path):
 def test_targets_that_peft_finds(tmp_path, targets):
     write(tmp_path, {"x.q": pair()}, target_modules=targets)
     assert qlora.read_adapter(tmp_path).config.target_modules == targets
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+@pytest.mark.parametrize(
+    "pattern", ["(", r"x\.(a+)+b", "[", "a{2}", "(" * 99 + ")" * 99, "a" * 9999]
+)
+def test_patterns_that_may_take_long_are_read_but_not_matched(tmp_path, field, pattern):
+    write(tmp_path, {"x." + "a" * 30: pair()})
+    edit(tmp_path, **{field: pattern})
+    adapter = qlora.read_adapter(tmp_path)
+    with pytest.raises(ValueError, match=f"{field}: a regular expression here may have names"):
+        qlora.write_adapter(tmp_path / "again", adapter)
+
+
+def test_patterns_are_those_of_python():
+    rng = random.Random(0)
+    atoms = ["a", "b", "1", "-", "_", ".", r"\.", r"\d", r"\-"]
+    signs = ["", "", "", "*", "+", "?", "*?", "+?"]
+
+    def pattern(depth=0):
+        parts = []
+        for _ in range(rng.randrange(5)):
+            kind = rng.random()
+            if kind < 0.2 and depth < 2:
+                choices = "|".join(pattern(depth + 1) for _ in range(rng.randrange(1, 4)))
+                parts.append(rng.choice(["(", "(?:"]) + choices + ")")
+            elif kind < 0.25:
+                parts.append(rng.choice("^$"))
+            else:
+                parts.append(rng.choice(atoms) + rng.choice(signs))
+        return "".join(parts)
+
+    found = 0
+    for _ in range(2000):
+        text, name = pattern(), "".join(rng.choice("ab.1-_") for _ in range(rng.randrange(7)))
+        expected = re.fullmatch(text, name), re.match(rf"(.*\.)?({text})$", name)
+        assert peft_patterns.matches(text, name) == (expected[0] is not None), (text, name)
+        assert peft_patterns.matches_end(text, name) == (expected[1] is not None), (text, name)
+        found += expected[1] is not None
+    assert found > 200
+
+
+def test_hostile_patterns_take_no_time(tmp_path):
+    write(tmp_path, {f"x.{'a' * 400}{i}": pair() for i in range(5)})
+    edit(
+        tmp_path,
+        target_modules=r"x\..*a*a*a*a*a*a*.*b",
+        rank_pattern={f".*k{i}": 2 for i in range(4096)},
+    )
+    start = time.process_time()
+    adapter = qlora.read_adapter(tmp_path)
+    with pytest.raises(ValueError, match="target_modules must name"):
+        qlora.write_adapter(tmp_path / "again", adapter)
+    assert time.process_time() - start < 2
+
+
+def test_a_config_without_json_leaves_nothing_behind(tmp_path):
+    config = qlora.AdapterConfig(r=2, others={"n": np.int64(3)})
+    with pytest.raises(TypeError, match=r"config can't be written as JSON: .*int64"):
+        qlora.write_adapter(tmp_path, qlora.Adapter(config=config, matrices={"x.q": pair()}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lists_and_numbers_of_numpy(tmp_path):
+    fields = {"r": np.int64(2), "lora_alpha": np.float32(3), "rank_pattern": {"v": np.int32(2)}}
+    write(tmp_path, {"x.q": pair()}, target_modules=["q", "v"], **fields)
+    config = qlora.read_adapter(tmp_path).config
+    assert (config.r, config.lora_alpha, config.target_modules) == (2, 3, ("q", "v"))
+
+
+def test_what_peft_leaves_out_is_no_target():
+    config = qlora.AdapterConfig(target_modules="all-linear", modules_to_save=("score",))
+    assert config.targets("model.q_proj")
+    assert not any(map(config.targets, ["lm_head", "gpt.embed_out", "score", "score.dense"]))
 
 
 def test_an_adapter_that_is_there_stays(tmp_path):

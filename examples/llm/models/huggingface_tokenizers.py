@@ -1,6 +1,5 @@
 """The tokenizers in Hugging Face's folders."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer, ByteLevelBPETokenizer
 
 from examples.llm.errors import UsageError
+from examples.llm.models.json_files import read_object
 
 # What files call special tokens, in those of RoBERTa, OPT and LLaMA, and in those of BERT.
 _NAMES = {
@@ -82,10 +82,4 @@ def _byte_pairs(vocabulary: Path, merges: Path) -> Tokenizer:
 def _settings(folder: Path) -> dict[str, Any]:
     """What is in `tokenizer_config.json`; empty if there is none."""
     path = folder / "tokenizer_config.json"
-    try:
-        settings = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise UsageError(f"--model: cannot read {path}: {error}") from error
-    if not isinstance(settings, dict):
-        raise UsageError(f"--model: {path} must be a JSON object")
-    return settings
+    return read_object(path) if path.is_file() else {}

@@ -20,6 +20,7 @@ from examples.llm.models.building import abstract_model
 from examples.llm.models.config import DecoderConfig, ModelConfig
 from examples.llm.models.config_fields import ConfigFields
 from examples.llm.models.huggingface_config import read_config
+from examples.llm.models.json_files import read_object
 from examples.llm.models.opening import NAMED_MODELS, named_model, open_model
 from examples.llm.program.configuration import settings_as_json
 from examples.llm.program.settings import Settings, target_of
@@ -131,15 +132,7 @@ def read_shape(model: str, data: Path) -> DecoderConfig:
 
 
 def _config_of_file(path: Path) -> ModelConfig:
-    try:
-        fields = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise UsageError(f"--model: cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UsageError(f"--model: cannot read {path}: {error}") from error
-    if not isinstance(fields, dict):
-        raise UsageError(f"--model: {path} must hold an object, is {type(fields).__name__}")
-    return read_config(ConfigFields(path, fields))
+    return read_config(ConfigFields(path, read_object(path)))
 
 
 def plan_run(settings: Settings, config: DecoderConfig, method: str) -> RunPlan:

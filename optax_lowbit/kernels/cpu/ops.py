@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_lowbit.kernels.adam import Coefficients
-from optax_lowbit.kernels.codable import why_not_codes, why_not_dtype
+from optax_lowbit.kernels.codable import why_not_codes, why_not_dtype, why_not_read
 from optax_lowbit.kernels.cpu.library import library
 from optax_lowbit.kernels.cpu.quantized_dot import why_not_matrix
 from optax_lowbit.kernels.parameters import Descent
@@ -50,7 +50,7 @@ def why_not(op: str, shape: tuple[int, ...], dtype: Any, *specs: QuantSpec | Non
         return None if len(shape) > 1 else "no matrix"
     first, *rest = specs
     for spec in specs:
-        if spec is not None and (reason := _why_not_spec(spec)):
+        if spec is not None and (reason := _why_not_spec(spec, op)):
             return reason
     if first is None or effective_scaling(first.scaling, len(shape)) != "block":
         return "scaling of the first moment"
@@ -64,8 +64,10 @@ def why_not(op: str, shape: tuple[int, ...], dtype: Any, *specs: QuantSpec | Non
     return None
 
 
-def _why_not_spec(spec: QuantSpec) -> str | None:
-    if reason := why_not_codes(spec):
+def _why_not_spec(spec: QuantSpec, op: str) -> str | None:
+    # Values are looked up in any table; codes of 8 bits in one of boundaries, which ascend.
+    is_read = op in ("dequantize", "quantized_dot") and spec.bits == 4
+    if reason := (why_not_read if is_read else why_not_codes)(spec):
         return reason
     if spec.scaling not in ("block", "rank1"):
         return f"{spec.scaling} scaling"
@@ -230,8 +232,7 @@ def _codes(name: str, spec: QuantSpec | None) -> dict[str, Any]:
     """Attributes that tell a kernel how codes are stored."""
     values = boundaries = np.zeros(0, np.float32)
     if spec is not None:
-        table = codebooks.decision_table(spec.values)
-        values, boundaries = table.sorted_values, table.boundaries
+        values, boundaries = spec.values, codebooks.decision_table(spec.values).boundaries
     return {
         f"{name}_bits": np.int64(spec.bits if spec else 0),
         f"{name}_block": np.int64(spec.block_size if spec else 0),

@@ -291,7 +291,15 @@ def test_the_tokenizer_of_an_opt_of_two_files(tmp_path):
             {"vocab.json": "{}", "merges.txt": "a b"},
             "cannot read .*vocab.json: .*out of vocabulary",
         ),
-        ({"vocab.txt": "a", "tokenizer_config.json": "[1]"}, r"g\.json must be a JSON object"),
+        ({"vocab.txt": "a", "tokenizer_config.json": "[1]"}, r"g\.json must hold an object"),
+        (
+            {"vocab.txt": "a", "tokenizer_config.json": "[" * 100_000},
+            r"cannot read .*tokenizer_config\.json: maximum recursion",
+        ),
+        (
+            {"vocab.txt": "a", "tokenizer_config.json": " " * (2**24 + 1)},
+            r"tokenizer_config\.json must have at most 16777216 bytes",
+        ),
         ({"vocab.txt": "a", "tokenizer_config.json": "{"}, r"cannot read .*tokenizer_config\.json"),
     ],
 )
