@@ -235,7 +235,7 @@ def check_spec(spec: QuantSpec) -> None:
 @functools.partial(jax.jit, static_argnames="spec")
 def _quantized_rows(w: jax.Array, spec: QuantSpec) -> QuantizedArray:
     if w.ndim > 2:
-        return jax.lax.map(functools.partial(_quantized_rows, spec=spec), w)
+        return jax.vmap(functools.partial(_quantized_rows, spec=spec))(w)
     is_whole = w.shape[0] % spec.block_size == 0
     codes, absmax = (_code_columns if is_whole else _code_flat)(to_float32(w), spec)
     scales: Any = offset_scales(absmax) if spec.double_quant else absmax
