@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from optax_lowbit.kernels import backends, quantization
 from optax_lowbit.kernels.backends import Backend
 from optax_lowbit.kernels.cpu.quantized_dot import MOST_ROWS
-from optax_lowbit.kernels.meshes import as_varying, is_explicit, varying_axes
+from optax_lowbit.kernels.meshes import are_on_one_device, as_varying, is_explicit, varying_axes
 from optax_lowbit.kernels.ordering import data_zero, first_element
 from optax_lowbit.kernels.reference import float_dtype
 from optax_lowbit.quant import QuantizedArray
@@ -46,9 +46,11 @@ def quantized_dot(
       out_sharding: Of the product, on an Explicit mesh that leaves a choice.
       backend: A :data:`~optax_lowbit.kernels.backends.Backend`. Where a kernel takes the product,
         ``W`` is never dequantized but for a tile at a time: on TPUs and GPUs, and on CPUs where
-        that is faster, with a ``W`` of 32 MiB in the dtype of ``x`` and 512 rows of ``x`` at most;
-        on several devices only inside `jax.shard_map`. Else, and as ``"reference"``, the product is
-        XLA's, of what that backend dequantizes.
+        that is faster, with a ``W`` of 32 MiB in the dtype of ``x`` and 512 rows of ``x`` at most.
+        In a process with several devices that is known to be possible inside `jax.shard_map`, and
+        of concrete arrays of one device; traced ones may be spread, and are left to XLA unless a
+        kernel is named. Else, and as ``"reference"``, the product is XLA's, of what that backend
+        dequantizes.
 
     Returns:
       ``(..., m)`` in the dtype of ``x``; summed up in float32.
@@ -82,6 +84,7 @@ class _Product(NamedTuple):
       is_transposed: Whether it is the product with ``W`` transposed, of a cotangent.
       out_sharding: Of the product, on an Explicit mesh.
       backend: What multiplies, or dequantizes.
+      is_alone: Whether all operands are known to be on one device.
     """
 
     structure: Any
@@ -89,6 +92,7 @@ class _Product(NamedTuple):
     is_transposed: bool
     out_sharding: NamedSharding | None
     backend: Backend
+    is_alone: bool = False
 
 
 _dot = Primitive("quantized_dot")
@@ -97,6 +101,7 @@ _dot.multiple_results = True
 
 def _bind(product: _Product, x: jax.Array, leaves: Sequence[jax.Array]) -> jax.Array:
     types = tuple(jax.typeof(operand) for operand in (x, *leaves))
+    product = product._replace(is_alone=are_on_one_device((x, *leaves)))
     config: Any = jax.config
     precision = config.jax_default_matmul_precision
     program = _program(product, types, jax.sharding.get_abstract_mesh(), precision)
@@ -117,24 +122,24 @@ def _compute(product: _Product, x: jax.Array, *leaves: jax.Array) -> jax.Array:
         rows = _after(rows, x)
 
     def run(name):
-        if name == "reference" or (name == "cpu" and not _has_tiles_on_cpus(x, rows)):
+        if name == "reference" or (name == "cpu" and not _has_tiles_on_cpus(product, x, rows)):
             dequantizer = "auto" if product.backend == "auto" else name
             return functools.partial(_by_xla, product, dequantizer)
         return functools.partial(_by_kernel, product, name)
 
-    return backends.by_platform(_chosen(product.backend, x, rows), run, x, rows)
+    return backends.by_platform(_chosen(product, x, rows), run, x, rows)
 
 
-def _chosen(backend: str, x: jax.Array, rows: QuantizedArray) -> dict[str, str]:
+def _chosen(product: _Product, x: jax.Array, rows: QuantizedArray) -> dict[str, str]:
     """The backend of each platform."""
-    if not x.size:
-        backend = "reference"
+    backend = product.backend if x.size else "reference"
     if backend in ("reference", "cpu"):
         return backends.everywhere(backend)
     task = "multiply by this matrix"
     chosen = backends.platforms(
-        backend, "quantized_dot", x, rows.shape, _stored_dtype(x, rows), rows.spec, task=task
-    )
+        backend, "quantized_dot", None if product.is_alone else x,
+        rows.shape, _stored_dtype(x, rows), rows.spec, task=task,
+    )  # fmt: skip
     if backend != "auto" and is_explicit(x):
         if reason := backends.why_not_spread(backend, "quantized_dot", x):
             raise ValueError(f"backend={backend!r} cannot {task}: {reason}")
@@ -146,13 +151,13 @@ def _stored_dtype(x: jax.Array, rows: QuantizedArray) -> Any:
     return x.dtype if rows.dtype in (jnp.float32, jnp.bfloat16) else rows.dtype
 
 
-def _has_tiles_on_cpus(x: jax.Array, rows: QuantizedArray) -> bool:
+def _has_tiles_on_cpus(product: _Product, x: jax.Array, rows: QuantizedArray) -> bool:
     """Whether a product on CPUs is a kernel's; else it is XLA's, of the matrix dequantized."""
     is_few = x.size <= MOST_ROWS * x.shape[-1]
     dtype = _stored_dtype(x, rows)
     return is_few and not (
         backends.why_not("cpu", "quantized_dot", rows.shape, dtype, rows.spec)
-        or backends.why_not_spread("cpu", "quantized_dot", x)
+        or backends.why_not_spread("cpu", "quantized_dot", None if product.is_alone else x)
     )
 
 
