@@ -8,6 +8,7 @@ References:
   Dettmers et al, `QLoRA <https://arxiv.org/abs/2305.14314>`_, 2023, Section 3, equation 5.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -176,6 +177,8 @@ def _by_kernel(product: _Product, backend: str, x: jax.Array, rows: QuantizedArr
 
 def _by_xla(product: _Product, backend: Backend, x: jax.Array, rows: QuantizedArray) -> jax.Array:
     n, m = product.shape
+    if x.size:
+        rows = _codes_after(rows, x)
     matrix = quantization.dequantize(rows, backend).reshape(m, n).astype(x.dtype)
     contracted = ((x.ndim - 1,), (0 if product.is_transposed else 1,))
     wide = float_dtype(x.dtype)
@@ -196,6 +199,16 @@ def _after(rows: QuantizedArray, x: jax.Array) -> QuantizedArray:
     bits = jax.lax.bitcast_convert_type(rows.scales, jnp.uint32) | data_zero(first_element(x))
     scales = jax.lax.bitcast_convert_type(bits, jnp.float32)
     return QuantizedArray(rows.codes, scales, rows.spec, rows.padding, rows.dtype)
+
+
+def _codes_after(rows: QuantizedArray, x: jax.Array) -> QuantizedArray:
+    """``rows`` whose codes wait for ``x``, too.
+
+    The compiler would find what they stand for, before it is scaled, looked up for the forward
+    pass, and keep that. Kernels, to which no compiler looks in, take codes as they are stored.
+    """
+    zero = data_zero(first_element(x)).astype(rows.codes.dtype)
+    return dataclasses.replace(rows, codes=rows.codes | zero)
 
 
 def _run(*operands, program, product):
