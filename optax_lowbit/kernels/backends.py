@@ -51,8 +51,11 @@ def why_not(
 
 
 def why_not_spread(backend: str, op: str, x: Any) -> str | None:
-    """Why a backend's kernel cannot take an array that is spread as ``x`` is; None if it can."""
-    if is_shard(x):
+    """Why a backend's kernel cannot take an array that is spread as ``x`` is; None if it can.
+
+    ``x`` may be None, for one that is known to be on one device.
+    """
+    if x is None or is_shard(x):
         return None
     if op == "quantized_dot":
         return "on several devices a product needs jax.shard_map"
@@ -79,7 +82,7 @@ def platforms(
     Args:
       backend: A :data:`Backend`.
       op, shape, dtype, specs: Those of :func:`why_not`.
-      leaf: An array that is spread as all are.
+      leaf: An array that is spread as all are; None if they are known to be on one device.
       task: What is to be done, for the error: ``"quantize this array"``, say.
 
     Raises:

@@ -21,6 +21,18 @@ def is_shard(x: Any) -> bool:
     return is_manual or most_shards() == 1
 
 
+def are_on_one_device(arrays: Iterable[Any]) -> bool:
+    """Whether these are known to be: concrete, and with no mesh in the context.
+
+    Of what is traced it is not known, whatever the types: `jax.jit` is given shardings of its own.
+    """
+    return jax.sharding.get_abstract_mesh().empty and not any(
+        isinstance(x, jax.core.Tracer)
+        or (isinstance(x, jax.Array) and len(x.sharding.device_set) > 1)
+        for x in arrays
+    )
+
+
 def axis_shards(x: jax.Array) -> tuple[int, ...]:
     """Devices that each axis may be spread over: known from the type, or all there are."""
     sharding = jax.typeof(x).sharding

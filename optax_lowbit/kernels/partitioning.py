@@ -118,6 +118,8 @@ def _on_auto_mesh(on_part, coefficients, arrays, group):
 
     def partition(mesh, operands, results):
         leaf = operands[1]
+        if mesh.empty:  # all are on one device, whatever the mesh of the context
+            return mesh, on_whole, _shardings_of(results), _shardings_of(operands)
         spec = _aligned(leaf.sharding, leaf.shape, group)
 
         def on_shards(*operands):
@@ -133,11 +135,16 @@ def _on_auto_mesh(on_part, coefficients, arrays, group):
     def rule(mesh, operands, results):
         blocks, rest = divmod(operands[1].shape[-1], group)
         # Blocks that some axes of the mesh do not divide cannot be spread: the leaf alone is then.
-        blocks = 1 if rest or blocks % mesh.size else blocks
+        # An empty mesh: see `partition`.
+        blocks = 1 if rest or blocks % max(mesh.size, 1) else blocks
         return _rule(operands[:count], operands[count:], results, blocks)
 
     partitioned.def_partition(partition=partition, sharding_rule=rule)
     return partitioned(coefficients, *arrays, *traced.consts)
+
+
+def _shardings_of(arrays):
+    return tuple(x.sharding for x in arrays)
 
 
 def _rule(operands, constants, results, blocks) -> SdyShardingRule:

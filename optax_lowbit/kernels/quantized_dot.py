@@ -8,6 +8,7 @@ References:
   Dettmers et al, `QLoRA <https://arxiv.org/abs/2305.14314>`_, 2023, Section 3, equation 5.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from optax_lowbit.kernels import backends, quantization
 from optax_lowbit.kernels.backends import Backend
 from optax_lowbit.kernels.cpu.quantized_dot import MOST_ROWS
-from optax_lowbit.kernels.meshes import as_varying, is_explicit, varying_axes
+from optax_lowbit.kernels.meshes import are_on_one_device, as_varying, is_explicit, varying_axes
 from optax_lowbit.kernels.ordering import data_zero, first_element
 from optax_lowbit.kernels.reference import float_dtype
 from optax_lowbit.quant import QuantizedArray
@@ -49,9 +50,11 @@ def quantized_dot(
         of the context. Of a pair both must be the same.
       backend: A :data:`~optax_lowbit.kernels.backends.Backend`. Where a kernel takes the product,
         ``W`` is never dequantized but for a tile at a time: on TPUs and GPUs, and on CPUs where
-        that is faster, with a ``W`` of 32 MiB in the dtype of ``x`` and 512 rows of ``x`` at most;
-        on several devices only inside `jax.shard_map`. Else, and as ``"reference"``, the product is
-        XLA's, of what that backend dequantizes.
+        that is faster, with a ``W`` of 32 MiB in the dtype of ``x`` and 512 rows of ``x`` at most.
+        In a process with several devices that is known to be possible inside `jax.shard_map`, and
+        of concrete arrays of one device; traced ones may be spread, and are left to XLA unless a
+        kernel is named. Else, and as ``"reference"``, the product is XLA's, of what that backend
+        dequantizes.
 
     Returns:
       ``(..., m)`` in the dtype of ``x``; summed up in float32.
@@ -87,6 +90,7 @@ class _Product(NamedTuple):
       out_sharding: Of the product, on an Explicit mesh.
       precision: By the name that contexts have for it; None if they have none.
       backend: What multiplies, or dequantizes.
+      is_alone: Whether all operands are known to be on one device.
     """
 
     structure: Any
@@ -95,6 +99,7 @@ class _Product(NamedTuple):
     out_sharding: NamedSharding | None
     precision: str | None
     backend: Backend
+    is_alone: bool = False
 
 
 def _named(precision: Any) -> str | None:
@@ -122,6 +127,7 @@ _dot.multiple_results = True
 
 def _bind(product: _Product, x: jax.Array, leaves: Sequence[jax.Array]) -> jax.Array:
     types = tuple(jax.typeof(operand) for operand in (x, *leaves))
+    product = product._replace(is_alone=are_on_one_device((x, *leaves)))
     program = _program(product, types, jax.sharding.get_abstract_mesh())
     (y,) = _dot.bind(x, *leaves, product=product, program=program)
     return y
@@ -141,24 +147,24 @@ def _compute(product: _Product, x: jax.Array, *leaves: jax.Array) -> jax.Array:
         rows = _after(rows, x)
 
     def run(name):
-        if name == "reference" or (name == "cpu" and not _has_tiles_on_cpus(x, rows)):
+        if name == "reference" or (name == "cpu" and not _has_tiles_on_cpus(product, x, rows)):
             dequantizer = "auto" if product.backend == "auto" else name
             return functools.partial(_by_xla, product, dequantizer)
         return functools.partial(_by_kernel, product, name)
 
-    return backends.by_platform(_chosen(product.backend, x, rows), run, x, rows)
+    return backends.by_platform(_chosen(product, x, rows), run, x, rows)
 
 
-def _chosen(backend: str, x: jax.Array, rows: QuantizedArray) -> dict[str, str]:
+def _chosen(product: _Product, x: jax.Array, rows: QuantizedArray) -> dict[str, str]:
     """The backend of each platform."""
-    if not x.size:
-        backend = "reference"
+    backend = product.backend if x.size else "reference"
     if backend in ("reference", "cpu"):
         return backends.everywhere(backend)
     task = "multiply by this matrix"
     chosen = backends.platforms(
-        backend, "quantized_dot", x, rows.shape, _stored_dtype(x, rows), rows.spec, task=task
-    )
+        backend, "quantized_dot", None if product.is_alone else x,
+        rows.shape, _stored_dtype(x, rows), rows.spec, task=task,
+    )  # fmt: skip
     if backend != "auto" and is_explicit(x):
         if reason := backends.why_not_spread(backend, "quantized_dot", x):
             raise ValueError(f"backend={backend!r} cannot {task}: {reason}")
@@ -170,13 +176,13 @@ def _stored_dtype(x: jax.Array, rows: QuantizedArray) -> Any:
     return x.dtype if rows.dtype in (jnp.float32, jnp.bfloat16) else rows.dtype
 
 
-def _has_tiles_on_cpus(x: jax.Array, rows: QuantizedArray) -> bool:
+def _has_tiles_on_cpus(product: _Product, x: jax.Array, rows: QuantizedArray) -> bool:
     """Whether a product on CPUs is a kernel's; else it is XLA's, of the matrix dequantized."""
     is_few = x.size <= MOST_ROWS * x.shape[-1]
     dtype = _stored_dtype(x, rows)
     return is_few and not (
         backends.why_not("cpu", "quantized_dot", rows.shape, dtype, rows.spec)
-        or backends.why_not_spread("cpu", "quantized_dot", x)
+        or backends.why_not_spread("cpu", "quantized_dot", None if product.is_alone else x)
     )
 
 
@@ -195,6 +201,8 @@ def _by_kernel(product: _Product, backend: str, x: jax.Array, rows: QuantizedArr
 
 def _by_xla(product: _Product, backend: Backend, x: jax.Array, rows: QuantizedArray) -> jax.Array:
     n, m = product.shape
+    if x.size:
+        rows = _codes_after(rows, x)
     matrix = quantization.dequantize(rows, backend).reshape(m, n).astype(x.dtype)
     contracted = ((x.ndim - 1,), (0 if product.is_transposed else 1,))
     wide = float_dtype(x.dtype)
@@ -215,6 +223,16 @@ def _after(rows: QuantizedArray, x: jax.Array) -> QuantizedArray:
     bits = jax.lax.bitcast_convert_type(rows.scales, jnp.uint32) | data_zero(first_element(x))
     scales = jax.lax.bitcast_convert_type(bits, jnp.float32)
     return QuantizedArray(rows.codes, scales, rows.spec, rows.padding, rows.dtype)
+
+
+def _codes_after(rows: QuantizedArray, x: jax.Array) -> QuantizedArray:
+    """``rows`` whose codes wait for ``x``, too.
+
+    The compiler would find what they stand for, before it is scaled, looked up for the forward
+    pass, and keep that. Kernels, to which no compiler looks in, take codes as they are stored.
+    """
+    zero = data_zero(first_element(x)).astype(rows.codes.dtype)
+    return dataclasses.replace(rows, codes=rows.codes | zero)
 
 
 def _run(*operands, program, product):

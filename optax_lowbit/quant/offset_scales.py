@@ -106,16 +106,22 @@ def mean_as_bitsandbytes(x: jax.Array) -> jax.Array:
     """
     lanes, rows = 8, 4
     n = x.size
-    # XLA would multiply by the reciprocal of a constant.
-    count = jax.lax.optimization_barrier(jnp.float32(n))
     if n < lanes:
-        return _sum_of_rows(x[:, None], rows)[0] / count
+        return _quotient(_sum_of_rows(x[:, None], rows)[0], n)
     full = n // lanes * lanes
     by_lane = _sum_of_rows(x[:full].reshape(-1, lanes), rows)
     total = jnp.zeros((), jnp.float32)
     for value in [*x[full:], *by_lane]:
         total = total + value
-    return total / count
+    return _quotient(total, n)
+
+
+def _quotient(total: jax.Array, count: int) -> jax.Array:
+    """A float32 scalar over a number, rounded once, in a stack of them, too.
+
+    XLA would multiply by the reciprocal of a constant, and of what all of a stack are divided by.
+    """
+    return total / jnp.where(jnp.isnan(total), jnp.float32(np.nan), jnp.float32(count))
 
 
 def _sum_of_rows(x: jax.Array, rows: int) -> jax.Array:

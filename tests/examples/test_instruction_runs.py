@@ -248,6 +248,17 @@ def test_letters_are_options(questions, tiny_gguf):
     assert len(problem.test.examples) == 9
 
 
+@pytest.mark.parametrize(("given", "asked"), [(None, 201), (5, 5)])
+def test_a_judge_asks_all_unless_told_how_many(given, asked, tiny_gguf, tmp_path):
+    path = tmp_path / "judge.json"
+    row = {"input": "1?\nAnswer:", "output": "A", "subject": "odd"}
+    path.write_text(json.dumps([row] * 201))
+    settings = dataclasses.replace(DEFAULTS, judge=(str(path),), eval_examples=given)
+    tokenizer = GGUFModel(tiny_gguf).tokenizer()
+    (problem,) = build_judges(settings, tokenizer, NO_SPECIAL_TOKENS, 64).values()
+    assert len(problem.test.examples) == asked
+
+
 def test_a_judge_without_examples_is_refused(tiny_gguf, tmp_path):
     path = tmp_path / "empty.tsv"
     path.write_text("sentence\tlabel\n")

@@ -15,13 +15,14 @@ from jax.sharding import PartitionSpec as P
 
 from examples.llm.errors import UsageError
 from examples.llm.models.building import abstract_model
-from examples.llm.models.tiny import TINY
+from examples.llm.models.tiny import TINY, write_tiny_gguf
 from examples.llm.program.command import main
 from examples.llm.program.events import Job, StepDone
 from examples.llm.program.settings import Settings
 from examples.llm.program.worker import fine_tune
 from examples.llm.training.layout import make_layout
 from examples.llm.training.methods import METHODS, Hyperparameters
+from optax_lowbit import qlora
 
 ROOT = Path(__file__).resolve().parents[2]
 RATE = {"learning_rate": 1e-3}
@@ -32,6 +33,12 @@ CASES = {
     "mezo": Settings(method=("mezo",), learning_rate=1e-5),
     "lora": Settings(method=("adam",), tuning="lora", accumulate=2, lora_dropout=0.1, **RATE),
 }
+
+
+# Eight devices have whole blocks of its matrices.
+WIDE = dataclasses.replace(
+    TINY, hidden_size=512, feed_forward_size=512, num_layers=1, num_key_value_heads=4, head_size=128
+)
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +78,16 @@ def test_eight_devices_have_the_losses_of_one(name, text, tiny_gguf, tmp_path):
     job = job_of(case, text, tiny_gguf, tmp_path / "eight", mesh="data=4,model=2")
     assert_same(fine_tune(job, lambda _: None), expected)
     assert expected.losses[0] != expected.losses[2]
+
+
+def test_a_base_in_4_bits_has_the_losses_of_one_device(text, tmp_path):
+    model = write_tiny_gguf(tmp_path / "wide.gguf", config=WIDE)
+    case = Settings(method=("adamw4bit",), tuning="qlora", rank=8, **RATE)
+    expected = fine_tune(job_of(case, text, model, tmp_path / "one"), lambda _: None)
+    assert expected.losses[0] != expected.losses[2]
+    for name, fsdp in (("tp", False), ("fsdp", True)):
+        job = job_of(case, text, model, tmp_path / name, mesh="data=2,model=4", fsdp=fsdp)
+        assert_same(fine_tune(job, lambda _: None), expected)
 
 
 class KilledError(Exception):
@@ -148,6 +165,13 @@ def test_layers_are_parted_as_they_follow_each_other():
     state = layout.of_state(lambda tree: optimizer.init(tree, 0), parameters)
     codes = state[0].mu["layers"]["feed_forward"]["down"]["kernel"].codes
     assert tuple(codes.spec)[:2] == (None, "model")
+
+
+def test_codes_are_parted_as_the_floats_would_be():
+    down = {"feed_forward/down/kernel": qlora.abstract_matrix((1, 512, 512), "float32")}
+    found = make_layout({"data": 2, "model": 4}, fully=True).of_parameters(down)
+    rows = found["feed_forward/down/kernel"].rows
+    assert rows.codes.spec == rows.scales.codes.spec == P(None, None, ("model", "data"))
 
 
 def test_axes_that_the_mesh_does_not_divide_are_named():

@@ -17,11 +17,11 @@ ELEMENTS = 4096 * 4096
 RESERVED = {"v5p": 2**19}
 
 
-def report_of(script, *arguments):
-    """What a program beside this file prints."""
+def report_of(script, *arguments, flags=""):
+    """What a program beside this file prints, with flags for libtpu."""
     process = subprocess.run(
         [sys.executable, pathlib.Path(__file__).with_name(script), *arguments],
-        env={**os.environ, **ENVIRONMENT},
+        env={**os.environ, **ENVIRONMENT, "LIBTPU_INIT_ARGS": flags},
         capture_output=True,
         text=True,
     )
@@ -64,9 +64,18 @@ def test_kernels_compile_write_in_place_and_need_no_temporaries(generation):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-def test_a_step_on_adapters_keeps_no_dequantized_matrix():
-    sizes = "6", "4096", "8192"  # layers, width, batch
-    found = report_of("compile_products_for_memory.py", "v5e:2x2", *sizes, "unrolled")["unrolled"]
-    most = 1.1 * found["plain LoRA"] + 2 * 4096**2  # and a layer in bfloat16
-    # Written with `dequantize`, matrices are kept for the backward pass.
-    assert found["by kernels"] <= most < found["naive"]
+@pytest.mark.parametrize(
+    ("batch", "flags"),
+    # What is in the fast memory is not counted: of small activations that is most. See the program.
+    [("8192", ""), ("2048", "--xla_vf_vmem_memory_space_assignment=false")],
+    ids=["8192 rows", "2048 rows, no fast memory"],
+)
+def test_a_step_on_adapters_keeps_no_dequantized_matrix(batch, flags):
+    sizes = "6", "4096", batch  # layers, width
+    found = report_of("compile_products_for_memory.py", "v5e:2x2", *sizes, flags=flags)
+    for model, bytes_of in found.items():
+        most = 1.1 * bytes_of["plain LoRA"] + 2 * 4096**2  # and a layer in bfloat16
+        assert bytes_of["by kernels"] <= most, model
+        if "checkpointed" not in model:
+            # Written with `dequantize`, matrices are kept for the backward pass.
+            assert bytes_of["naive"] > most, model

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_lowbit
 from optax_lowbit.kernels import backends, cpu, pallas_gpu, pallas_tpu
@@ -238,6 +238,34 @@ def test_what_is_spread_without_shard_map_is_left_to_xla(rng):
     for backend in ("pallas_tpu", "pallas_gpu"):
         reason = backends.why_not_spread(backend, "quantized_dot", normal(rng, (4, 256)))
         assert reason == "on several devices a product needs jax.shard_map"
+
+
+def test_concrete_arrays_tell_that_they_are_on_one_device(rng, monkeypatch):
+    of_cpus = importlib.import_module("optax_lowbit.kernels.cpu.quantized_dot")
+    monkeypatch.setattr(of_cpus, "LEAST_BYTES", 0)
+    taken, kernel = [], cpu.quantized_dot
+
+    def watched(x, rows, **options):
+        taken.append(options["is_transposed"])
+        return kernel(x, rows, **options)
+
+    monkeypatch.setattr(cpu, "quantized_dot", watched)
+    w = quantize_matrix(normal(rng, (256, 512)), spec())
+    x, mesh = normal(rng, (4, 256)), jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
+    assert_product(x @ w, x, w.dequantize())
+    assert taken == [False]
+    y, transpose = jax.vjp(lambda x: x @ w, x)
+    assert_product(transpose(y)[0], y, w.dequantize().T)
+    assert taken[-1] is True
+    # These may be spread: by their sharding, by that of the matrix, or by jit's.
+    taken.clear()
+    whole, part = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("d",)))
+    on_both = jax.device_put(w, whole)
+    assert_product(jax.device_put(x, part) @ on_both, x, w.dequantize())
+    assert_product(jax.jit(lambda x: x @ w, in_shardings=part)(x), x, w.dequantize())
+    with jax.set_mesh(mesh):
+        assert_product(x @ w, x, w.dequantize())
+    assert not taken
 
 
 NF4_FLOAT_SCALES = dataclasses.replace(NF4, double_quant=False)

@@ -129,6 +129,16 @@ def test_nothing_is_differentiated_with_respect_to_the_matrix(rng):
     assert grads.rows.codes.dtype == jax.dtypes.float0
 
 
+def test_a_stack_is_its_matrices_bit_for_bit(rng):
+    floats = jnp.asarray(
+        rng.standard_normal((3, 64, 264), np.float32)
+    )  # more than a group of scales
+    stack = qlora.quantize_matrix(floats)
+    for number, w in enumerate(floats):
+        alone = qlora.quantize_matrix(w)
+        jax.tree.map(lambda x, y, i=number: np.testing.assert_array_equal(x[i], y), stack, alone)
+
+
 def test_a_stack_is_sliced_by_scan_and_vmap(rng):
     floats = normal(rng, 3, 100, 100) / 10
     stack = qlora.quantize_matrix(floats)

@@ -1,5 +1,4 @@
 import json
-import subprocess
 import sys
 
 import jax
@@ -10,6 +9,7 @@ import pytest
 import optax_lowbit
 from optax_lowbit import qlora
 from optax_lowbit.qlora import streaming
+from tests.resident_memory import peak_of
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy", reason="safetensors is missing")
 
@@ -114,57 +114,27 @@ def test_a_real_model_is_that_of_bitsandbytes(shared_dir):
         assert off.size <= 1
 
 
-MEASURED = """
-import ctypes, gc, json, re, sys, threading, time
-import jax, numpy as np
-from optax_lowbit import qlora
-
-def resident():
-    return int(re.search(r"RssAnon:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
-
-def measured(path):
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    start, peak, done = resident(), 0, threading.Event()
-    def watch():
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, resident())
-            time.sleep(0.0005)
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    model = LOAD
-    done.set()
-    watcher.join()
-    return model, max(peak, resident()) - start
-
-measured(sys.argv[1])  # compiles
-model, peak = measured(sys.argv[2])
-low_bit = sum(x.nbytes for x in jax.tree.leaves(model))
-print(json.dumps([peak, low_bit]))
-"""
-
-
-def peak_of(load, *paths):
-    code = MEASURED.replace("LOAD", load)
-    printed = subprocess.run(
-        [sys.executable, "-c", code, *map(str, paths)], check=True, capture_output=True, text=True
-    ).stdout
-    return json.loads(printed)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from Linux's /proc")
 def test_a_checkpoint_takes_its_size_in_4_bits_and_two_tensors(tmp_path, rng):
-    weight = rng.standard_normal((2048, 2048), np.float32)  # 16 MiB
-    paths = tmp_path / "one.safetensors", tmp_path / "many.safetensors"
-    for path, count in zip(paths, (1, 6)):
-        tensors = {f"{i}_proj.weight": weight for i in range(count)}
-        safetensors_numpy.save_file(tensors, path)
-    load = r"dict(qlora.quantize_checkpoint(path, targets='_proj'))"
-    peak, low_bit = peak_of(load, *paths)
-    assert 6 * 2**21 < low_bit < 6 * 2**21 * 1.04
-    assert low_bit < peak < low_bit + 2 * weight.nbytes
+    shapes = [(2048, 2048), (1024, 3072), (3072, 1000), (512, 2048), (2048, 2048), (4096, 512)]
+    weights = {
+        f"{i}_proj.weight": rng.standard_normal(shape, np.float32).astype(np.float16)
+        for i, shape in enumerate(shapes)
+    }
+    largest = max(weight.nbytes for weight in weights.values())
+    assert largest == 2**23
+    files = {"one.safetensors": [*weights][:3], "two.safetensors": [*weights][3:]}
+    for file, names in files.items():
+        safetensors_numpy.save_file({name: weights[name] for name in names}, tmp_path / file)
+    index = {"weight_map": {name: file for file, names in files.items() for name in names}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    setup = "from optax_lowbit import qlora"
+    load = "dict(qlora.quantize_checkpoint(path, targets='_proj'))"
+    peak, low_bit = peak_of(setup, load, tmp_path)
+    elements = sum(weight.size for weight in weights.values())
+    assert 4.12 < 8 * low_bit / elements < 4.14
+    assert low_bit < peak < low_bit + 2 * largest
     # The measurement sees what is kept: all tensors, here.
-    kept = r"dict(__import__('safetensors.numpy').numpy.load_file(path))"
-    peak, _ = peak_of(kept, *paths)
-    assert peak > 5 * weight.nbytes
+    setup = "from optax_lowbit.qlora.safetensors_files import TensorFiles"
+    peak, floats = peak_of(setup, "dict(TensorFiles(path))", tmp_path)
+    assert peak > 0.95 * floats == 0.95 * 2 * elements

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from examples.llm.errors import UsageError
 from examples.llm.models.config import DecoderConfig
 from examples.llm.models.gguf_header import check_header, shortened
-from examples.llm.models.parameters import read_parameters
+from examples.llm.models.parameters import Keep, as_read, read_parameters
 from examples.llm.models.rotary import UNSCALED, Divided, Linear, RotaryScaling
 from examples.llm.models.tokenizer import SpecialTokens, read_tokenizer
 from examples.llm.models.wheels import packaged_folder
@@ -141,13 +141,13 @@ class GGUFModel:
             return UNSCALED
         return Linear(self.number("llama.rope.scaling.factor"))
 
-    def parameters(self) -> dict[str, Any]:
+    def parameters(self, keep: Keep = as_read) -> dict[str, Any]:
         """Return the weights as float32 arrays, in the nested dict that the decoder takes.
 
         Layer weights are stacked `(num_layers, in, out)`; the embedding is
-        `(vocabulary_size, hidden_size)`.
+        `(vocabulary_size, hidden_size)`. `keep` makes something else of each tensor as it is read.
         """
-        return read_parameters(self.config, _NAMES, self._read)
+        return read_parameters(self.config, _NAMES, self._read, keep)
 
     def tokenizer(self) -> Tokenizer:
         """What turns text into the model's tokens."""
@@ -187,7 +187,7 @@ class GGUFModel:
                 f"--model: {self._path}: {name} is {tensor.tensor_type.name}, which gguf cannot "
                 "expand"
             ) from error
-        return values.astype(np.float32)
+        return values.astype(np.float32, copy=False)
 
     def _read(self, path: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
         is_kernel = path.endswith("/kernel")

@@ -20,7 +20,7 @@ from examples.llm.models.huggingface_tokenizers import (
     puts_in_front,
     read_tokenizer,
 )
-from examples.llm.models.parameters import read_parameters
+from examples.llm.models.parameters import Keep, as_read, read_parameters
 from examples.llm.models.tokenizer import SpecialTokens
 from optax_lowbit import qlora
 
@@ -76,13 +76,14 @@ class HuggingFaceModel:
         other._new_output = config.head != "classes" or config.num_classes != count
         return other
 
-    def parameters(self) -> dict[str, Any]:
+    def parameters(self, keep: Keep = as_read) -> dict[str, Any]:
         """Return the weights as float32 arrays, in the nested dict that the model takes.
 
         Layer weights are stacked `(num_layers, in, out)`; an embedding is `(rows, size)`. Matrices
-        in 4 bits are `QuantizedMatrix`, stacked.
+        in 4 bits are `QuantizedMatrix`, stacked. `keep` makes something else of each tensor as it
+        is read.
         """
-        return read_parameters(self.config, names_of(self.config), self._read)
+        return read_parameters(self.config, names_of(self.config), self._read, keep)
 
     def tokenizer(self) -> Tokenizer:
         """What turns text into the model's tokens.

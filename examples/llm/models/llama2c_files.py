@@ -5,6 +5,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer
 from examples.llm.errors import UsageError
 from examples.llm.models.config import DecoderConfig
 from examples.llm.models.gguf_files import half_split_rows
+from examples.llm.models.parameters import Keep, as_read, stacked
 from examples.llm.models.sentence_pieces import (
     LONGEST_PIECE,
     SPACE,
@@ -59,19 +61,27 @@ class Llama2cModel:
         if size != needed:
             raise self._wrong(f"it must have {needed} bytes for {self._fields}, has {size}")
 
-    def parameters(self) -> dict[str, Any]:
-        """Return the weights as float32 arrays, in the nested dict that the decoder takes."""
+    def parameters(self, keep: Keep = as_read) -> dict[str, Any]:
+        """Return the weights as float32 arrays, in the nested dict that the decoder takes.
+
+        `keep` makes something else of each tensor as it is read.
+        """
         weights = np.memmap(self._path, "<f4", "r", _HEADER.size)
         heads = {"query": self.config.num_heads, "key": self.config.num_key_value_heads}
+
+        def kept(path: str, array: np.ndarray) -> Any:
+            *_, module, leaf = path.split("/")
+            array = half_split_rows(array, heads[module]) if module in heads else array
+            return keep(path, array.T if leaf == "kernel" else array)
+
         found, start = {}, 0
         for path, shape in self._tensors():
             array = np.asarray(weights[start : start + math.prod(shape)]).reshape(shape)
             start += array.size
-            *_, module, leaf = ("", *path.split("/"))
-            if module in heads:
-                array = np.stack([half_split_rows(rows, heads[module]) for rows in array])
-            found[path] = jnp.array(array.swapaxes(-1, -2) if leaf == "kernel" else array)
-        found.pop("")
+            if path.startswith("layers/"):
+                found[path] = stacked(path, (kept(path, layer) for layer in array), len(array))
+            elif path:
+                found[path] = jax.tree.map(jnp.array, kept(path, array))
         return unflatten_dict(found, sep="/")
 
     def tokenizer(self) -> Tokenizer:

@@ -1,6 +1,6 @@
 """The parameters of a model, put together from the tensors of a file."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -16,32 +16,67 @@ _SUFFIXES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias
 # Gives, of a parameter's path, a tensor's name and a shape, an array of this shape, float32, or a
 # matrix in few bits. Matrices are `(in, out)`, tables `(rows, size)`.
 Read = Callable[[str, str, tuple[int, ...]], Any]
+# Gives, of a parameter's path and what was read of it, of one layer, what is kept of that: floats
+# of another dtype, or a matrix in few bits. A tensor is kept before the next one is read.
+Keep = Callable[[str, Any], Any]
 
 
-def read_parameters(config: ModelConfig, names: Mapping[str, str], read: Read) -> dict[str, Any]:
+def as_read(path: str, tensor: Any) -> Any:
+    """Keep a tensor as it was read, a `Keep`."""
+    del path
+    return tensor
+
+
+def read_parameters(
+    config: ModelConfig, names: Mapping[str, str], read: Read, keep: Keep = as_read
+) -> dict[str, Any]:
     """Return all parameters of a model, in the nested dict that it takes.
 
     Args:
       config: its shape.
       names: what a file calls the modules, by their paths; `{}` stands for the number of a layer.
-      read: reads a tensor. Those of layers are stacked.
+      read: reads a tensor.
+      keep: what is kept of it. Those of layers are stacked.
 
     Raises:
-      UsageError: what `read` raises, or layers are stored in different ways.
+      UsageError: what `read` and `keep` raise, or layers are stored in different ways.
     """
 
     def parameter(keys: Any, abstract: jax.ShapeDtypeStruct) -> Any:
         path = "/".join(key.key for key in keys)
         name, shape = tensor_name(names, path), abstract.shape
         if "{}" not in name:
-            return jax.tree.map(jnp.asarray, read(path, name, shape))
-        layers = [read(path, name.format(layer), shape[1:]) for layer in range(config.num_layers)]
-        if len({jax.tree.structure(layer) for layer in layers}) > 1:
-            name = name.format("*")
-            raise UsageError(f"--model: {name} must be stored in the same way in all layers")
-        return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *layers)
+            return jax.tree.map(jnp.asarray, keep(path, read(path, name, shape)))
+        count = config.num_layers
+        layers = (keep(path, read(path, name.format(i), shape[1:])) for i in range(count))
+        return stacked(name.format("*"), layers, count)
 
     return jax.tree_util.tree_map_with_path(parameter, abstract_model(config)[1])
+
+
+def stacked(name: str, layers: Iterable[Any], count: int) -> Any:
+    """Return a parameter of all layers, each of which is put into its place before the next.
+
+    Args:
+      name: of the parameter, for the error.
+      layers: arrays, or matrices in few bits.
+      count: how many there are.
+
+    Raises:
+      UsageError: they are stored in different ways.
+    """
+    structure, places = None, []
+    for number, layer in enumerate(layers):
+        leaves, its_structure = jax.tree.flatten(layer)
+        if structure is None:
+            structure = its_structure
+            places = [np.empty((count, *leaf.shape), leaf.dtype) for leaf in leaves]
+        if its_structure != structure:
+            raise UsageError(f"--model: {name} must be stored in the same way in all layers")
+        for place, leaf in zip(places, leaves, strict=True):
+            place[number] = leaf
+    assert structure is not None  # a model has layers
+    return jax.tree.unflatten(structure, [jnp.asarray(place) for place in places])
 
 
 def tensor_name(names: Mapping[str, str], path: str) -> str:

@@ -24,17 +24,17 @@ TINY = DecoderConfig(
 )
 
 
-def write_tiny_gguf(path: Path, seed: int = 0) -> Path:
-    """Write a model of shape `TINY` with random weights and a tokenizer of single bytes."""
+def write_tiny_gguf(path: Path, seed: int = 0, config: DecoderConfig = TINY) -> Path:
+    """Write a LLaMA of that shape with random weights and a tokenizer of single bytes."""
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(TINY.num_layers)
-    writer.add_context_length(TINY.context_length)
-    writer.add_embedding_length(TINY.hidden_size)
-    writer.add_feed_forward_length(TINY.feed_forward_size)
-    writer.add_head_count(TINY.num_heads)
-    writer.add_head_count_kv(TINY.num_key_value_heads)
-    writer.add_rope_freq_base(TINY.rotary_base)
-    writer.add_layer_norm_rms_eps(TINY.norm_epsilon)
+    writer.add_block_count(config.num_layers)
+    writer.add_context_length(config.context_length)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.feed_forward_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(config.rotary_base)
+    writer.add_layer_norm_rms_eps(config.norm_epsilon)
 
     special = [f"<|special{index}|>" for index in range(8)]
     writer.add_tokenizer_model("gpt2")
@@ -48,17 +48,17 @@ def write_tiny_gguf(path: Path, seed: int = 0) -> Path:
         weights = generator.normal(0, 0.1, shape) if len(shape) == 2 else np.ones(shape)
         writer.add_tensor(name, weights.astype(np.float32))
 
-    hidden, inner = TINY.hidden_size, TINY.feed_forward_size
-    add("token_embd.weight", TINY.vocabulary_size, hidden)
+    hidden, inner = config.hidden_size, config.feed_forward_size
+    add("token_embd.weight", config.vocabulary_size, hidden)
     add("output_norm.weight", hidden)
-    for layer in range(TINY.num_layers):
+    for layer in range(config.num_layers):
         block = f"blk.{layer}"
         add(f"{block}.attn_norm.weight", hidden)
         add(f"{block}.ffn_norm.weight", hidden)
-        add(f"{block}.attn_q.weight", TINY.num_heads * TINY.head_size, hidden)
-        add(f"{block}.attn_k.weight", TINY.num_key_value_heads * TINY.head_size, hidden)
-        add(f"{block}.attn_v.weight", TINY.num_key_value_heads * TINY.head_size, hidden)
-        add(f"{block}.attn_output.weight", hidden, TINY.num_heads * TINY.head_size)
+        add(f"{block}.attn_q.weight", config.num_heads * config.head_size, hidden)
+        add(f"{block}.attn_k.weight", config.num_key_value_heads * config.head_size, hidden)
+        add(f"{block}.attn_v.weight", config.num_key_value_heads * config.head_size, hidden)
+        add(f"{block}.attn_output.weight", hidden, config.num_heads * config.head_size)
         add(f"{block}.ffn_gate.weight", inner, hidden)
         add(f"{block}.ffn_up.weight", inner, hidden)
         add(f"{block}.ffn_down.weight", hidden, inner)

@@ -83,9 +83,9 @@ class Settings:
     train_examples: int | None = None
     """Examples to learn from at most; left out, 1000 of a task, and of instructions all that are
     not held out."""
-    eval_examples: int = 200
-    """Examples to judge by, and as many others to make choices by; of a file that comes in no
-    parts, at most a quarter each."""
+    eval_examples: int | None = None
+    """Examples to judge by at most, and as many others to make choices by; of a file that comes in
+    no parts, at most a quarter each. Left out, 200, and of --judge all."""
     steps: int = 16
     """Training steps."""
     batch_size: int = 2
@@ -249,7 +249,8 @@ class Settings:
     def _check_task(self) -> None:
         if self.train_examples is not None:
             check_at_least("--train-examples", self.train_examples, 1)
-        check_at_least("--eval-examples", self.eval_examples, 1)
+        if self.eval_examples is not None:
+            check_at_least("--eval-examples", self.eval_examples, 1)
         judges = self.judge_sources()
         if self.task == "sotu":
             if self.objective is not None or not self.template:

@@ -88,8 +88,10 @@ def load_task(data: Data, sizes: tuple[int, int, int], template: Template) -> Ta
     )
 
 
-def load_test(data: Data, count: int, template: Template) -> Task:
+def load_test(data: Data, count: int | None, template: Template) -> Task:
     """Word at most `count` examples of a task to be reported, of its test if there is one.
+
+    None is all of them.
 
     Raises:
       UsageError: a row is not what it should be.

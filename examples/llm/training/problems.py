@@ -37,6 +37,8 @@ from examples.llm.training.judging import Problem
 
 # To learn from, of a task, unless the user says how many.
 _TASK_EXAMPLES = 1000
+# To judge by, of what is learnt, unless the user says how many.
+_EVAL_EXAMPLES = 200
 
 
 def build_problem(
@@ -268,6 +270,7 @@ def answer_problem(
 
 def _sizes(settings: Settings, parts: Splits[Any], train: int) -> tuple[int, int, int]:
     """How much there may be in each part; of what is dealt out, a quarter for each of two."""
-    most, quarter = settings.eval_examples, max(len(parts.train) // 4, 1)
+    most = _EVAL_EXAMPLES if settings.eval_examples is None else settings.eval_examples
+    quarter = max(len(parts.train) // 4, 1)
     dev, test = (most if part else min(most, quarter) for part in parts[1:])
     return train, dev, test

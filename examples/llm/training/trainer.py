@@ -19,7 +19,7 @@ from examples.llm.training.judging import Evaluation, Problem, make_judge
 from examples.llm.training.layout import Layout, put
 from examples.llm.training.methods import METHODS, Hyperparameters, Optimizer
 from examples.llm.training.steps import StepMeasurement, TrainState, measured_step, take_step
-from examples.llm.training.tuning import Tuning, base_parameters, tuned
+from examples.llm.training.tuning import Tuning, kept_as, tuned
 from optax_lowbit import adapters
 
 
@@ -45,7 +45,7 @@ class Recipe:
       hyperparameters: what the method is built with; its learning rate is that of runs which are
         given no other.
       lora: the adapters, where the scheme of tuning has any; None for the scheme's own.
-      dtype: of frozen weights, see `base_parameters`.
+      dtype: of frozen weights, see `kept_as`.
       accumulate: batches that make a step.
       num_classes: of texts, for an encoder that tells them.
     """
@@ -114,7 +114,7 @@ class Trainer:
             stored = stored.with_classes(recipe.num_classes, seed)
         scheme = recipe.hyperparameters.tuning
         graph, _ = abstract_model(stored.config)
-        parameters = base_parameters(stored.parameters(), scheme, recipe.dtype)
+        parameters = stored.parameters(kept_as(scheme, recipe.dtype))
         return tuned(scheme, graph, parameters, seed, lora=recipe.lora)
 
     def start(self, parameters: Any, seed: int) -> TrainState:

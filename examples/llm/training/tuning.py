@@ -1,5 +1,6 @@
 """Which numbers of a decoder train: all of them, or a small tree beside the frozen ones."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,13 +18,15 @@ from examples.llm.models.config import EncoderConfig
 from examples.llm.models.decoder import Cache, Decoder, Generator
 from examples.llm.models.encoder import Classifier
 from examples.llm.models.huggingface_names import CLASS_MODULES, module_names, names_of
-from examples.llm.models.parameters import tensor_name
+from examples.llm.models.parameters import Keep, tensor_name
 from optax_lowbit import adapters, qlora
 
 SCHEMES = ("full", "lora", "qlora", "prefix", "prompt")
 LORA = adapters.LoRA(rank=8, alpha=16.0, targets=r"(query|value)/kernel$")
 # All linear layers, rank and alpha of the QLoRA paper (arXiv 2305.14314, appendix B.2).
 QLORA = adapters.LoRA(rank=64, alpha=16.0, targets=r"/(attention|feed_forward)/.*kernel$")
+# Linear layers that stay in floats under "qlora": the output layer, or a classifier's.
+_IN_FLOATS = r"^head/"
 PREFIX, PROMPT = adapters.Prefix(num_tokens=5), adapters.Prompt(num_tokens=10)
 
 
@@ -124,7 +127,7 @@ def tuned(
     Args:
       scheme: one of `SCHEMES`.
       graph: structure of the decoder.
-      parameters: its parameters, a nested dict of arrays.
+      parameters: its parameters, a nested dict of arrays; under "qlora" matrices may be in 4 bits.
       key: a `jax.random.key` or a seed.
       lora: the adapters under "lora" and "qlora"; by default `LORA` and `QLORA`.
       prefix: the virtual tokens under "prefix".
@@ -135,7 +138,7 @@ def tuned(
     if scheme == "lora":
         found = _lora(build_model(graph, parameters), key, lora or LORA)
     elif scheme == "qlora":
-        base = qlora.quantize_model(build_model(graph, parameters))
+        base = qlora.quantize_model(build_model(graph, parameters), exclude=_IN_FLOATS)
         found = _lora(base, key, lora or QLORA)
     elif scheme == "prefix":
         found = _prefix(graph, parameters, key, prefix)
@@ -147,40 +150,49 @@ def tuned(
     return _with_head(found) if is_classifier else found
 
 
-def base_parameters(parameters: Any, scheme: str, dtype: str | None) -> Any:
-    """Return a decoder's parameters as a scheme of tuning needs them.
+def kept_as(scheme: str, dtype: str | None) -> Keep:
+    """Return what makes of a tensor of a file, as it is read, what a scheme of tuning needs.
+
+    Of floats of the file, no more is held than of one tensor: they are cast, and under "qlora" the
+    matrices are in 4 bits at once. It raises a `UsageError` for a matrix that is in 4 bits already
+    under a scheme that is for floats.
 
     Args:
-      parameters: as files have them: float32 arrays, and matrices in 4 bits.
       scheme: one of `SCHEMES`.
       dtype: of the base; None for float32 on CPUs and where all of it trains, else bfloat16.
-
-    Raises:
-      UsageError: matrices are in 4 bits, and the scheme is for floats.
     """
-    leaves, structure = jax.tree.flatten(parameters, is_leaf=_in_4_bits)
-    if scheme != "qlora" and any(map(_in_4_bits, leaves)):
-        raise UsageError(f"--tuning: the model's matrices are in 4 bits: needs qlora, got {scheme}")
     own = jnp.dtype(base_dtype(scheme, dtype))
-    return jax.tree.unflatten(structure, [_cast(leaf, own) for leaf in leaves])
+
+    def kept(path: str, x: Any) -> Any:
+        if isinstance(x, qlora.QuantizedMatrix):
+            if scheme != "qlora":
+                raise UsageError(
+                    f"--tuning: the model's matrices are in 4 bits: needs qlora, got {scheme}"
+                )
+            return replace(x, rows=replace(x.rows, dtype=own))
+        x = x.astype(own, copy=False)
+        is_target = path.endswith("/kernel") and not re.search(_IN_FLOATS, path)
+        return qlora.quantize_matrix(x) if scheme == "qlora" and is_target else x
+
+    return kept
+
+
+def base_parameters(parameters: Any, scheme: str, dtype: str | None) -> Any:
+    """Return a decoder's parameters, stacks and all, as `kept_as` has them tensor by tensor."""
+    keep = kept_as(scheme, dtype)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: keep(jax.tree_util.keystr(path, simple=True, separator="/"), x),
+        parameters,
+        is_leaf=lambda x: isinstance(x, qlora.QuantizedMatrix),
+    )
 
 
 def base_dtype(scheme: str, dtype: str | None) -> str:
-    """Return the dtype of a base for which `base_parameters` is given this one."""
+    """Return the dtype of a base for which `kept_as` is given this one."""
     if dtype is not None:
         return dtype
     is_float32 = scheme == "full" or jax.default_backend() == "cpu"
     return "float32" if is_float32 else "bfloat16"
-
-
-def _in_4_bits(x: Any) -> bool:
-    return isinstance(x, qlora.QuantizedMatrix)
-
-
-def _cast(x: Any, dtype: Any) -> Any:
-    if _in_4_bits(x):
-        return replace(x, rows=replace(x.rows, dtype=dtype))
-    return x.astype(dtype)
 
 
 def save_adapter(folder: Path, tuning: Tuning, trainable: Any) -> None:

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from examples.llm.errors import UsageError
-from examples.llm.models.building import abstract_model
+from examples.llm.models.building import abstract_model, build_model
 from examples.llm.models.huggingface_files import HuggingFaceModel
 from examples.llm.models.huggingface_names import module_names
 from examples.llm.models.tokenizer import SpecialTokens
@@ -43,18 +43,8 @@ def forward(decoder, tokens):
     return decoder(tokens)
 
 
-@jax.jit
-def in_floats(parameters):
-    is_matrix = lambda x: isinstance(x, qlora.QuantizedMatrix)  # noqa: E731
-    return jax.tree.map(
-        lambda x: x.dequantize() if is_matrix(x) else x, parameters, is_leaf=is_matrix
-    )
-
-
-def assert_logits(model, parameters, recorded, name):
+def assert_logits(decoder, recorded, name):
     """Of the row that is not padded."""
-    graph, _ = abstract_model(model.config)
-    decoder = nnx.merge(graph, nnx.State(parameters))
     tokens, mask = recorded[f"{name}/input_ids"], recorded[f"{name}/attention_mask"]
     assert mask[0].all()
     logits = forward(decoder, jnp.asarray(tokens[:1]))
@@ -62,15 +52,13 @@ def assert_logits(model, parameters, recorded, name):
 
 
 def test_logits_of_4_bits_are_those_recorded(models):
-    model = HuggingFaceModel(models / "llama_bnb_nf4_dq")
-    parameters = model.parameters()
-    down = parameters["layers"]["feed_forward"]["down"]["kernel"]
-    assert down.shape == (2, 172, 64)
-    x = jnp.ones((3, 172))
-    first = jax.tree.map(lambda leaf: leaf[0], down)
-    np.testing.assert_allclose(x @ first, x @ first.dequantize(), rtol=1e-5, atol=1e-5)
-    name = "llama_bnb_nf4_dq"
-    assert_logits(model, in_floats(parameters), np.load(models / "io_bnb.npz"), name)
+    stored = HuggingFaceModel(models / "llama_bnb_nf4_dq")
+    decoder = build_model(abstract_model(stored.config)[0], stored.parameters())
+    decoder = qlora.quantize_model(decoder, targets="^$")  # those that are in 4 bits already
+    down = decoder.layers.feed_forward.down
+    assert isinstance(down.kernel.get_value(), qlora.QuantizedMatrix)
+    assert down.kernel.get_value().shape == (2, 172, 64)
+    assert_logits(decoder, np.load(models / "io_bnb.npz"), "llama_bnb_nf4_dq")
 
 
 def test_a_checkpoint_quantized_on_the_way(models):
@@ -87,30 +75,20 @@ def test_a_checkpoint_quantized_on_the_way(models):
 
 @pytest.mark.parametrize("name", ["lora_qv", "lora_all_linear", "rslora_qv", "dora_all_linear"])
 def test_logits_with_adapters_are_those_recorded(models, name):
-    model = HuggingFaceModel(models / "llama")
-    parameters, adapter = model.parameters(), qlora.read_adapter(models / name)
-    leaves = qlora.adapter_leaves(adapter.matrices, module_names(model.config))
-    scaling = adapter.config.scaling(next(iter(adapter.matrices)))
-
-    def merged(path, w):
-        arrays = leaves.pop("/".join(key.key for key in path), None)
-        if arrays is None:
-            return w
-        w = w + scaling * arrays["a"].mT @ arrays["b"]
-        if "magnitude" in arrays:
-            # DoRA, equation 5: each column has a length of its own.
-            length = jnp.linalg.norm(w, axis=1, keepdims=True)
-            w = w * (arrays["magnitude"][:, None] / length)
-        return w
-
-    parameters = jax.tree_util.tree_map_with_path(merged, parameters)
-    assert not leaves
-    recorded = np.load(models / "io_peft.npz")
+    stored, recorded = HuggingFaceModel(models / "llama"), np.load(models / "io_peft.npz")
+    parameters, adapter = stored.parameters(), qlora.read_adapter(models / name)
+    lora, leaves = qlora.from_peft(adapter, module_names(stored.config))
+    assert len(jax.tree.leaves(leaves)) == (21 if lora.use_dora else 2 * len(leaves))
+    graph, _ = abstract_model(stored.config)
+    beside = lora.wrap(build_model(graph, parameters), key=0)
+    lora.update(beside, leaves)
+    assert_logits(beside, recorded, name)
+    merged = lora.merge(parameters, leaves)
+    assert_logits(build_model(graph, merged), recorded, name)
     if f"{name}/merged_q_proj_layer0" in recorded:
-        query = parameters["layers"]["attention"]["query"]["kernel"][0]
+        query = merged["layers"]["attention"]["query"]["kernel"][0]
         expected = recorded[f"{name}/merged_q_proj_layer0"]
         np.testing.assert_allclose(query.T, expected, rtol=1e-5, atol=1e-6)
-    assert_logits(model, parameters, recorded, name)
 
 
 def write_model(folder, change_tensors=lambda tensors: None, **fields):
