@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.core
 
 
 def is_explicit(param: Any) -> bool:

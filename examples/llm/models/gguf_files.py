@@ -187,7 +187,7 @@ class GGUFModel:
                 f"--model: {self._path}: {name} is {tensor.tensor_type.name}, which gguf cannot "
                 "expand"
             ) from error
-        return values.astype(np.float32, copy=False)
+        return values.astype(np.float32)  # a copy: floats of a file are mapped
 
     def _read(self, path: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
         is_kernel = path.endswith("/kernel")
