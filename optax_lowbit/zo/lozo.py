@@ -158,13 +158,21 @@ class LowRankMomentum(Rule):
 
 
 def _inner(one: jax.Array, other: jax.Array) -> jax.Array:
-    """``one.T @ other`` of normal values, to 1/256 of each.
+    """``one.T @ other`` of normal values with few bits, to ``2**-14`` of each.
 
     Whole numbers have the same sum in any order, wherever the rows are.
     """
-    one, other = (jnp.round(x * 256).astype(jnp.int32) for x in (one, other))
-    total = jnp.sum(one[:, :, None] * other[:, None, :], axis=0)
-    return total.astype(jnp.float32) / 2**16
+
+    def parts(x):
+        coarse = jnp.round(x * 2**7)
+        return coarse.astype(jnp.int32), jnp.round((x * 2**7 - coarse) * 2**7).astype(jnp.int32)
+
+    def total(x, y):
+        return jnp.sum(x[:, :, None] * y[:, None, :], axis=0)
+
+    (a, b), (c, d) = parts(one), parts(other)
+    terms = (total(a, c), 2.0**-14), (total(a, d) + total(b, c), 2.0**-21), (total(b, d), 2.0**-28)
+    return functools.reduce(operator.add, [x.astype(jnp.float32) * unit for x, unit in terms])
 
 
 def _product(left: jax.Array, right: jax.Array, count: jax.Array) -> jax.Array:
