@@ -16,6 +16,9 @@ def main(folder: str, adapter: str, out: str, *tokens: str) -> None:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter)
+    if getattr(model, "quantization_method", None) is not None:
+        # bitsandbytes' own product is in bfloat16 on processors that have instructions for it.
+        model = model.dequantize()
     model.eval()
     with torch.no_grad():
         logits = model(torch.tensor([[int(token) for token in tokens]])).logits

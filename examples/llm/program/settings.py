@@ -41,7 +41,7 @@ class Settings:
     """Methods to compare. With backpropagation: adamw, adam, sgd and their 8bit and 4bit forms,
     factor4bit, adafactor, sm3; paged-adamw, paged-adamw8bit, paged-adamw4bit, whose state is on the
     host. Without: mezo, zo-momentum, zo-sign, zo-adam, zo-conservative, fzoo, hizoo,
-    lozo, sparse, forward-grad, blockwise; and hybrid, which backpropagates through
+    lozo, sparse, sparse-mezo, forward-grad, blockwise; and hybrid, which backpropagates through
     the last norm and head."""
     task: str = "sotu"
     """sotu, the State of the Union addresses; polarity or sms; a file; a folder of files that are

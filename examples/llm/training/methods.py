@@ -246,6 +246,11 @@ METHODS: dict[str, Method] = {
     "sparse": _zeroth_order(
         partial(zo.zo_sgd, noise=zo.RandomMask(zo.Rademacher(), ratio=0.5, interval=1)), _MEZO_RATES
     ),
+    # Sparse-MeZO, whose masks live longer than a short run.
+    "sparse-mezo": _zeroth_order(
+        partial(zo.zo_sgd, noise=zo.MagnitudeMask(zo.Rademacher(), ratio=0.75, interval=1000)),
+        _MEZO_RATES,
+    ),
     "forward-grad": _forward_gradient(_MEZO_RATES),
     "blockwise": _blockwise(_MEZO_RATES),
     "hybrid": _hybrid(1e-6),
