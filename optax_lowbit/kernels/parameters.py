@@ -1,6 +1,6 @@
 """Steps that write parameters instead of updates, in one pass."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,10 +44,7 @@ def descended(update: jax.Array, descent: Descent | None) -> jax.Array:
     params = widened(descent.params)
     update = widened(update) + descent.weight_decay.astype(params.dtype) * params
     new = params - descent.learning_rate.astype(params.dtype) * update
-    indices = None
-    if descent.rows is not None:
-        _, columns = element_indices(new.shape)
-        indices = jnp.broadcast_to(descent.rows, columns.shape), columns
+    indices = element_indices(new.shape, descent.rows)
     return rounded(new, descent.params.dtype, descent.key, indices)
 
 
@@ -67,7 +64,9 @@ def rounded(
     return stochastic_bfloat16(x.astype(jnp.float32), noise)
 
 
-def noise_operands(key: random_bits.Key, params: jax.Array, rows: Any, block: int) -> Noise:
+def noise_operands(
+    key: random_bits.Key, params: jax.Array, rows: jax.Array | None, block: int
+) -> Noise:
     """The operands of a kernel that rounds stochastically, for blocks of the last axis."""
     shape, ones = params.shape, (1,) * params.ndim
     if rows is None:

@@ -80,11 +80,20 @@ def uniform(key: Key, rows: jax.Array, columns: jax.Array) -> jax.Array:
     return (bits >> 8).astype(jnp.float32) * jnp.float32(2**-24)
 
 
-def element_indices(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Row (over all leading axes, row-major) and column of every element, uint32 of ``shape``."""
+def element_indices(
+    shape: tuple[int, ...], rows: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Row (over all leading axes, row-major) and column of every element, uint32 of ``shape``.
+
+    ``rows`` are the numbers of the rows, with a last axis of 1, where they are some of another
+    array's.
+    """
     row = jnp.zeros(shape, jnp.uint32)
-    for axis, size in enumerate(shape[:-1]):
-        row = row * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    if rows is not None:
+        row = jnp.broadcast_to(rows, shape)
+    else:
+        for axis, size in enumerate(shape[:-1]):
+            row = row * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
     if not shape:
-        return row, row
+        return row, jnp.zeros(shape, jnp.uint32)
     return row, jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)

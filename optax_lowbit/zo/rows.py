@@ -9,7 +9,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from optax_lowbit.kernels import tiling
 from optax_lowbit.kernels.meshes import axis_shards
@@ -38,8 +37,7 @@ class Rows:
 
     def indices(self) -> tuple[jax.Array, jax.Array]:
         """Row and column in the leaf of each element, uint32."""
-        columns = random_bits.element_indices(self.values.shape)[1]
-        return jnp.broadcast_to(self.numbers, columns.shape), columns
+        return random_bits.element_indices(self.values.shape, self.numbers)
 
 
 def whole(leaf: int, values: jax.Array, companions: Any = ()) -> Rows:
