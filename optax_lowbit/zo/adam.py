@@ -19,7 +19,7 @@ from optax_lowbit.quant import QuantSpec
 from optax_lowbit.zo import checks
 from optax_lowbit.zo.directions import Choice
 from optax_lowbit.zo.estimators import Central, Estimator, ForwardGradient
-from optax_lowbit.zo.momentum import momentum_step
+from optax_lowbit.zo.momentum import MomentumStep
 from optax_lowbit.zo.noise import Noise, Rademacher
 from optax_lowbit.zo.optimizer import ZeroOrderOptimizer
 from optax_lowbit.zo.updates import Rule, Stepped, stepped, uncontracted
@@ -110,7 +110,7 @@ def zo_adam(
     else:
         rule = Stepped(
             moments=moments,
-            step=lambda count: _adam_step(count, b1, b2, adam_eps),
+            step=AdamStep(b1, b2, adam_eps),
             fused=FusedAdam(b1, b2, adam_eps, 0.0, nesterov=False),
         )
     return ZeroOrderOptimizer(
@@ -121,18 +121,27 @@ def zo_adam(
     )  # fmt: skip
 
 
-def _adam_step(count: jax.Array, b1: float, b2: float, eps: float) -> Step:
-    c = coefficients(b1, b2, eps, 0.0, count, nesterov=False)
+@dataclasses.dataclass(frozen=True)
+class AdamStep:
+    """What Adam does to a piece of a leaf, the same however it is compiled."""
 
-    def product(x, y):
-        return uncontracted(x * y, count)
+    b1: float
+    b2: float
+    eps: float
 
-    def step(grad, moments, constants):
-        del constants
-        update, mu, nu = adam_step(grad, moments["mu"], moments["nu"], c, product)
-        return update, {"mu": mu, "nu": nu}
+    def __call__(self, count: jax.Array) -> Step:
+        """The step of number ``count``, from 1."""
+        c = coefficients(self.b1, self.b2, self.eps, 0.0, count, nesterov=False)
 
-    return step
+        def product(x, y):
+            return uncontracted(x * y, count)
+
+        def step(grad, moments, constants):
+            del constants
+            update, mu, nu = adam_step(grad, moments["mu"], moments["nu"], c, product)
+            return update, {"mu": mu, "nu": nu}
+
+        return step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,7 +178,7 @@ class AdamOfSigns(Rule):
         estimate = leaf.draw(c.one_minus_b1 * record[:1])
         new, kept = stepped(
             leaf, estimate, {"trace": leaf.rows.companions["mu"]},
-            lambda count: momentum_step(count, self.b1), FusedMomentum(self.b1, nesterov=False),
+            MomentumStep(self.b1), FusedMomentum(self.b1, nesterov=False),
             count, rate=record[1] * scale, decay=record[2] / scale,
         )  # fmt: skip
         return new, {"mu": kept["trace"]}

@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_lowbit.moments.storage import Moment
@@ -48,7 +49,7 @@ class GridSteps(Noise):
         return jnp.where(half & 1, -size, size)
 
 
-RESIDUAL = {"residual": Moment(None, dtype=jnp.uint8)}
+RESIDUAL = {"residual": Moment(None, dtype=np.dtype("uint8"))}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

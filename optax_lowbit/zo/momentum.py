@@ -1,5 +1,7 @@
 """Zeroth-order descent with momentum, kept in 4 bits."""
 
+import dataclasses
+
 import jax
 import optax
 
@@ -83,7 +85,7 @@ def zo_sgd_momentum(
     moments = {"trace": Moment(trace_spec)}
     rule = Stepped(
         moments=moments,
-        step=lambda count: momentum_step(count, momentum, nesterov),
+        step=MomentumStep(momentum, nesterov),
         fused=FusedMomentum(momentum, nesterov),
     )
     return ZeroOrderOptimizer(
@@ -94,13 +96,20 @@ def zo_sgd_momentum(
     )  # fmt: skip
 
 
-def momentum_step(count: jax.Array, decay: float, nesterov: bool = False) -> Step:
+@dataclasses.dataclass(frozen=True)
+class MomentumStep:
     """What :func:`optax.trace` does to a piece of a leaf, the same however it is compiled."""
 
-    def step(grad, moments, constants):
-        del constants
-        trace = grad + uncontracted(decay * moments["trace"], count)
-        ahead = grad + uncontracted(decay * trace, count) if nesterov else trace
-        return ahead, {"trace": trace}
+    decay: float
+    nesterov: bool = False
 
-    return step
+    def __call__(self, count: jax.Array) -> Step:
+        """The step of number ``count``, from 1."""
+
+        def step(grad, moments, constants):
+            del constants
+            trace = grad + uncontracted(self.decay * moments["trace"], count)
+            ahead = grad + uncontracted(self.decay * trace, count) if self.nesterov else trace
+            return ahead, {"trace": trace}
+
+        return step

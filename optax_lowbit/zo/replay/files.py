@@ -22,7 +22,7 @@ from optax_lowbit.zo.replay.records import Settings, decoded, no_settings
 
 MAGIC = b"ZOLOG\r\n\x1a"
 # Raised by whatever changes the layout, or the bits of a step: directions, rounding, arithmetic.
-VERSION = 2
+VERSION = 3
 
 _WORD = struct.Struct("<I")
 

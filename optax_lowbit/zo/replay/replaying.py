@@ -15,13 +15,16 @@ from optax_lowbit.zo.noise import Gaussian, Rademacher
 from optax_lowbit.zo.optimizer import ZeroOrderOptimizer
 from optax_lowbit.zo.replay import runs
 from optax_lowbit.zo.replay.files import Log, read
+from optax_lowbit.zo.replay.rebuilding import optimizer_of
 
 # Steps that are fused into one pass over a leaf, if there are so many to take that the time to
 # compile them is worth it.
 FUSED, WORTH_FUSING = 4, 256
 
 
-def apply(params: Any, log: Log | Any, opt: runs.Optimizer, *, steps: int | None = None) -> Any:
+def apply(
+    params: Any, log: Log | Any, opt: runs.Optimizer | None = None, *, steps: int | None = None
+) -> Any:
     """The parameters that a run led to, bit for bit.
 
     What a step writes follows from the record, the key and the leaf: it does not depend on how many
@@ -38,7 +41,9 @@ def apply(params: Any, log: Log | Any, opt: runs.Optimizer, *, steps: int | None
       params: What the run began with, on any mesh.
       log: A :class:`Log`, or its path.
       opt: The optimizer of the run. What the records have in them may differ: learning rate, eps,
-        estimator, clip, and how large a weight decay is.
+        estimator, clip, and how large a weight decay is. None: the log says it, unless the update
+        has code of its own in it (a schedule of probes, a rule or a noise that are not of this
+        library), or is that of :func:`~optax_lowbit.zo.inject_hyperparams`.
       steps: How many steps to take; all, by default.
 
     Returns:
@@ -46,8 +51,9 @@ def apply(params: Any, log: Log | Any, opt: runs.Optimizer, *, steps: int | None
 
     Raises:
       TypeError: If ``opt`` is no optimizer of :mod:`optax_lowbit.zo`.
-      ValueError: If the log is of another base, key or optimizer, or damaged; if there are not so
-        many steps; if the parameters do not meet a digest.
+      ValueError: If the log is of another base, key or optimizer, or damaged; if it does not say
+        the optimizer and none is given; if there are not so many steps; if the parameters do not
+        meet a digest.
       FileNotFoundError: If there is no log.
 
     Examples:
@@ -60,11 +66,13 @@ def apply(params: Any, log: Log | Any, opt: runs.Optimizer, *, steps: int | None
       >>> with zo.replay.Writer(path, opt, params, state) as log:
       ...     params, state, info = opt.step(lambda p: jnp.sum(p["w"] ** 2), params, state)
       ...     log.append(params, state, info)
-      >>> bool(jnp.array_equal(zo.replay.apply(base, path, opt)["w"], params["w"]))
+      >>> bool(jnp.array_equal(zo.replay.apply(base, path)["w"], params["w"]))
       True
     """
-    runs.plain(opt)
     log = _log(log)
+    if opt is None:
+        opt = optimizer_of(log)
+    runs.plain(opt)
     state = opt.init(params, jnp.asarray(log.run["key"], jnp.uint32))
     return resume(params, state, log, opt, steps=steps)[0]
 

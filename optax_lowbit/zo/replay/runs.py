@@ -164,10 +164,10 @@ def described(x: Any) -> Any:
     if isinstance(x, set | frozenset):
         return sorted(map(str, x))
     if isinstance(x, np.ndarray | np.generic | jax.Array):
-        return [str(x.dtype), np.asarray(x).tolist()]
-    if isinstance(x, type):
-        return _name(x)
-    return str(x) if isinstance(x, np.dtype) else _name(type(x))
+        return {"array": str(x.dtype), "values": np.asarray(x).tolist()}
+    if isinstance(x, np.dtype):
+        return {"dtype": str(x)}
+    return {"class": _name(x if isinstance(x, type) else type(x))}
 
 
 def _name(x: Any) -> str:
