@@ -27,6 +27,7 @@ NEEDS = {
     "optax_lowbit.adapters.nnx_einsum": {"flax"},
     "optax_lowbit.adapters.nnx_layers": {"flax"},
     "optax_lowbit.adapters.nnx_models": {"flax"},
+    "optax_lowbit.adapters.nnx_virtual_tokens": {"flax"},
     "optax_lowbit.adapters.linen_layers": {"flax"},
     "optax_lowbit.qlora.layers": {"flax"},
 }

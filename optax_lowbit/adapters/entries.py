@@ -71,7 +71,7 @@ def attached(lora: "LoRA", path: str, leaf: Any, entry: Entry, words: Any = None
         )
     site = site_of(lora, path, leaf)
     check_shapes(site, leaf, entry)
-    a, b = joined(entry) if "weights" in entry else (entry["a"], entry["b"])
+    a, b = pair_of(entry)
     return LoRAMatrix(
         base=leaf,
         a=a,
@@ -83,9 +83,11 @@ def attached(lora: "LoRA", path: str, leaf: Any, entry: Entry, words: Any = None
     )
 
 
-def joined(entry: Entry) -> tuple[jax.Array, jax.Array]:
-    """The adapters of a mixture next to one another, ``B`` times their weights."""
-    a, b, weights = entry["a"], entry["b"], entry["weights"]
+def pair_of(entry: Entry) -> tuple[jax.Array, jax.Array]:
+    """``A`` and ``B``; of a mixture all next to one another, each ``B`` times its weight."""
+    a, b, weights = entry["a"], entry["b"], entry.get("weights")
+    if weights is None:
+        return a, b
     b = b * weights.reshape(*weights.shape, 1, 1).astype(b.dtype)
     a, b = (x.reshape(*x.shape[:-3], -1, x.shape[-1]) for x in (a, b))
     return a, b

@@ -291,6 +291,20 @@ class LoRA:
 
         return nnx_models.requantize_layers(model)
 
+    def unmerged(self, model: Any, adapters: Adapters) -> Any:
+        """A model of :meth:`unwrap` without what was merged into it, as :meth:`unmerge` has it.
+
+        Args:
+          model: An `nnx.Module` of plain layers. It is left as it is.
+          adapters: What :meth:`extract` gave of the model before :meth:`unwrap`.
+
+        Raises:
+          ValueError: As :meth:`unmerge` does.
+        """
+        from optax_lowbit.adapters import nnx_models
+
+        return nnx_models.unmerge_layers(self, model, adapters)
+
     def extract(self, model: Any) -> dict[str, dict[str, jax.Array]]:
         """The adapters of a model that :meth:`wrap` gave, as :meth:`init` gives them for a tree."""
         from optax_lowbit.adapters import nnx_models

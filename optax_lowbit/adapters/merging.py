@@ -61,19 +61,24 @@ def unmerge(lora: "LoRA", params: Any, adapters: Adapters) -> Any:
     """See :meth:`LoRA.unmerge`."""
 
     def take_out(path, leaf, entry):
+        check_unmergeable(path, leaf, entry)
         new = attached(lora, path, leaf, entry)
-        if not isinstance(new, LoRAMatrix) or new.magnitude is not None:
-            what = "a value" if not isinstance(new, LoRAMatrix) else "a magnitude"
-            raise ValueError(
-                f"adapters[{path!r}] has {what}, which merging wrote over: keep params from before"
-            )
-        if is_quantized_matrix(leaf):
-            raise ValueError(f"params must be merged, and {path!r} is in few bits")
         dtype = float_dtype(leaf.dtype)
         added = low_rank(new.a, new.b, new.scale, dtype).reshape(leaf.shape)
         return (leaf.astype(dtype) - added).astype(leaf.dtype)
 
     return map_adapted(take_out, params, adapters)
+
+
+def check_unmergeable(path: str, leaf: Any, entry: Entry) -> None:
+    """Raise ValueError if what was merged into a leaf cannot be taken out."""
+    for name in ("value", "magnitude"):
+        if name in entry:
+            raise ValueError(
+                f"adapters[{path!r}] has a {name}, which merging wrote over: keep what was before"
+            )
+    if is_quantized_matrix(leaf):
+        raise ValueError(f"params must be merged, and {path!r} is in few bits")
 
 
 def map_adapted(fun: Callable[[str, Any, Entry], Any], params: Any, adapters: Adapters) -> Any:

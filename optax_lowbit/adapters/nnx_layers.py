@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 from optax_lowbit.adapters.arrays import is_quantized_matrix
-from optax_lowbit.adapters.entries import Entry, joined
+from optax_lowbit.adapters.entries import Entry, pair_of
 from optax_lowbit.adapters.lora_matrix import LoRAMatrix
 from optax_lowbit.adapters.merging import requantized
 from optax_lowbit.kernels.reference import float_dtype, widened
@@ -84,7 +84,7 @@ class LoRALayer(nnx.Module):
 
     def set_entry(self, entry: Entry) -> None:
         """Other adapters, in place, or those of a mixture."""
-        a, b = joined(entry) if "weights" in entry else (entry["a"], entry["b"])
+        a, b = pair_of(entry)
         # As optimizers know them, whatever the dtype of a file.
         self.lora_a.set_value(widened(a))
         self.lora_b.set_value(widened(b))

@@ -9,8 +9,8 @@ from flax import nnx
 
 from optax_lowbit.adapters import sites
 from optax_lowbit.adapters.arrays import is_quantized_matrix
-from optax_lowbit.adapters.entries import check_shapes, new_entry
-from optax_lowbit.adapters.merging import Adapters
+from optax_lowbit.adapters.entries import check_shapes, new_entry, pair_of
+from optax_lowbit.adapters.merging import Adapters, check_unmergeable
 from optax_lowbit.adapters.nnx_einsum import LoRAEinsum
 from optax_lowbit.adapters.nnx_layers import (
     LoRAConv,
@@ -72,6 +72,30 @@ def unwrap_layers(model: nnx.Module) -> nnx.Module:
         return node.merged() if isinstance(node, LoRALayer) else node
 
     return nnx.recursive_map(unwrapped, model)
+
+
+def unmerge_layers(lora: "LoRA", model: nnx.Module, adapters: Adapters) -> nnx.Module:
+    """See :meth:`LoRA.unmerged`."""
+    left = dict(adapters)
+
+    def unmerged(path, node):
+        kind = _kind(node)
+        name = None if kind is None else _path(path, kind.adapted)
+        if name not in left:
+            return node
+        entry, kernel = left.pop(name), kind.in_order(node, getattr(node, kind.adapted).get_value())
+        check_unmergeable(name, kernel, entry)
+        site = sites.site_of(lora, name, kernel, kind.kernel_axes(node))
+        check_shapes(site, kernel, entry)
+        a, b = pair_of(entry)
+        return kind(node, {"a": a, "b": b}, -site.scale).merged()
+
+    new = nnx.recursive_map(unmerged, model)
+    for path, entry in left.items():
+        check_unmergeable(path, None, entry)
+    if left:
+        raise ValueError(f"adapters must be of layers of the model, which has no {sorted(left)}")
+    return new
 
 
 def requantize_layers(model: nnx.Module) -> tuple[nnx.Module, dict[str, jax.Array]]:

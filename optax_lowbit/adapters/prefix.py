@@ -2,31 +2,36 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from optax_lowbit.adapters.fields import check_count
-from optax_lowbit.adapters.virtual_tokens import random_tokens
+from optax_lowbit.adapters.virtual_tokens import VirtualTokens, random_tokens
 from optax_lowbit.kernels.reference import widened
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Prefix:
+class Prefix(VirtualTokens):
     """A prefix of keys and values, which go in front of those of every layer. Hashable.
 
-    They train, and everything else is frozen. In each layer :func:`prepend` puts them in front of
-    the layer's own, and :func:`prefix_mask` lets every query attend to them. Real tokens then stand
-    at positions ``num_tokens``, ``num_tokens + 1``, ...
+    They train, and everything else is frozen. A function of a parameter tree is given what
+    :meth:`init` makes: in each layer :func:`prepend` puts them in front of the layer's own, and
+    :func:`prefix_mask` lets every query attend to them. Real tokens then stand at positions
+    ``num_tokens``, ``num_tokens + 1``, ... :meth:`wrap` puts them into the attention of a Flax NNX
+    model, as `nnx.LoRAParam`.
 
     **Memory.** ``2 * layers * num_tokens * key_value_size`` float32 numbers.
 
     Attributes:
       num_tokens: Length of the prefix.
+      targets: A regular expression, searched for in paths of an NNX model: which of its
+        `nnx.MultiHeadAttention` have a prefix; all, by default.
 
     Raises:
-      ValueError: At construction, if ``num_tokens`` is not an int of at least 1.
+      TypeError, ValueError: At construction, if ``num_tokens`` is not an int of at least 1, or
+        ``targets`` is no regular expression.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -50,8 +55,7 @@ class Prefix:
 
     num_tokens: int = 5
 
-    def __post_init__(self):
-        check_count("num_tokens", self.num_tokens)
+    _layer: ClassVar[str] = "PrefixAttention"
 
     def init(
         self,
@@ -80,6 +84,36 @@ class Prefix:
         check_count("vocabulary_size", vocabulary_size)
         tokens = random_tokens(self.num_tokens, vocabulary_size, key)
         return jax.tree.map(widened, keys_and_values(tokens))
+
+    def wrap(
+        self,
+        model: Any,
+        key: jax.Array | int,
+        *,
+        vocabulary_size: int,
+        call: Callable[[Any, jax.Array], Any] = lambda model, tokens: model(tokens),
+    ) -> Any:
+        """A Flax NNX model with keys and values in front of those of its attention.
+
+        They start as what the model computes of random tokens. Layers that `nnx.vmap` has stacked
+        have stacked ones. Masks stay those of real tokens, and positions are the model's own.
+
+        Args:
+          model: An `nnx.Module` with `nnx.MultiHeadAttention` in it, whatever its attention
+            function. It is left as it is; the new model shares its variables.
+          key: As in :meth:`init`.
+          vocabulary_size: Number of tokens to draw from.
+          call: Runs a model on int32 tokens ``(1, num_tokens)``, without dropout.
+
+        Raises:
+          TypeError: If ``key`` is no key.
+          ValueError: If ``vocabulary_size`` is not an int of at least 1, or ``targets`` chooses no
+            attention or one that has a prefix.
+        """
+        from optax_lowbit.adapters import nnx_virtual_tokens
+
+        check_count("vocabulary_size", vocabulary_size)
+        return nnx_virtual_tokens.wrap_attention(self, model, key, vocabulary_size, call)
 
 
 def prefix_mask(num_tokens: int, length: int) -> jax.Array:

@@ -1,28 +1,32 @@
 """Prompt tuning: virtual tokens in front of the embedded ones."""
 
 import dataclasses
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from optax_lowbit.adapters.fields import check_count
-from optax_lowbit.adapters.virtual_tokens import random_tokens
+from optax_lowbit.adapters.virtual_tokens import VirtualTokens, random_tokens
 from optax_lowbit.kernels.reference import widened
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Prompt:
+class Prompt(VirtualTokens):
     """A prompt of vectors, which :func:`prepend` puts in front of embedded tokens. Hashable.
 
-    They train, and everything else is frozen.
+    They train, and everything else is frozen. A function of a parameter tree is given what
+    :meth:`init` makes; :meth:`wrap` puts it into a Flax NNX model, as `nnx.LoRAParam`.
 
     **Memory.** ``num_tokens * hidden`` float32 numbers.
 
     Attributes:
       num_tokens: Length of the prompt.
+      targets: A regular expression, searched for in paths of an NNX model: the `nnx.Embed` of its
+        tokens. It has to be given where there are several.
 
     Raises:
-      ValueError: At construction, if ``num_tokens`` is not an int of at least 1.
+      TypeError, ValueError: At construction, if ``num_tokens`` is not an int of at least 1, or
+        ``targets`` is no regular expression.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -41,8 +45,7 @@ class Prompt:
 
     num_tokens: int = 10
 
-    def __post_init__(self):
-        check_count("num_tokens", self.num_tokens)
+    _layer: ClassVar[str] = "PromptEmbed"
 
     def init(self, embedding: jax.Array, key: jax.Array | int) -> jax.Array:
         """Random tokens of the vocabulary.
@@ -62,3 +65,22 @@ class Prompt:
         if jnp.ndim(embedding) != 2 or not len(embedding):
             raise ValueError(f"embedding must be (vocabulary, hidden), got {jnp.shape(embedding)}")
         return widened(embedding[random_tokens(self.num_tokens, len(embedding), key)])
+
+    def wrap(self, model: Any, key: jax.Array | int) -> Any:
+        """A Flax NNX model whose embedding puts a prompt in front of its tokens.
+
+        The model then sees ``num_tokens + length`` positions: a mask that it is given is for so
+        many, and the first ``num_tokens`` of its outputs are no predictions.
+
+        Args:
+          model: An `nnx.Module`, whose tokens are ``(batch, length)``. It is left as it is; the new
+            model shares its variables.
+          key: As in :meth:`init`.
+
+        Raises:
+          TypeError: If ``key`` is no key.
+          ValueError: If ``targets`` chooses no `nnx.Embed`, or several.
+        """
+        from optax_lowbit.adapters import nnx_virtual_tokens
+
+        return nnx_virtual_tokens.wrap_embedding(self, model, key)

@@ -1,9 +1,52 @@
 """Tokens that are no text: vectors, or keys and values, in front of those of real tokens."""
 
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import jax
 import jax.numpy as jnp
 
+from optax_lowbit.adapters.fields import check_count
+from optax_lowbit.moments.policy import compiled_pattern
 from optax_lowbit.quant import random_bits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VirtualTokens:
+    """What a prompt and a prefix share: how many, and how to get them out of an NNX model."""
+
+    num_tokens: int
+    targets: str = ""
+
+    # What `wrap` puts into a model, by its name in `nnx_virtual_tokens`, which imports Flax.
+    _layer: ClassVar[str]
+
+    def __post_init__(self):
+        check_count("num_tokens", self.num_tokens)
+        compiled_pattern("targets", self.targets)
+
+    def unwrap(self, model: Any) -> Any:
+        """The model that :meth:`wrap` gave without what it put in; it is left as it is."""
+        from optax_lowbit.adapters import nnx_virtual_tokens
+
+        return nnx_virtual_tokens.unwrap_virtual(model, self._layer)
+
+    def extract(self, model: Any) -> dict[str, dict[str, jax.Array]]:
+        """What trains of a model that :meth:`wrap` gave, by the path of its layer."""
+        from optax_lowbit.adapters import nnx_virtual_tokens
+
+        return nnx_virtual_tokens.extract_virtual(model, self._layer)
+
+    def update(self, model: Any, adapters: Mapping[str, Mapping[str, jax.Array]]) -> None:
+        """Puts what :meth:`extract` gave of another such model into this one, in place.
+
+        Raises:
+          ValueError: If paths or shapes are not those of the model.
+        """
+        from optax_lowbit.adapters import nnx_virtual_tokens
+
+        nnx_virtual_tokens.update_virtual(model, self._layer, adapters)
 
 
 def prepend(virtual: jax.Array, real: jax.Array) -> jax.Array:

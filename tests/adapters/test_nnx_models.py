@@ -96,6 +96,38 @@ def test_every_layer_starts_as_it_was_and_merges_to_what_it_is(fields, model, be
     np.testing.assert_array_equal(model(TOKENS), before)
 
 
+def test_unmerged_model_is_the_base_within_its_rounding(model):
+    """Float32 sums and differences of numbers below 8: a few units of 2^-21."""
+    lora = adapters.LoRA(rank=2, alpha=3.0, targets="kernel|embedding")
+    wrapped = move(lora, lora.wrap(model, key=0))
+    merged = lora.unwrap(wrapped)
+    base = lora.unmerged(merged, lora.extract(wrapped))
+    assert str(nnx.graphdef(base)) == str(nnx.graphdef(model))
+    moved_by = jax.tree.map(
+        lambda x, y: float(jnp.abs(x - y).max()), *map(nnx.state, (merged, model))
+    )
+    left = jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), *map(nnx.state, (base, model)))
+    assert max(jax.tree.leaves(moved_by)) > 0.01
+    assert max(jax.tree.leaves(left)) < 4 * 2.0**-21
+
+
+def test_what_was_written_over_or_is_of_no_layer_cannot_be_unmerged(model):
+    lora = adapters.LoRA(rank=2, targets="up/kernel", bias="lora_only")
+    wrapped = lora.wrap(model, key=0)
+    with pytest.raises(ValueError, match=r"'up/bias'\] has a value, which merging wrote over"):
+        lora.unmerged(lora.unwrap(wrapped), lora.extract(wrapped))
+    pair = lora.extract(wrapped)["up/kernel"]
+    with pytest.raises(ValueError, match=r"the model, which has no \['down/kernel'\]"):
+        lora.unmerged(model, {"down/kernel": pair})
+    with pytest.raises(ValueError, match=r"adapters\['up/kernel'\] must have shapes"):
+        lora.unmerged(model, {"up/kernel": {"a": pair["a"], "b": pair["b"][:1]}})
+    few_bits = nnx.recursive_map(
+        lambda path, node: FewBits(node) if path == ("up",) else node, model
+    )
+    with pytest.raises(ValueError, match="params must be merged, and 'up/kernel' is in few bits"):
+        lora.unmerged(few_bits, {"up/kernel": pair})
+
+
 def test_all_linear_takes_no_table_and_exclude_takes_away(model):
     lora = adapters.LoRA(rank=2, targets="all-linear", exclude="attention/(query|key)")
     assert lora.extract(lora.wrap(model, key=0)).keys() == {
