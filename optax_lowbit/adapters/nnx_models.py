@@ -80,8 +80,7 @@ def unmerge_layers(lora: "LoRA", model: nnx.Module, adapters: Adapters) -> nnx.M
 
     def unmerged(path, node):
         kind = _kind(node)
-        name = None if kind is None else _path(path, kind.adapted)
-        if name not in left:
+        if kind is None or (name := _path(path, kind.adapted)) not in left:
             return node
         entry, kernel = left.pop(name), kind.in_order(node, getattr(node, kind.adapted).get_value())
         check_unmergeable(name, kernel, entry)

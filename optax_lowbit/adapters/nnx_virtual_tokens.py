@@ -141,16 +141,17 @@ def wrap_attention(
 
 def unwrap_virtual(model: nnx.Module, layer: str) -> nnx.Module:
     """See :meth:`VirtualTokens.unwrap`."""
-    kind = _LAYERS[layer]
 
-    def unwrapped(path, node):
-        if isinstance(node, PromptEmbed) and kind is PromptEmbed:
-            return node.base
-        attention = getattr(node, "attention_fn", None)
-        if isinstance(attention, PrefixAttention) and kind is PrefixAttention:
+    def without_prompt(path, node):
+        return node.base if isinstance(node, PromptEmbed) else node
+
+    def without_prefix(path, node):
+        attention = node.attention_fn if isinstance(node, nnx.MultiHeadAttention) else None
+        if isinstance(attention, PrefixAttention):
             node.attention_fn = nnx.static(attention.attention_fn)
         return node
 
+    unwrapped = without_prompt if layer == PromptEmbed.__name__ else without_prefix
     return nnx.recursive_map(unwrapped, model)
 
 
