@@ -1,11 +1,11 @@
 from optax_lowbit.quant.array import (
     QuantizedArray,
-    QuantSpec,
     dequantize,
     is_quantized,
     quantize,
 )
 from optax_lowbit.quant.codebooks import codebook
+from optax_lowbit.quant.spec import QuantSpec
 
 __all__ = (
     "QuantSpec",
