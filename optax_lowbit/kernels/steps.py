@@ -14,7 +14,7 @@ from optax_lowbit.kernels.adam import Coefficients, adam_direction, adam_step, c
 from optax_lowbit.kernels.parameters import Descent, descended, noise_operands
 from optax_lowbit.kernels.partitioning import per_device
 from optax_lowbit.kernels.reference import Step, exchanged, scales_stored_like, update_leaf
-from optax_lowbit.quant import QuantSpec, is_quantized
+from optax_lowbit.quant import QuantSpec, is_quantized, scaling
 from optax_lowbit.quant.array import code_padding, with_float_scales
 
 Moments = dict[str, Any]
@@ -213,12 +213,15 @@ def step_leaf(
 
 
 def _shape_for_scales(shape: tuple[int, ...], moments: Moments) -> tuple[int, ...]:
-    """``shape``, a matrix where rank-1 scales are those of a stack of matrices.
+    """``shape``, a matrix where a stack of it would have rank-1 scales of more axes than it has.
 
-    A shard of the stack would have scales of more axes if it were a leaf of its own.
+    A shard of a stack of matrices may have, if it were a leaf of its own.
     """
-    stacked = any(isinstance(x.scales, tuple) and len(x.scales) == 2 for x in moments.values())
-    return (math.prod(shape[:-1]), shape[-1]) if stacked else shape
+    for x in moments.values():
+        scales = x.scales if isinstance(x.scales, tuple) else ()
+        if len(scales) == 2 != scaling.rank1_axes(shape, x.spec.block_size):
+            return math.prod(shape[:-1]), shape[-1]
+    return shape
 
 
 def _with_float_scales(moment: Any) -> Any:

@@ -365,6 +365,7 @@ FLOAT32 = jnp.float32
         ("no axes", "momentum", (), FLOAT32, [FIRST_MOMENT_4BIT]),
         ("no elements", "momentum", (0, 128), FLOAT32, [FIRST_MOMENT_4BIT]),
         ("2**31 elements", "momentum", (2**16, 2**15), FLOAT32, [FIRST_MOMENT_4BIT]),
+        ("slices of 2**31", "momentum", (2, 2**16, 2**15), FLOAT32, [FIRST_MOMENT_4BIT]),
         ("not quantized", "adam", (8, 128), FLOAT32, [None, SECOND_MOMENT_4BIT]),
         ("rank1 scales", "quantize", (8, 128), FLOAT32, [SECOND_MOMENT_4BIT]),
         ("along 3 axes", "adam", (3, 3, 64), FLOAT32, [FIRST_MOMENT_4BIT, SECOND_MOMENT_4BIT]),

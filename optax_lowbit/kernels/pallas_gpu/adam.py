@@ -18,6 +18,7 @@ from optax_lowbit.kernels.pallas_gpu.moments import (
     load_factors,
     magnitude_bits,
 )
+from optax_lowbit.kernels.pallas_gpu.slices import mapped, step_in_slices
 from optax_lowbit.kernels.pallas_gpu.tiles import Tiling, column_tiling, flat_tiling
 from optax_lowbit.quant import QuantizedArray
 
@@ -53,6 +54,21 @@ def adam(
       gradient; or, with ``descent``, the new parameters, written over the old ones. Codes and block
       scales are written over the old ones; factors are returned as given.
     """
+    is_low_bit = isinstance(nu, QuantizedArray)
+
+    def step(grad, moments, others, descent):
+        (mu, *second), (factors, nu_scales) = moments, others
+        nu = second[0] if second else factors
+        result, mu, nu = _adam_at_once(grad, mu, nu, c, nu_scales, descent, interpret)
+        return result, ((mu, nu) if second else (mu,))
+
+    others = None if is_low_bit else nu, nu_scales
+    moments = (mu, nu) if is_low_bit else (mu,)
+    result, moments = step_in_slices(step, grad, moments, others, descent)
+    return result, moments[0], moments[1] if is_low_bit else nu
+
+
+def _adam_at_once(grad, mu, nu, c, nu_scales, descent, interpret):
     first = BlockScaled(Codec("mu", mu.spec, interpret))
     second = None
     inputs = {"grad": grad, **first.operands(mu)}
@@ -97,6 +113,11 @@ def adam_rank1_maxima(
     Returns:
       The largest values of rows ``(..., n, 1)`` and of columns ``(..., 1, m)``, float32.
     """
+    find = functools.partial(_maxima_at_once, c=c, interpret=interpret)
+    return mapped(find, grad.shape, grad, nu)
+
+
+def _maxima_at_once(grad, nu, *, c, interpret):
     moment = Rank1Scaled(Codec("nu", nu.spec, interpret))
     tiling = column_tiling(grad.shape, nu.spec.block_size)
     tiles_in_all = tiling.groups * tiling.row_tiles * tiling.batch

@@ -5,6 +5,7 @@ from typing import Any
 
 from optax_lowbit.kernels.codable import why_not_codes, why_not_dtype
 from optax_lowbit.kernels.pallas_gpu.quantized_dot import why_not_matrix
+from optax_lowbit.kernels.pallas_gpu.slices import why_not_slices
 from optax_lowbit.quant import QuantSpec, scaling
 
 # Half of it are the lanes of a tile, two values of each moment to a lane.
@@ -48,13 +49,9 @@ def _why_not_leaf(shape: tuple[int, ...], dtype: Any) -> str | None:
         return reason
     if not shape:
         return "no axes"
-    size = math.prod(shape)
-    if size == 0:
+    if math.prod(shape) == 0:
         return "no elements"
-    # Elements are numbered in int32, and the last tile may reach beyond the end.
-    if size >= 2**31 - 2**16:
-        return "2**31 elements or more"
-    return None
+    return why_not_slices(shape)
 
 
 def _why_not_spec(spec: QuantSpec) -> str | None:

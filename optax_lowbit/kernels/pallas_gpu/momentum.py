@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from optax_lowbit.kernels.pallas_gpu.launch import Refs, launch_step, store_result
 from optax_lowbit.kernels.pallas_gpu.moments import BlockScaled, Codec
+from optax_lowbit.kernels.pallas_gpu.slices import step_in_slices
 from optax_lowbit.kernels.pallas_gpu.tiles import Tiling, flat_tiling
 from optax_lowbit.quant import QuantizedArray
 
@@ -37,6 +38,15 @@ def momentum(
       gradient; or, with ``descent``, the new parameters, written over the old ones. Codes and
       scales are written over the old ones.
     """
+
+    def step(grad, trace, others, descent):
+        del others
+        return _momentum_at_once(grad, trace, decay, nesterov, descent, interpret)
+
+    return step_in_slices(step, grad, trace, None, descent)
+
+
+def _momentum_at_once(grad, trace, decay, nesterov, descent, interpret):
     moment = BlockScaled(Codec("trace", trace.spec, interpret))
     tiling = flat_tiling(grad.shape, trace.spec.block_size)
     inputs = {"grad": grad, **moment.operands(trace)}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from optax_lowbit.kernels.pallas_gpu.launch import Refs, launch
 from optax_lowbit.kernels.pallas_gpu.moments import BlockScaled, Codec
+from optax_lowbit.kernels.pallas_gpu.slices import mapped
 from optax_lowbit.kernels.pallas_gpu.tiles import Tiling, flat_tiling
 from optax_lowbit.quant import QuantizedArray, QuantSpec
 from optax_lowbit.quant.array import abstract_quantized
@@ -20,6 +21,11 @@ def quantize(x: jax.Array, spec: QuantSpec, *, interpret: bool = False) -> Quant
       spec: How to store it.
       interpret: Whether to interpret the kernel, on any platform.
     """
+    whole = functools.partial(_quantize_at_once, spec=spec, interpret=interpret)
+    return mapped(whole, x.shape, x)
+
+
+def _quantize_at_once(x, *, spec, interpret):
     q = abstract_quantized(x.shape, x.dtype, spec)
     array = BlockScaled(Codec("q", spec, interpret))
     tiling = flat_tiling(x.shape, spec.block_size)
@@ -37,6 +43,10 @@ def dequantize(q: QuantizedArray, *, interpret: bool = False) -> jax.Array:
       q: The array.
       interpret: Whether to interpret the kernel, on any platform.
     """
+    return mapped(functools.partial(_dequantize_at_once, interpret=interpret), q.shape, q)
+
+
+def _dequantize_at_once(q, *, interpret):
     array = BlockScaled(Codec("q", q.spec, interpret))
     tiling = flat_tiling(q.shape, q.spec.block_size)
     kernel = functools.partial(_dequantize_kernel, tiling=tiling, array=array)
