@@ -135,9 +135,9 @@ def fused_apply(
     """
     if not isinstance(tx, FusibleOptimizer):
         raise ValueError(
-            "tx must be what an optimizer of this library, such as adamw4bit, returns, neither "
-            "wrapped nor chained: in optax.chain(...) it is stepped by tx.update and "
-            f"optax.apply_updates; got {type(tx).__name__}"
+            "tx must be what an optimizer of this library, such as adamw4bit or sgd4bit with "
+            "momentum, returns, neither wrapped nor chained: in optax.chain(...) it is stepped by "
+            f"tx.update and optax.apply_updates; got {type(tx).__name__}"
         )
     structures = [jax.tree.structure(tree, is_leaf=is_variable) for tree in (grads, params)]
     if structures[0] != structures[1]:
