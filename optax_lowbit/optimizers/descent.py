@@ -119,7 +119,8 @@ def fused_apply(
       The new parameters and the new state.
 
     Raises:
-      ValueError: If ``tx`` is anything else, or ``key`` is of another generator than Threefry.
+      ValueError: If ``tx`` is anything else, gradients and parameters are not trees of one
+        structure, or ``key`` is of another generator than Threefry.
       TypeError: If ``key`` is no key.
 
     Examples:
@@ -134,8 +135,14 @@ def fused_apply(
     """
     if not isinstance(tx, FusibleOptimizer):
         raise ValueError(
-            "tx must be what an optimizer of this library, such as adamw4bit, returns, neither "
-            "wrapped nor chained: in optax.chain(...) it is stepped by tx.update and "
-            f"optax.apply_updates; got {type(tx).__name__}"
+            "tx must be what an optimizer of this library, such as adamw4bit or sgd4bit with "
+            "momentum, returns, neither wrapped nor chained: in optax.chain(...) it is stepped by "
+            f"tx.update and optax.apply_updates; got {type(tx).__name__}"
+        )
+    structures = [jax.tree.structure(tree, is_leaf=is_variable) for tree in (grads, params)]
+    if structures[0] != structures[1]:
+        raise ValueError(
+            "grads and params must be trees of one structure, got "
+            f"{structures[0]} and {structures[1]}"
         )
     return tx.apply(grads, state, params, key)

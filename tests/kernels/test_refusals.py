@@ -34,6 +34,18 @@ def test_arrays_of_different_shapes_are_refused(backend):
         optax_lowbit.fused_apply(tx, long, tx.init(long), jnp.ones((32, 256)))
 
 
+@pytest.mark.parametrize(
+    "params", [None, {}, {"w": 1.0}, {"v": 1.0, "w": 1.0}, [1.0, 1.0]], ids=str
+)
+def test_fused_apply_refuses_parameters_of_another_structure(params):
+    """Leaf by leaf they would be stepped by one another's gradients, or not at all."""
+    tx = MAKERS["adamw4bit"]("auto")
+    full = {"b": jnp.ones((64, 256)), "w": jnp.ones((64, 256))}
+    state, params = tx.init(full), jax.tree.map(lambda _: full["w"], params)
+    with pytest.raises(ValueError, match="grads and params must be trees of one structure, got"):
+        optax_lowbit.fused_apply(tx, full, state, params)
+
+
 def test_impossible_backends_are_refused():
     params = {"w": jnp.ones((64, 128))}
     with pytest.raises(ValueError, match="backend must be one of"):

@@ -24,7 +24,7 @@ from optax_lowbit.kernels.pallas_tpu.geometry import (
     Grid,
 )
 from optax_lowbit.quant import QuantSpec
-from optax_lowbit.quant.scaling import divide
+from optax_lowbit.quant.scaling import absmax, divide
 
 
 def like(x: jax.Array, dtype: Any = None) -> jax.ShapeDtypeStruct:
@@ -172,9 +172,9 @@ class _BlockScaled(View):
 
     def write(self, chunk: Chunk, x: jax.Array) -> None:
         size = self.block_size
-        magnitudes = jnp.abs(chunk.without_rest(x) if chunk.valid % size else x)
+        known = chunk.without_rest(x) if chunk.valid % size else x
         scales = [
-            jnp.max(magnitudes[:, first : first + size], axis=1, keepdims=True)
+            absmax(known[:, first : first + size], axis=(1,))
             for first in range(0, CHUNK_COLUMNS, size)
         ]
         for block, scale in zip(self._blocks(chunk), scales):
@@ -287,12 +287,12 @@ class _Maxima(View):
             self.rows.target[...] = self.row_maxima[...].T
 
     def write(self, chunk: Chunk, x: jax.Array) -> None:
-        magnitudes = jnp.abs(self._within_rows(chunk, chunk.without_rest(x)))
-        by_row = jnp.max(magnitudes, axis=1, keepdims=True)
+        known = self._within_rows(chunk, chunk.without_rest(x))
+        by_row = absmax(known, axis=(1,))
         self.row_maxima[chunk.rows, :] = jnp.maximum(self.row_maxima[chunk.rows, :], by_row)
         first = self.tile_column * self.grid.width + chunk.first_column()
         columns = pl.ds(pl.multiple_of(first, LANES), CHUNK_COLUMNS)
-        by_column = jnp.max(magnitudes, axis=0, keepdims=True)
+        by_column = absmax(known, axis=(0,))
         target = self.columns.target
         target[:, columns] = jnp.maximum(target[:, columns], by_column)
 
