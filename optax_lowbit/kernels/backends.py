@@ -17,7 +17,7 @@ Backend = Literal["auto", "reference", "cpu", "pallas_tpu", "pallas_gpu", "inter
 KERNELS = {"cpu": "cpu", "tpu": "pallas_tpu", "cuda": "pallas_gpu"}
 
 
-def checked(backend: str) -> str:
+def checked(backend: Backend) -> Backend:
     """``backend``, or a ValueError if there is none of that name."""
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {get_args(Backend)}, got {backend!r}")

@@ -74,7 +74,7 @@ def _dequantized(backend: str, q: QuantizedArray) -> jax.Array:
     return x
 
 
-def _chosen(op: str, backend: str, array: Any, spec: QuantSpec) -> dict[str, str]:
+def _chosen(op: str, backend: backends.Backend, array: Any, spec: QuantSpec) -> dict[str, str]:
     backends.checked(backend)
     leaf = array.codes if is_quantized(array) else array
     return backends.platforms(

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from optax_lowbit.kernels.adam import adam_step, coefficients
+from optax_lowbit.kernels.backends import Backend, checked
 from optax_lowbit.kernels.reference import Step
 from optax_lowbit.kernels.steps import FusedAdam, FusedMomentum
 from optax_lowbit.moments.policy import Policy
@@ -47,6 +48,7 @@ def zo_adam(
     clip: float | None = None,
     active_probes: optax.Schedule | None = None,
     probe_batch: int = 1,
+    backend: Backend = "auto",
 ) -> ZeroOrderOptimizer:
     r"""Adam on an estimate from random directions: ZO-Adam, with decoupled weight decay.
 
@@ -76,6 +78,7 @@ def zo_adam(
         elements.
       noise, estimator, weight_decay, weight_decay_mask, trainable: As in :func:`zo_sgd`.
       clip, active_probes, probe_batch: As in :func:`zo_sgd`.
+      backend: Of the step of a leaf in few bits, as in :func:`~optax_lowbit.scale_by_adam4bit`.
 
     Returns:
       The corresponding :class:`ZeroOrderOptimizer`. Its state has the moment ``"mu"``, and ``"nu"``
@@ -106,12 +109,15 @@ def zo_adam(
     if checks.is_concrete(adam_eps) and not adam_eps >= 0:
         raise ValueError(f"adam_eps must be at least 0, got {adam_eps!r}")
     if num_probes == 1 and noise.has_unit_squares:
-        rule = AdamOfSigns(moments={"mu": moments["mu"]}, b1=b1, b2=b2, eps=adam_eps)
+        rule = AdamOfSigns(
+            moments={"mu": moments["mu"]}, b1=b1, b2=b2, eps=adam_eps, backend=checked(backend)
+        )
     else:
         rule = Stepped(
             moments=moments,
             step=AdamStep(b1, b2, adam_eps),
             fused=FusedAdam(b1, b2, adam_eps, 0.0, nesterov=False),
+            backend=checked(backend),
         )
     return ZeroOrderOptimizer(
         rule=rule, learning_rate=learning_rate, eps=eps, num_probes=num_probes, noise=noise,
@@ -150,12 +156,14 @@ class AdamOfSigns(Rule):
 
     Attributes:
       b1, b2, eps: Adam's.
+      backend: The kernels.
       scalars: The number of steps taken, and the second moment.
     """
 
     b1: float
     b2: float
     eps: float
+    backend: Backend = "auto"
     scalars: Mapping[str, Any] = dataclasses.field(
         default_factory=lambda: {"count": np.int32(0), "nu": np.float32(0)}
     )
@@ -179,6 +187,6 @@ class AdamOfSigns(Rule):
         new, kept = stepped(
             leaf, estimate, {"trace": leaf.rows.companions["mu"]},
             MomentumStep(self.b1), FusedMomentum(self.b1, nesterov=False),
-            count, rate=record[1] * scale, decay=record[2] / scale,
+            self.backend, count, rate=record[1] * scale, decay=record[2] / scale,
         )  # fmt: skip
         return new, {"mu": kept["trace"]}

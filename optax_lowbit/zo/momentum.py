@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import optax
 
+from optax_lowbit.kernels.backends import Backend, checked
 from optax_lowbit.kernels.reference import Step
 from optax_lowbit.kernels.steps import FusedMomentum
 from optax_lowbit.moments.policy import Policy
@@ -36,6 +37,7 @@ def zo_sgd_momentum(
     clip: float | None = None,
     active_probes: optax.Schedule | None = None,
     probe_batch: int = 1,
+    backend: Backend = "auto",
 ) -> ZeroOrderOptimizer:
     r"""Descends along random directions with momentum: ZO-SGD-MMT.
 
@@ -61,6 +63,7 @@ def zo_sgd_momentum(
         elements.
       noise, estimator, weight_decay, weight_decay_mask, trainable: As in :func:`zo_sgd`.
       clip, active_probes, probe_batch: As in :func:`zo_sgd`.
+      backend: Of the step of a leaf in few bits, as in :func:`~optax_lowbit.scale_by_adam4bit`.
 
     Returns:
       The corresponding :class:`ZeroOrderOptimizer`, whose state has the moment ``"trace"``.
@@ -87,6 +90,7 @@ def zo_sgd_momentum(
         moments=moments,
         step=MomentumStep(momentum, nesterov),
         fused=FusedMomentum(momentum, nesterov),
+        backend=checked(backend),
     )
     return ZeroOrderOptimizer(
         rule=rule, learning_rate=learning_rate, eps=eps, num_probes=num_probes, noise=noise,

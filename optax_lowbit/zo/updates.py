@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_lowbit.kernels import tiling
+from optax_lowbit.kernels.backends import Backend
 from optax_lowbit.kernels.parameters import Descent, rounded
 from optax_lowbit.kernels.reference import Step, widened
 from optax_lowbit.kernels.steps import Fused, step_leaf
@@ -139,11 +140,13 @@ class Stepped(Rule):
     Attributes:
       step: Given the number of the step, from 1: what it does to a piece of a leaf in float32.
       fused: The same as the kernels know it.
+      backend: The kernels.
       scalars: The number of steps taken; those that were not are not counted.
     """
 
     step: Callable[[jax.Array], Step]
     fused: Fused | None = None
+    backend: Backend = "auto"
     scalars: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"count": np.int32(0)})
     settings: ClassVar[int] = 2
 
@@ -159,8 +162,8 @@ class Stepped(Rule):
         """Estimate, step and descend."""
         estimate = leaf.draw(record[:-2])
         return stepped(
-            leaf, estimate, leaf.rows.companions, self.step, self.fused, leaf.scalars["count"],
-            rate=record[-2], decay=record[-1],
+            leaf, estimate, leaf.rows.companions, self.step, self.fused, self.backend,
+            leaf.scalars["count"], rate=record[-2], decay=record[-1],
         )  # fmt: skip
 
 
@@ -170,6 +173,7 @@ def stepped(
     moments: dict[str, Any],
     step: Callable[[jax.Array], Step],
     fused: Fused | None,
+    backend: str,
     count: jax.Array,
     rate: jax.Array,
     decay: jax.Array,
@@ -181,7 +185,7 @@ def stepped(
     )  # fmt: skip
     scalars = None if fused is None else fused.scalars(count)
     return step_leaf(
-        step(count), fused, "auto", scalars, estimate, moments, leaf.key, descent=descent
+        step(count), fused, backend, scalars, estimate, moments, leaf.key, descent=descent
     )
 
 

@@ -238,3 +238,19 @@ SIGNED = QuantSpec(codebook="dynamic_exponent", bits=8, signed=True, scaling="bl
 def test_wrong_arguments_are_refused(make, error, words):
     with pytest.raises(error, match=words):
         make()
+
+
+@pytest.mark.parametrize("factory", [zo.zo_sgd_momentum, zo.zo_adam])
+def test_kernels_may_be_named(factory):
+    params = {"w": jnp.linspace(-1.0, 1.0, 72 * 128).reshape(72, 128)}
+
+    def stepped(**options):
+        opt = factory(1e-2, 1e-2, **options)
+        step = jax.jit(opt.step, static_argnums=0)
+        return step(lambda p: jnp.mean(p["w"] ** 2), params, opt.init(params, 0))[:2]
+
+    jax.tree.map(np.testing.assert_array_equal, stepped(), stepped(backend="reference"))
+    with pytest.raises(ValueError, match=r"backend must be one of .* got 'gpu'"):
+        factory(1e-2, backend="gpu")
+    with pytest.raises(ValueError, match=r"(?i)cpu"):
+        stepped(backend="pallas_gpu")

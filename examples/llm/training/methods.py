@@ -100,6 +100,9 @@ class Method:
     derivative: str = ""
 
 
+# Those whose moments are in few bits.
+_ZO_WITH_KERNELS = (zo.zo_sgd_momentum, zo.zo_adam)
+
 # How far zeroth-order methods probe, by scheme: MeZO's (arXiv 2305.17333, appendix E.3).
 EPS = {"full": 1e-3, "lora": 1e-2, "qlora": 1e-2, "prefix": 1e-1, "prompt": 1e-1}
 
@@ -165,7 +168,8 @@ def _zeroth_order(
     """A method of `optax_lowbit.zo`, at a constant learning rate."""
 
     def build(chosen: Hyperparameters) -> Optimizer:
-        return factory(chosen.learning_rate, chosen.eps)
+        kernels = {"backend": chosen.backend} if factory in _ZO_WITH_KERNELS else {}
+        return factory(chosen.learning_rate, chosen.eps, **kernels)
 
     return Method(build, rates, dict.fromkeys(rates, forward_passes))
 
