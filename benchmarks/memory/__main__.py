@@ -41,8 +41,7 @@ PARTS: dict[str, list[dict[str, Any]]] = {
         {"model": model, "optimizer": name, **LARGEST}
         for name, models in (
             ("adamw", ("opt-350m", "opt-1.3b", "opt-2.7b", "opt-6.7b")),
-            # The kernels take no stack of 2^31 elements, as OPT-6.7B has.
-            ("adamw4bit", ("opt-1.3b", "opt-2.7b", "llama-7b")),
+            ("adamw4bit", ("opt-1.3b", "opt-2.7b", "opt-6.7b", "llama-7b")),
         )
         for model in models
     ],
