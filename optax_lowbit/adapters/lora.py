@@ -201,8 +201,9 @@ class LoRA:
     def merge(self, params: Any, adapters: Adapters) -> Any:
         """The tree with ``W + (alpha / r) A^T B`` for each adapted leaf, in the leaf's dtype.
 
-        For any function, and for a model that is done. Matrices in few bits become floats. Trained
-        through, it holds the merged leaves and their gradients.
+        For any function, and for a model that is done. Matrices in few bits become floats, still
+        ``(n, m)``: a kernel with more axes, such as that of linen's attention, is to be reshaped.
+        Trained through, it holds the merged leaves and their gradients.
 
         Args:
           params: The frozen tree.

@@ -1,5 +1,6 @@
 """Flax NNX models with adapters in their layers. Imported only where it is used: it needs Flax."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ from flax import nnx
 
 from optax_lowbit.adapters import sites
 from optax_lowbit.adapters.arrays import is_quantized_matrix
-from optax_lowbit.adapters.entries import check_shapes, new_entry, pair_of
+from optax_lowbit.adapters.entries import Entry, check_shapes, new_entry, pair_of
 from optax_lowbit.adapters.merging import Adapters, check_unmergeable
 from optax_lowbit.adapters.nnx_einsum import LoRAEinsum
 from optax_lowbit.adapters.nnx_layers import (
@@ -85,7 +86,7 @@ def unmerge_layers(lora: "LoRA", model: nnx.Module, adapters: Adapters) -> nnx.M
         entry, kernel = left.pop(name), kind.in_order(node, getattr(node, kind.adapted).get_value())
         check_unmergeable(name, kernel, entry)
         site = sites.site_of(lora, name, kernel, kind.kernel_axes(node))
-        check_shapes(site, kernel, entry)
+        check_shapes(_with_all_ranks(site, entry), kernel, entry)
         a, b = pair_of(entry)
         return kind(node, {"a": a, "b": b}, -site.scale).merged()
 
@@ -95,6 +96,13 @@ def unmerge_layers(lora: "LoRA", model: nnx.Module, adapters: Adapters) -> nnx.M
     if left:
         raise ValueError(f"adapters must be of layers of the model, which has no {sorted(left)}")
     return new
+
+
+def _with_all_ranks(site: sites.Site, entry: Entry) -> sites.Site:
+    """The site, or, of what was extracted of a mixture, that with the ranks of all together."""
+    rank = (1, 1, *jnp.shape(entry["a"] if "a" in entry else 0))[-2]
+    is_extracted = "weights" not in entry and rank > 0 and rank % site.rank == 0
+    return dataclasses.replace(site, rank=rank) if is_extracted else site
 
 
 def requantize_layers(model: nnx.Module) -> tuple[nnx.Module, dict[str, jax.Array]]:

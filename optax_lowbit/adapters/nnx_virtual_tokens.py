@@ -73,11 +73,12 @@ class PrefixAttention(nnx.Module):
         **kwargs: Any,
     ) -> jax.Array:
         """Attention of ``(batch, length, heads, head_size)``, of which each sees the prefix."""
-        if self.is_recording:
-            self.keys.set_value(widened(key[0]))
-            self.values.set_value(widened(value[0]))
-            return self.attention_fn(query, key, value, mask=mask, is_causal=is_causal, **kwargs)
         num_tokens = self.keys.shape[-3]
+        if self.is_recording:
+            # A prompt may stand in front of them.
+            self.keys.set_value(widened(key[0, -num_tokens:]))
+            self.values.set_value(widened(value[0, -num_tokens:]))
+            return self.attention_fn(query, key, value, mask=mask, is_causal=is_causal, **kwargs)
         if is_causal:
             causal = prefix_mask(num_tokens, key.shape[1])[None, None]
         else:
@@ -97,6 +98,8 @@ _LAYERS: dict[str, type[PromptEmbed] | type[PrefixAttention]] = {
 
 def wrap_embedding(prompt: "Prompt", model: nnx.Module, key: jax.Array | int) -> nnx.Module:
     """See :meth:`Prompt.wrap`."""
+    if prompted := extract_virtual(model, PromptEmbed.__name__):
+        raise ValueError(f"model has a prompt already, at {[*prompted]}")
     path = _only(_tables(model), prompt.targets)
 
     def wrapped(own, node):
@@ -117,7 +120,7 @@ def wrap_attention(
 ) -> nnx.Module:
     """See :meth:`Prefix.wrap`."""
     tokens = random_tokens(prefix.num_tokens, vocabulary_size, key)
-    found: list[PrefixAttention] = []
+    found: dict[str, PrefixAttention] = {}
 
     def wrapped(path, node):
         if isinstance(node, nnx.MultiHeadAttention) and re.search(prefix.targets, _path(path)):
@@ -125,16 +128,20 @@ def wrap_attention(
                 raise ValueError(f"model has a prefix already, at {_path(path)!r}")
             attention = PrefixAttention(node.attention_fn, _shape(node, prefix.num_tokens))
             node.attention_fn = nnx.data(attention)
-            found.append(node.attention_fn)
+            found[_path(path)] = node.attention_fn
         return node
 
     new = nnx.recursive_map(wrapped, model)
     if not found:
         raise ValueError(f"targets={prefix.targets!r} must choose an nnx.MultiHeadAttention")
-    for attention in found:
+    starts = {path: attention.keys.get_value() for path, attention in found.items()}
+    for attention in found.values():
         attention.is_recording = True
     call(new, tokens[None])
-    for attention in found:
+    for path, attention in found.items():
+        keys = attention.keys.get_value()
+        if keys is starts[path] or keys.shape != starts[path].shape:
+            raise ValueError(f"call must run all tokens through {path!r}, or targets leave it out")
         attention.is_recording = False
     return new
 

@@ -108,7 +108,7 @@ class Prefix(VirtualTokens):
         Raises:
           TypeError: If ``key`` is no key.
           ValueError: If ``vocabulary_size`` is not an int of at least 1, or ``targets`` chooses no
-            attention or one that has a prefix.
+            attention, one that has a prefix or one that ``call`` does not run the tokens through.
         """
         from optax_lowbit.adapters import nnx_virtual_tokens
 

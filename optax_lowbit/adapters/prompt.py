@@ -79,7 +79,7 @@ class Prompt(VirtualTokens):
 
         Raises:
           TypeError: If ``key`` is no key.
-          ValueError: If ``targets`` chooses no `nnx.Embed`, or several.
+          ValueError: If ``targets`` chooses no `nnx.Embed`, or several, or the model has a prompt.
         """
         from optax_lowbit.adapters import nnx_virtual_tokens
 

@@ -111,6 +111,18 @@ def test_unmerged_model_is_the_base_within_its_rounding(model):
     assert max(jax.tree.leaves(left)) < 4 * 2.0**-21
 
 
+def test_a_mixture_is_taken_out_of_what_it_was_merged_into(model):
+    lora = adapters.LoRA(rank=2, targets="kernel|embedding")
+    wrapped = move(lora, lora.wrap(model, key=0))
+    pairs = lora.extract(wrapped)
+    lora.update(wrapped, adapters.mix({"one": pairs, "two": pairs}, {"one": 1.0, "two": -0.5}))
+    base = lora.unmerged(lora.unwrap(wrapped), lora.extract(wrapped))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=4 * 2.0**-21),
+        *map(nnx.state, (base, model)),
+    )
+
+
 def test_what_was_written_over_or_is_of_no_layer_cannot_be_unmerged(model):
     lora = adapters.LoRA(rank=2, targets="up/kernel", bias="lora_only")
     wrapped = lora.wrap(model, key=0)

@@ -149,6 +149,17 @@ def test_with_low_rank_adapters(model):
         np.testing.assert_allclose(causal(both, TOKENS), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_prefix_beside_a_prompt(model):
+    """As long as without one, and of the tokens after it; in the other order it knows of none."""
+    first = PREFIX.wrap(PROMPT.wrap(model, 0), 5, vocabulary_size=11, call=causal)
+    second = PROMPT.wrap(PREFIX.wrap(model, 5, vocabulary_size=11, call=causal), 0)
+    shapes = jax.tree.map(jnp.shape, PREFIX.extract(second))
+    assert jax.tree.map(jnp.shape, PREFIX.extract(first)) == shapes
+    assert causal(first, TOKENS).shape == causal(second, TOKENS).shape == (2, 7, 11)
+    first_layer = [PREFIX.extract(both)["layers/0"] for both in (first, second)]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), *first_layer)
+
+
 def test_impossible_targets_and_adapters_are_refused(model):
     with pytest.raises(ValueError, match=r"targets='head' must choose one nnx.Embed, got \[\]"):
         adapters.Prompt(targets="head").wrap(model, 0)
@@ -160,6 +171,11 @@ def test_impossible_targets_and_adapters_are_refused(model):
     wrapped = PREFIX.wrap(model, 0, vocabulary_size=11)
     with pytest.raises(ValueError, match="model has a prefix already, at 'layers/0'"):
         PREFIX.wrap(wrapped, 0, vocabulary_size=11)
+    with pytest.raises(ValueError, match=r"model has a prompt already, at \['embedding'\]"):
+        PROMPT.wrap(PROMPT.wrap(model, 0), 0)
+    for call in (lambda model, tokens: None, lambda model, tokens: model(tokens[:, 1:])):
+        with pytest.raises(ValueError, match="call must run all tokens through 'layers/0'"):
+            PREFIX.wrap(model, 0, vocabulary_size=11, call=call)
     with pytest.raises(ValueError, match="adapters must have the shapes"):
         PREFIX.update(wrapped, {"layers/0": PREFIX.extract(wrapped)["layers/0"]})
     with pytest.raises(ValueError, match="vocabulary_size must be an int of at least 1, got 0"):
