@@ -137,14 +137,18 @@ def test_a_page_of_untrained_models_has_no_figure(tmp_path):
     assert not (tmp_path / "report.png").exists()
 
 
-def test_results_are_kept_for_the_same_settings_only(results):
+def test_results_are_gone_on_with_by_the_same_settings_only(results):
     settings = BenchSettings(method=("mezo", "adam"), task=("sms",))
     again = Results(results.path, settings, "m.gguf", {})
     assert again.cells == results.cells
     assert again.cells["polarity lora mezo"]["runs"][2]["test"]["scores"]["accuracy"] == 0.1 * 7
     other = dataclasses.replace(settings, batch_size=9)
-    assert Results(results.path, other, "m.gguf", {}).cells == {}
-    assert Results(results.path, settings, "other.gguf", {}).cells == {}
+    before = results.path.read_bytes()
+    with pytest.raises(UsageError, match=r"--output: .*\.json .*batch_size is 8 there and 9"):
+        Results(results.path, other, "m.gguf", {})
+    with pytest.raises(UsageError, match=r"model is m\.gguf there and other\.gguf here"):
+        Results(results.path, settings, "other.gguf", {})
+    assert results.path.read_bytes() == before
 
 
 def test_all_cells_are_there(tmp_path):
@@ -165,6 +169,7 @@ def test_all_cells_are_there(tmp_path):
         (["--seeds", "1", "1"], "--seeds: give at least one, and none twice, got (1, 1)"),
         (["--rate-factors", "0"], "--rate-factors: must be a number above 0, got 0"),
         (["--steps", "0"], "--steps: must be at least 1, got 0"),
+        (["--tuning", "lora", "--method", "hybrid"], "--tuning: hybrid is for full, not for lora"),
         (["--dev-examples", "0"], "--dev-examples: must be at least 1, got 0"),
     ],
 )

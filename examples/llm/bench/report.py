@@ -8,12 +8,13 @@ from typing import Any
 
 from examples.llm.bench.cells import UNTRAINED, Cell, CellResult
 from examples.llm.bench.settings import BenchSettings
+from examples.llm.errors import UsageError
 from examples.llm.program import page
 from examples.llm.program.figures import Figure, bars, points
 from examples.llm.program.rendering import write_picture
 from examples.llm.program.spreads import Spread, spread_of
 
-# What a result is made with; a file made with something else is not added to.
+# What a result is made with; a file made with something else is neither added to nor replaced.
 _SHARED = (
     "rate_factors", "seeds", "steps", "search_steps", "first_order_steps", "batch_size",
     "sequence_length", "objective", "head", "template", "train_examples", "dev_examples",
@@ -27,7 +28,11 @@ _HEADINGS = (
 
 
 class Results:
-    """Results by cell, kept in a JSON file that is complete after every cell."""
+    """Results by cell, kept in a JSON file that is complete after every cell.
+
+    Raises:
+      UsageError: there is a file with results of other settings.
+    """
 
     def __init__(self, path: Path, settings: BenchSettings, model: str, about: Mapping[str, Any]):
         self.path = path
@@ -37,8 +42,8 @@ class Results:
         self.cells: dict[str, dict[str, Any]] = {}
         if path.exists():
             content = json.loads(path.read_text())
-            if content["settings"] == self.made_with:
-                self.cells = content["cells"]
+            _check_settings(path, content["settings"], self.made_with)
+            self.cells = content["cells"]
 
     def add(self, cell: Cell, result: CellResult) -> None:
         """Add a result and write the file."""
@@ -48,6 +53,19 @@ class Results:
         fresh = self.path.with_suffix(".new")
         fresh.write_text(json.dumps(content, indent=1) + "\n")
         fresh.replace(self.path)
+
+
+def _check_settings(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    differences = [
+        f"{name} is {theirs.get(name)} there and {ours.get(name)} here"
+        for name in {**theirs, **ours}
+        if theirs.get(name) != ours.get(name)
+    ]
+    if differences:
+        raise UsageError(
+            f"--output: {path} has results of other settings ({'; '.join(differences)}), give "
+            "another folder"
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -14,7 +14,7 @@ from examples.llm.program.settings import (
 )
 from examples.llm.tasks.encoders import Head
 from examples.llm.tasks.sources import find_source
-from examples.llm.training.methods import METHODS, check_method_names
+from examples.llm.training.methods import METHODS, check_method_names, check_tuning
 
 Scheme = Literal["full", "lora", "qlora", "prefix", "prompt"]
 
@@ -68,7 +68,8 @@ class BenchSettings:
     """A folder of Hugging Face's, a GGUF file, or smollm2-135m, which it is where this is left out,
     minilm or stories260k."""
     output: Path = Path("runs/zo_bench")
-    """Folder for the results; what is already in it is not run again."""
+    """Folder for the results; what is already in it is not run again. Other settings need another
+    folder."""
     quick: bool = False
     """A look at whether everything runs: a tiny random model, a few steps of full tuning."""
     config: Path | None = None
@@ -93,6 +94,9 @@ class BenchSettings:
             if not values or len(set(values)) < len(values):
                 flag = "--" + name.replace("_", "-")
                 raise UsageError(f"{flag}: give at least one, and none twice, got {values}")
+        schemes = {scheme for name in self.method for scheme in METHODS[name].learning_rates}
+        if not schemes & set(self.tuning):
+            check_tuning(self.method[0], self.tuning[0])
         for name in (
             "steps", "search_steps", "first_order_steps", "batch_size", "train_examples",
             "dev_examples", "test_examples",

@@ -70,6 +70,7 @@ def apply(
       True
     """
     log = _log(log)
+    runs.check_leaves(log, params)
     if opt is None:
         opt = optimizer_of(log)
     runs.plain(opt)

@@ -67,10 +67,7 @@ def _first(opt: Any) -> Any:
 
 
 def _leaves(opt: Optimizer, params: Any) -> dict[str, Any]:
-    pairs = [
-        (path_name(path), jnp.asarray(leaf))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    ]
+    pairs = _named(params)
     inner, outer = plain(opt), _first(opt)
     trained = inner.split(params).paths
     numbers = outer.numbers(params) if isinstance(outer, BlockwiseOptimizer) else ()
@@ -79,8 +76,7 @@ def _leaves(opt: Optimizer, params: Any) -> dict[str, Any]:
     sums = jax.device_get([checksum(leaf) for _, leaf in pairs])
     return {
         path: {
-            "shape": list(leaf.shape),
-            "dtype": str(leaf.dtype),
+            **_form(leaf),
             "trains": path in trained,
             "decays": path in trained and inner.decays(path, leaf),
             "checksum": int(total),
@@ -90,10 +86,35 @@ def _leaves(opt: Optimizer, params: Any) -> dict[str, Any]:
     }
 
 
+def _named(params: Any) -> list[tuple[str, jax.Array]]:
+    return [
+        (path_name(path), jnp.asarray(leaf))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    ]
+
+
+def _form(leaf: jax.Array) -> dict[str, Any]:
+    return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+
+
 def digest(opt: Optimizer, params: Any) -> int:
     """A checksum of all leaves that train: the same on every mesh."""
     sums = jax.device_get([checksum(leaf) for leaf in plain(opt).split(params).leaves])
     return zlib.crc32(struct.pack(f"<{len(sums)}I", *map(int, sums)))
+
+
+def check_leaves(log: Log, params: Any) -> None:
+    """Raises unless a log is of leaves with these paths, shapes and dtypes: before all the rest.
+
+    Raises:
+      ValueError: Names all that differs.
+    """
+    ours = {path: _form(leaf) for path, leaf in _named(params)}
+    theirs = {
+        path: {name: leaf[name] for name in ("shape", "dtype")}
+        for path, leaf in log.run["leaves"].items()
+    }
+    _refuse(_differences("leaves", theirs, ours))
 
 
 def check_same(log: Log, run: dict[str, Any], *, is_base: bool) -> None:
@@ -117,7 +138,11 @@ def check_same(log: Log, run: dict[str, Any], *, is_base: bool) -> None:
             }
         return {**{name: run[name] for name in ("prng", "key", "optimizer")}, "leaves": leaves}
 
-    found = list(_differences("", compared(log.run), compared(run)))
+    _refuse(_differences("", compared(log.run), compared(run)))
+
+
+def _refuse(differences: Iterator[str]) -> None:
+    found = list(differences)
     if found:
         shown = [*found[:8], *([f"and {len(found) - 8} more"] if len(found) > 8 else [])]
         raise ValueError("the log is of another run: " + "; ".join(shown))

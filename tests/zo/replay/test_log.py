@@ -33,6 +33,10 @@ def write(path, steps, opt=OPT, base=BASE, key=7, first=0, settings=(0.0,) * 8, 
     return path.read_bytes()
 
 
+def in_blocks(*blocks):
+    return zo.blockwise(OPT, blocks)
+
+
 # Of five steps: constant, and then by a schedule. And the bytes of each.
 SETTINGS = 0.25, 0.25, 0.25, 0.5, 0.75
 LENGTHS = 20, 16, 8, 20, 12
@@ -203,6 +207,17 @@ def test_another_run_is_refused_by_name(tmp_path, changes, message):
             zo.replay.apply(changes.get("base", BASE), path, changes.get("opt", OPT))
 
 
+@pytest.mark.parametrize("opt", [zo.zo_sgd(1e-2, trainable="w"), in_blocks("w", "b")])
+def test_another_base_is_refused_by_name_with_or_without_the_optimizer(tmp_path, opt):
+    path = tmp_path / "log"
+    write(path, 2, opt=opt)
+    for given in (opt, None):
+        with pytest.raises(ValueError, match=r"leaves\.w is only in the log"):
+            zo.replay.apply({"b": BASE["b"]}, path, given)
+        with pytest.raises(ValueError, match=r"leaves\.w\.dtype is .* and 'int32'"):
+            zo.replay.apply({**BASE, "w": BASE["w"].astype(jnp.int32)}, path, given)
+
+
 def test_what_records_have_in_them_may_change(tmp_path):
     path = tmp_path / "log"
     write(path, 2)
@@ -212,9 +227,6 @@ def test_what_records_have_in_them_may_change(tmp_path):
 
 
 def test_other_blocks_and_hyperparameters_are_refused(tmp_path):
-    def in_blocks(*blocks):
-        return zo.blockwise(OPT, blocks)
-
     path = tmp_path / "log"
     write(path, 1, opt=in_blocks("w", "b"))
     with pytest.raises(ValueError, match=r"leaves\.w\.block is 0 in the log and 1 here"):
