@@ -25,6 +25,8 @@ MAGIC = b"ZOLOG\r\n\x1a"
 VERSION = 3
 
 _WORD = struct.Struct("<I")
+# Bytes: some 200 for a leaf.
+_LONGEST_HEADER = 2**28
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -147,13 +149,24 @@ def _header(data: bytes) -> tuple[dict[str, Any], int, int]:
         start += _WORD.unpack_from(data, len(MAGIC))[0]
     if len(data) < start or zlib.crc32(data[: start - 4]) != crc_of(data[:start]):
         raise ValueError("its header is cut off or damaged")
-    run = json.loads(zlib.decompress(data[len(MAGIC) + 4 : start - 4]))
+    run = _said(data[len(MAGIC) + 4 : start - 4])
     if run["version"] != VERSION:
         raise ValueError(
             f"it has version {run['version']} of the format, and this release of optax_lowbit "
             f"({run['library']} wrote it) reads version {VERSION}"
         )
     return run, start, crc_of(data[:start])
+
+
+def _said(text: bytes) -> dict[str, Any]:
+    """What a header says, of which no more is unpacked than a run can have to say."""
+    try:
+        run = json.loads(zlib.decompressobj().decompress(text, _LONGEST_HEADER))
+    except (zlib.error, RecursionError) as error:
+        raise ValueError("its header is no JSON text") from error
+    if not isinstance(run, dict) or "version" not in run or "library" not in run:
+        raise ValueError("its header does not say the version of the format")
+    return run
 
 
 def _records(data: bytes, run: dict[str, Any], position: int, crc: int) -> Log:

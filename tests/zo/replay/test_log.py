@@ -179,6 +179,21 @@ def test_another_version_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "text",
+    [b"[]", b"{}", b"{", b"[" * 100_000, b"0", None],
+    ids=["list", "empty", "cut off", "deep", "number", "not compressed"],
+)
+def test_header_of_something_else_is_refused(tmp_path, text):
+    """Under a checksum that is right."""
+    path = tmp_path / "log"
+    packed = b"no zlib" if text is None else zlib.compress(text)
+    data = b"ZOLOG\r\n\x1a" + struct.pack("<I", len(packed)) + packed
+    path.write_bytes(data + struct.pack("<I", zlib.crc32(data)))
+    with pytest.raises(ValueError, match=str(path)):
+        zo.replay.read(path)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"base": {**BASE, "w": BASE["w"].at[1, 2].add(1e-6)}}, r"leaves.w.checksum is \d+ in"),
