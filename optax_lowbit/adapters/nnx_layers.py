@@ -214,3 +214,8 @@ def in_rows(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     kept = tuple(axis for axis in range(x.ndim) if axis not in axes)
     shape = [x.shape[axis] for axis in kept]
     return x.transpose(*kept, *axes).reshape(*shape, math.prod(x.shape[axis] for axis in axes))
+
+
+def node_path(path: tuple[Any, ...], *more: str) -> str:
+    """What `nnx.iter_graph` calls a node, as the paths of a tree are written."""
+    return "/".join(map(str, (*path, *more)))

@@ -19,6 +19,7 @@ from optax_lowbit.adapters.nnx_layers import (
     LoRALayer,
     LoRALinear,
     TrainedParam,
+    node_path,
 )
 from optax_lowbit.kernels.reference import float_dtype, name_hash
 from optax_lowbit.quant import random_bits
@@ -39,8 +40,8 @@ def wrap_layers(
     for path, node in nnx.iter_graph(model):
         if isinstance(node, LoRALayer):
             raise ValueError(
-                f"model has adapters already, at {_path(path)!r}: adapters.mix and lora.update put "
-                "others in"
+                f"model has adapters already, at {node_path(path)!r}: adapters.mix and lora.update "
+                "put others in"
             )
     chosen = set(sites.chosen_matrices(lora, kernels))
     trained = _trained_variables(lora, model, chosen)
@@ -49,9 +50,9 @@ def wrap_layers(
     def wrapped(path, node):
         _replace_variables(node, lambda variable: trained.get(id(variable)))
         kind = _kind(node)
-        if kind is None or _path(path, kind.adapted) not in chosen:
+        if kind is None or node_path(path, kind.adapted) not in chosen:
             return node
-        name, variable = _path(path, kind.adapted), getattr(node, kind.adapted)
+        name, variable = node_path(path, kind.adapted), getattr(node, kind.adapted)
         kernel = kind.in_order(node, kernels[name])
         site = sites.site_of(lora, name, kernel, kind.kernel_axes(node))
         original = _original(kind, node, kernel, originals.get(name))
@@ -81,7 +82,7 @@ def unmerge_layers(lora: "LoRA", model: nnx.Module, adapters: Adapters) -> nnx.M
 
     def unmerged(path, node):
         kind = _kind(node)
-        if kind is None or (name := _path(path, kind.adapted)) not in left:
+        if kind is None or (name := node_path(path, kind.adapted)) not in left:
             return node
         entry, kernel = left.pop(name), kind.in_order(node, getattr(node, kind.adapted).get_value())
         check_unmergeable(name, kernel, entry)
@@ -100,9 +101,10 @@ def unmerge_layers(lora: "LoRA", model: nnx.Module, adapters: Adapters) -> nnx.M
 
 def _with_all_ranks(site: sites.Site, entry: Entry) -> sites.Site:
     """The site, or, of what was extracted of a mixture, that with the ranks of all together."""
-    rank = (1, 1, *jnp.shape(entry["a"] if "a" in entry else 0))[-2]
-    is_extracted = "weights" not in entry and rank > 0 and rank % site.rank == 0
-    return dataclasses.replace(site, rank=rank) if is_extracted else site
+    shape = jnp.shape(entry.get("a", 0))
+    if "weights" in entry or len(shape) < 2 or not shape[-2] or shape[-2] % site.rank:
+        return site
+    return dataclasses.replace(site, rank=shape[-2])
 
 
 def requantize_layers(model: nnx.Module) -> tuple[nnx.Module, dict[str, jax.Array]]:
@@ -115,7 +117,7 @@ def requantize_layers(model: nnx.Module) -> tuple[nnx.Module, dict[str, jax.Arra
             return node
         layer, error = node.requantized()
         if error is not None:
-            errors[_path(path, node.adapted)] = error
+            errors[node_path(path, node.adapted)] = error
         return layer
 
     return nnx.recursive_map(unwrapped, model), errors
@@ -168,7 +170,7 @@ def _kernels(lora: "LoRA", model: nnx.Module) -> dict[str, Any]:
         # Under "all-linear" convolutions have none, as in PEFT.
         if kind is None or (kind is LoRAConv and lora.targets == "all-linear"):
             continue
-        kernels[_path(path, kind.adapted)] = getattr(node, kind.adapted).get_value()
+        kernels[node_path(path, kind.adapted)] = getattr(node, kind.adapted).get_value()
     return kernels
 
 
@@ -191,9 +193,9 @@ def _trained_variables(lora, model, adapted) -> dict[int, TrainedParam]:
     dtypes, variables = {}, {}
     for path, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Variable) and not isinstance(node, _NO_PARAMETERS):
-            variables[_path(path)] = node
+            variables[node_path(path)] = node
         elif isinstance(node, nnx.Module):
-            dtypes[_path(path)] = getattr(node, "dtype", None)
+            dtypes[node_path(path)] = getattr(node, "dtype", None)
     leaves = {path: variable.get_value() for path, variable in variables.items()}
     trained = {}
     for path in sites.chosen_values(lora, leaves, adapted):
@@ -239,11 +241,11 @@ def _adapted_nodes(model: nnx.Module) -> dict[str, Any]:
     """Layers with adapters and variables that train themselves, by paths of the plain model."""
     found = list(nnx.iter_graph(model))
     layers = {path: node for path, node in found if isinstance(node, LoRALayer)}
-    nodes: dict[str, Any] = {_path(path, node.adapted): node for path, node in layers.items()}
+    nodes: dict[str, Any] = {node_path(path, node.adapted): node for path, node in layers.items()}
     for path, node in found:
         if isinstance(node, TrainedParam):
             is_in_layer = path[:-2] in layers and path[-2] == "base"
-            nodes[_path(path[:-2] + path[-1:] if is_in_layer else path)] = node
+            nodes[node_path(path[:-2] + path[-1:] if is_in_layer else path)] = node
     return nodes
 
 
@@ -256,7 +258,3 @@ def _dropout(lora, site, key) -> nnx.Dropout | None:
     dropout = nnx.Dropout(lora.dropout, deterministic=True)
     dropout.rngs = stream
     return dropout
-
-
-def _path(path: tuple[Any, ...], *more: str) -> str:
-    return "/".join(map(str, (*path, *more)))

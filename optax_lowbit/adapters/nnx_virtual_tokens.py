@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from optax_lowbit.adapters.arrays import is_quantized_matrix
-from optax_lowbit.adapters.nnx_layers import LoRAEmbed
+from optax_lowbit.adapters.nnx_layers import LoRAEmbed, node_path
 from optax_lowbit.adapters.prefix import prefix_mask
 from optax_lowbit.adapters.virtual_tokens import prepend, random_tokens
 from optax_lowbit.kernels.reference import widened
@@ -79,10 +79,7 @@ class PrefixAttention(nnx.Module):
             self.keys.set_value(widened(key[0, -num_tokens:]))
             self.values.set_value(widened(value[0, -num_tokens:]))
             return self.attention_fn(query, key, value, mask=mask, is_causal=is_causal, **kwargs)
-        if is_causal:
-            causal = prefix_mask(num_tokens, key.shape[1])[None, None]
-        else:
-            causal = None
+        causal = prefix_mask(num_tokens, key.shape[1])[None, None] if is_causal else None
         if mask is not None:
             mask = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(num_tokens, 0)], constant_values=1)
         return self.attention_fn(
@@ -103,7 +100,7 @@ def wrap_embedding(prompt: "Prompt", model: nnx.Module, key: jax.Array | int) ->
     path = _only(_tables(model), prompt.targets)
 
     def wrapped(own, node):
-        if _path(own) != path:
+        if node_path(own) != path:
             return node
         table = getattr(node, "base", node).embedding[...]
         return PromptEmbed(node, prompt.init(table, key))
@@ -123,12 +120,12 @@ def wrap_attention(
     found: dict[str, PrefixAttention] = {}
 
     def wrapped(path, node):
-        if isinstance(node, nnx.MultiHeadAttention) and re.search(prefix.targets, _path(path)):
+        if isinstance(node, nnx.MultiHeadAttention) and re.search(prefix.targets, node_path(path)):
             if isinstance(node.attention_fn, PrefixAttention):
-                raise ValueError(f"model has a prefix already, at {_path(path)!r}")
+                raise ValueError(f"model has a prefix already, at {node_path(path)!r}")
             attention = PrefixAttention(node.attention_fn, _shape(node, prefix.num_tokens))
             node.attention_fn = nnx.data(attention)
-            found[_path(path)] = node.attention_fn
+            found[node_path(path)] = node.attention_fn
         return node
 
     new = nnx.recursive_map(wrapped, model)
@@ -185,7 +182,7 @@ def update_virtual(model: nnx.Module, layer: str, adapters: Entries) -> None:
 def _found(model: nnx.Module, layer: str) -> dict[str, PromptEmbed | PrefixAttention]:
     """By the path of the layer in the plain model: an attention function is inside of its own."""
     return {
-        _path(path[:-1] if isinstance(node, PrefixAttention) else path): node
+        node_path(path[:-1] if isinstance(node, PrefixAttention) else path): node
         for path, node in nnx.iter_graph(model)
         if isinstance(node, _LAYERS[layer])
     }
@@ -195,7 +192,7 @@ def _tables(model: nnx.Module) -> list[str]:
     """Paths of embeddings, with adapters or without."""
     found = dict(nnx.iter_graph(model))
     tables = [path for path, node in found.items() if isinstance(node, nnx.Embed | LoRAEmbed)]
-    return [_path(path) for path in tables if path[:-1] not in tables]
+    return [node_path(path) for path in tables if path[:-1] not in tables]
 
 
 def _only(paths: list[str], pattern: str) -> str:
@@ -213,7 +210,3 @@ def _shape(attention: nnx.MultiHeadAttention, num_tokens: int) -> tuple[int, ...
     kernel = layer.kernel.get_value()
     stack = kernel.shape[: -2 if is_quantized_matrix(kernel) else -3]
     return (*stack, num_tokens, *layer.out_features)
-
-
-def _path(path: tuple[Any, ...]) -> str:
-    return "/".join(map(str, path))

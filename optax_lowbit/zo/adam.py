@@ -109,9 +109,8 @@ def zo_adam(
     if checks.is_concrete(adam_eps) and not adam_eps >= 0:
         raise ValueError(f"adam_eps must be at least 0, got {adam_eps!r}")
     if num_probes == 1 and noise.has_unit_squares:
-        rule = AdamOfSigns(
-            moments={"mu": moments["mu"]}, b1=b1, b2=b2, eps=adam_eps, backend=checked(backend)
-        )
+        kept = {"mu": moments["mu"]}
+        rule = AdamOfSigns(moments=kept, b1=b1, b2=b2, eps=adam_eps, backend=checked(backend))
     else:
         rule = Stepped(
             moments=moments,

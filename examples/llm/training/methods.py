@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial, wraps
+from inspect import signature
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -100,9 +101,6 @@ class Method:
     derivative: str = ""
 
 
-# Those whose moments are in few bits.
-_ZO_WITH_KERNELS = (zo.zo_sgd_momentum, zo.zo_adam)
-
 # How far zeroth-order methods probe, by scheme: MeZO's (arXiv 2305.17333, appendix E.3).
 EPS = {"full": 1e-3, "lora": 1e-2, "qlora": 1e-2, "prefix": 1e-1, "prompt": 1e-1}
 
@@ -126,7 +124,6 @@ def _first_order(
     factory: Callable[..., Any], rate: float, *, decays: bool = False, **options: Any
 ) -> Method:
     """An optimizer under the schedule above, or a constant rate."""
-    is_low_bit = hasattr(optax_lowbit, getattr(factory, "__name__", ""))
 
     def build(chosen: Hyperparameters) -> Optimizer:
         rate = chosen.learning_rate
@@ -134,8 +131,7 @@ def _first_order(
             rate = learning_rate_schedule(rate, chosen.steps)
         # The QLoRA paper's program has no weight decay.
         decay = {"weight_decay": 0.0} if decays and chosen.tuning == "qlora" else {}
-        kernels = {} if chosen.backend == "auto" or not is_low_bit else {"backend": chosen.backend}
-        transformation = factory(rate, **options, **decay, **kernels)
+        transformation = factory(rate, **options, **decay, **_kernels(factory, chosen))
         if chosen.clip_norm is not None:
             clip = optax.clip_by_global_norm(chosen.clip_norm)
             transformation = optax.chain(clip, transformation)
@@ -145,6 +141,11 @@ def _first_order(
     rates = {"full": rate, "lora": 20 * rate, "qlora": _QLORA_RATE * rate / _ADAM_RATE,
              "prefix": 20 * rate, "prompt": 20 * rate}  # fmt: skip
     return Method(build, rates, dict.fromkeys(rates, 1), derivative="backward")
+
+
+def _kernels(factory: Callable[..., Any], chosen: Hyperparameters) -> dict[str, str]:
+    """The argument that names them, for those that have it."""
+    return {"backend": chosen.backend} if "backend" in signature(factory).parameters else {}
 
 
 def _paged(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -168,8 +169,7 @@ def _zeroth_order(
     """A method of `optax_lowbit.zo`, at a constant learning rate."""
 
     def build(chosen: Hyperparameters) -> Optimizer:
-        kernels = {"backend": chosen.backend} if factory in _ZO_WITH_KERNELS else {}
-        return factory(chosen.learning_rate, chosen.eps, **kernels)
+        return factory(chosen.learning_rate, chosen.eps, **_kernels(factory, chosen))
 
     return Method(build, rates, dict.fromkeys(rates, forward_passes))
 

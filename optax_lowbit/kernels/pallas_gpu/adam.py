@@ -54,18 +54,14 @@ def adam(
       gradient; or, with ``descent``, the new parameters, written over the old ones. Codes and block
       scales are written over the old ones; factors are returned as given.
     """
-    is_low_bit = isinstance(nu, QuantizedArray)
 
-    def step(grad, moments, others, descent):
-        (mu, *second), (factors, nu_scales) = moments, others
-        nu = second[0] if second else factors
+    def step(grad, moments, nu_scales, descent):
+        mu, nu = moments
         result, mu, nu = _adam_at_once(grad, mu, nu, c, nu_scales, descent, interpret)
-        return result, ((mu, nu) if second else (mu,))
+        return result, (mu, nu)
 
-    others = None if is_low_bit else nu, nu_scales
-    moments = (mu, nu) if is_low_bit else (mu,)
-    result, moments = step_in_slices(step, grad, moments, others, descent)
-    return result, moments[0], moments[1] if is_low_bit else nu
+    result, (mu, nu) = step_in_slices(step, grad, (mu, nu), nu_scales, descent)
+    return result, mu, nu
 
 
 def _adam_at_once(grad, mu, nu, c, nu_scales, descent, interpret):
