@@ -105,17 +105,19 @@ def command_of(task: Task, data: Path) -> list[str]:
 def kept(run: Mapping[str, Any]) -> dict[str, Any]:
     """Of a run's numbers those that tables need."""
     names = ("method", "seed", "loss_before", "loss_after", "scores_before", "scores_after")
-    return {name: run[name] for name in (*names, "state_bytes", "peak_bytes")}
+    numbers = {name: run[name] for name in (*names, "state_bytes", "peak_bytes")}
+    return {**numbers, "step_seconds": statistics.median(run["step_seconds"])}
 
 
 def table(task: Task, runs: Sequence[Mapping[str, Any]]) -> str:
     """A row of means and deviations for each method, and one of the model as it was."""
     score, rows = task.score, []
-    head = ["", "held-out loss", *([f"{score}, %"] if score else []), "state, MiB", "peak, MiB"]
+    head = ["", "held-out loss", *([f"{score}, %"] if score else []), "state, MiB", "peak, MiB", "step's time"]
     before = [f"{spread_of(run['loss_before'] for run in runs).mean:.3f}"]
     if score:
         before.append(f"{100 * spread_of(run['scores_before'][score] for run in runs).mean:.1f}")
-    rows.append(["before", *before, "", ""])
+    rows.append(["before", *before, "", "", ""])
+    seconds = step_seconds(runs)
     for method in METHODS:
         own = [run for run in runs if run["method"] == method]
         row = [method, spread_of(run["loss_after"] for run in own).words(".3f")]
@@ -125,6 +127,14 @@ def table(task: Task, runs: Sequence[Mapping[str, Any]]) -> str:
         row.append(f"{statistics.mean(run['peak_bytes'] for run in own) / MEBIBYTE:,.0f}")
         rows.append(row)
     return markdown_table(head, rows)
+
+
+def step_seconds(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """By each method, the median of its runs."""
+    return {
+        method: statistics.median(run["step_seconds"] for run in runs if run["method"] == method)
+        for method in METHODS
+    }
 
 
 if __name__ == "__main__":

@@ -113,10 +113,10 @@ def test_the_table_has_means_and_deviations(results):
         [field.strip() for field in line.strip("|").split("|")]
         for line in markdown_table(results.cells).splitlines()
     ]
-    assert rows[2][:7] == ["polarity", "", "zero-shot", "", "", "50.0", "50.0"]
+    assert rows[2][:8] == ["polarity", "", "zero-shot", "", "", "1.000", "50.0", "50.0"]
     assert rows[3] == [
-        "polarity", "lora", "mezo", "0.001", "1e-02", "60.0 ± 10.0", "50.0", "1,000", "1.0",
-        "3", "0.25", "10", "20",
+        "polarity", "lora", "mezo", "0.001", "1e-02", "1.000", "60.0 ± 10.0", "50.0", "1,000",
+        "1.0", "3", "0.25", "10", "20",
     ]  # fmt: skip
     assert len({len(row) for row in rows}) == 1
 

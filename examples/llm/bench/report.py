@@ -22,8 +22,8 @@ _SHARED = (
 )  # fmt: skip
 _MEBIBYTE = 2**20
 _HEADINGS = (
-    "task", "tuning", "method", "learning rate", "eps", "test accuracy %", "test F1 %", "trains",
-    "state MiB", "peak MiB", "step s", "steps", "forward passes",
+    "task", "tuning", "method", "learning rate", "eps", "test loss", "test accuracy %", "test F1 %",
+    "trains", "state MiB", "peak MiB", "step s", "steps", "forward passes",
 )  # fmt: skip
 
 
@@ -96,13 +96,17 @@ def _row(fields) -> str:
 def _fields(cell: Mapping[str, Any]) -> list[str]:
     name = Path(cell["task"]).stem
     known = cell["runs"][0]["test"]["scores"]
-    scores = [
-        test_score(cell, score).words(".1f") if score in known else ""
-        for score in ("accuracy", "f1")
+    losses = spread_of(run["test"]["loss"] for run in cell["runs"])
+    reached = [
+        losses.words(".3f"),
+        *(
+            test_score(cell, score).words(".1f") if score in known else ""
+            for score in ("accuracy", "f1")
+        ),
     ]
     cost = cell["cost"]
     if cost is None:
-        return [name, "", cell["method"], "", "", *scores, *[""] * 6]
+        return [name, "", cell["method"], "", "", *reached, *[""] * 6]
     more = f" + {cost['derivative']}" if cost["derivative"] else ""
     is_probing = cost["derivative"] == ""
     return [
@@ -111,7 +115,7 @@ def _fields(cell: Mapping[str, Any]) -> list[str]:
         cell["method"],
         f"{cell['learning_rate']:.2g}",
         f"{cell['eps']:.0e}" if is_probing else "",
-        *scores,
+        *reached,
         f"{cost['trainable']:,}",
         f"{cost['state_bytes'] / _MEBIBYTE:,.1f}",
         f"{cost['peak_bytes'] / _MEBIBYTE:,.0f}",
