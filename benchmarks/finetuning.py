@@ -112,7 +112,14 @@ def kept(run: Mapping[str, Any]) -> dict[str, Any]:
 def table(task: Task, runs: Sequence[Mapping[str, Any]]) -> str:
     """A row of means and deviations for each method, and one of the model as it was."""
     score, rows = task.score, []
-    head = ["", "held-out loss", *([f"{score}, %"] if score else []), "state, MiB", "peak, MiB", "step's time"]
+    head = [
+        "",
+        "held-out loss",
+        *([f"{score}, %"] if score else []),
+        "state, MiB",
+        "peak, MiB",
+        "step's time",
+    ]
     before = [f"{spread_of(run['loss_before'] for run in runs).mean:.3f}"]
     if score:
         before.append(f"{100 * spread_of(run['scores_before'][score] for run in runs).mean:.1f}")
@@ -125,6 +132,7 @@ def table(task: Task, runs: Sequence[Mapping[str, Any]]) -> str:
             row.append(spread_of(100 * run["scores_after"][score] for run in own).words(".1f"))
         row.append(f"{own[0]['state_bytes'] / MEBIBYTE:.1f}")
         row.append(f"{statistics.mean(run['peak_bytes'] for run in own) / MEBIBYTE:,.0f}")
+        row.append(f"{seconds[method] / seconds['adamw']:.2f}")
         rows.append(row)
     return markdown_table(head, rows)
 

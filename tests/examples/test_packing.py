@@ -123,7 +123,7 @@ def test_text_instructions_and_answers_are_packed(build, tmp_path):
 
 def test_what_is_not_packed_is_refused(build, tmp_path):
     (tmp_path / "a.tsv").write_text("ham\tx\n" * 9)
-    with pytest.raises(UsageError, match=r"--pack: .*a\.tsv has options, which"):
+    with pytest.raises(UsageError, match=r"--pack: .*a\.tsv is a choice of options, which"):
         build(tmp_path / "a.tsv")
     rows = [{"question": f"{n}?", "answer": f"#### {n}"} for n in range(40)]
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -10,9 +10,10 @@ from examples.llm.errors import UsageError
 from examples.llm.models.config import ModelConfig
 from examples.llm.models.opening import named_model
 from examples.llm.program.cluster import Cluster, find_cluster
+from examples.llm.program.unused_flags import check_used
 from examples.llm.tasks.encoders import Head, head_for
 from examples.llm.tasks.scoring import OBJECTIVES
-from examples.llm.tasks.sources import Source, find_source
+from examples.llm.tasks.sources import NAMED_FILES, Source, find_source
 from examples.llm.training.layout import Layout, make_layout, mesh_sizes
 from examples.llm.training.methods import (
     EPS,
@@ -253,10 +254,10 @@ class Settings:
             check_at_least("--eval-examples", self.eval_examples, 1)
         judges = self.judge_sources()
         if self.task == "sotu":
-            if self.objective is not None or not self.template:
-                flag = "--no-template" if self.objective is None else "--objective"
-                raise UsageError(f"{flag}: sotu has no options")
-            return
+            for flag, path in (("--dev", self.dev), ("--test", self.test)):
+                if path is not None:
+                    raise UsageError(f"{flag}: sotu comes in parts already")
+            return check_used(self, "text")
         source = self.source()
         if any(source.names & judge.names for judge in judges):
             raise UsageError(f"--judge: {self.task} is what is learnt from; it is judged by anyway")
@@ -265,7 +266,8 @@ class Settings:
 
     def source(self) -> Source:
         """Return where the data of a task are that is not the addresses."""
-        return find_source(self.task, self.data, dev=self.dev, test=self.test)
+        named = ("sotu", *NAMED_FILES)
+        return find_source(self.task, self.data, named=named, dev=self.dev, test=self.test)
 
     def judge_sources(self) -> list[Source]:
         """Return where the data of the other tasks are, in their order."""

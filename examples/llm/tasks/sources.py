@@ -1,5 +1,6 @@
 """From what the user calls a task to its rows, in the parts that they come in."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +69,7 @@ def find_source(
     data: Path,
     flag: str = "--task",
     *,
+    named: Iterable[str] = NAMED_FILES,
     dev: Path | None = None,
     test: Path | None = None,
 ) -> Source:
@@ -78,6 +80,7 @@ def find_source(
         parts, or all files belong together; or `hf:NAME[:CONFIG]`, see `HubSource`.
       data: the folder of `NAMED_FILES`.
       flag: that named the task.
+      named: tasks that the user could have named.
       dev: the file for development; given with `--dev`.
       test: the file for the test; given with `--test`.
 
@@ -87,7 +90,7 @@ def find_source(
     if task.startswith(HUB):
         source = HubSource(task, flag)
     else:
-        source = _local(task, data, flag)
+        source = _local(task, data, flag, named)
     for given_flag, path, part in (("--dev", dev, "dev"), ("--test", test, "test")):
         if path is None:
             continue
@@ -100,7 +103,7 @@ def find_source(
     return source
 
 
-def _local(task: str, data: Path, flag: str) -> FileSource:
+def _local(task: str, data: Path, flag: str, named: Iterable[str]) -> FileSource:
     name, origin = NAMED_FILES.get(task, (None, ""))
     path = Path(task) if name is None else data / name
     if path.is_file():
@@ -108,7 +111,7 @@ def _local(task: str, data: Path, flag: str) -> FileSource:
     if path.is_dir():
         return _folder(path, flag)
     if name is None:
-        known = ", ".join(("sotu", *NAMED_FILES))
+        known = ", ".join(named)
         raise UsageError(f"{flag}: {task} is neither a file or folder nor one of {known}")
     raise UsageError(f"--data: {task} needs {name}, which is not in {data}; {origin}")
 

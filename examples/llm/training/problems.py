@@ -16,6 +16,7 @@ from examples.llm.instructions.packing import PackedBatches
 from examples.llm.instructions.problem import InstructionProblem
 from examples.llm.models.tokenizer import SpecialTokens
 from examples.llm.program.settings import Settings
+from examples.llm.program.unused_flags import check_used
 from examples.llm.tasks.batches import Batches, EncodedExample
 from examples.llm.tasks.encoders import ClassProblem, Head, class_reading, masked_reading
 from examples.llm.tasks.example import Example
@@ -62,6 +63,7 @@ def build_problem(
         if not (isinstance(source, FileSource) and source.is_text):
             return _problem_of_rows(settings, tokenizer, special, head, read_data(source))
         texts = texts_of_files(source)
+    check_used(settings, "text")
     if head:
         raise UsageError(f"--task: {settings.task} is text, and an encoder learns from options")
     if settings.pack:
@@ -81,11 +83,11 @@ def _problem_of_rows(
     if head and (reader or known_format(data).answers):
         raise UsageError(f"--task: {settings.task} has no options, which an encoder learns from")
     if reader:
+        check_used(settings, "instructions")
         return _instruction_problem(settings, tokenizer, special, data.rows, reader)
     format_ = known_format(data)
     sizes = _sizes(settings, data.rows, settings.train_examples or _TASK_EXAMPLES)
-    if settings.pack and not format_.answers:
-        raise UsageError(f"--pack: {settings.task} has options, which are read one by one")
+    check_used(settings, "answered freely" if format_.answers else "a choice of options")
     if format_.answers:
         return _answer_problem(settings, tokenizer, special, data, sizes)
     objective = settings.objective or format_.objective
@@ -125,9 +127,6 @@ def _instruction_problem(
     rows: Splits[Row],
     reader: Reader,
 ) -> InstructionProblem:
-    if settings.objective or not settings.template:
-        flag = "--objective" if settings.objective else "--no-template"
-        raise UsageError(f"{flag}: {settings.task} has no options")
     dialogues = Splits(*([found for row in part for found in reader(row)] for part in rows))
     sizes = _sizes(settings, dialogues, settings.train_examples or len(dialogues.train))
     train, dev, test = (
