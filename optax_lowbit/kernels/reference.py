@@ -99,10 +99,9 @@ def scales_stored_like(moment: Any, new: Any, name: str, key: random_bits.Key | 
 
 def _update_tiles(plan, step, grad, moments, key, constants):
     """Two passes where scales span tiles: the scales of the new moments, then everything else."""
-    spanning = [name for name, moment in moments.items() if _spans_tiles(moment)]
-    old_scales = {name: moments[name].scales for name in spanning}
+    old_scales = {n: moment.scales for n, moment in moments.items() if _spans_tiles(moment)}
     stored = {
-        name: _Stored(moment.codes, None if name in spanning else moment.scales)
+        name: _Stored(moment.codes, None if name in old_scales else moment.scales)
         if is_quantized(moment)
         else _Stored(moment)
         for name, moment in moments.items()
@@ -116,21 +115,8 @@ def _update_tiles(plan, step, grad, moments, key, constants):
         }
         return step(widened(grad_tile), floats, constants_tile)
 
-    axes = varying_axes(grad)
-    new_scales = jax.tree.map(lambda x: as_varying(jnp.zeros_like(x), axes), old_scales)
-    if spanning:
-
-        def scales_body(tile, read_only, scales):
-            del tile
-            _, new = stepped(*read_only)
-            return {
-                name: merge_scales(scales[name], _scales_like(to_float32(new[name]), moments[name]))
-                for name in spanning
-            }
-
-        read_only = (grad, stored, old_scales, constants)
-        new_scales = tiling.over_tiles(plan, scales_body, read_only, new_scales)
-        new_scales = {n: exchanged(s, moments[n], grad) for n, s in new_scales.items()}
+    read_only = (grad, stored, old_scales, constants)
+    new_scales = _spanning_scales(plan, stepped, read_only, moments) if old_scales else {}
 
     def body(tile, read_only, carry):
         old_scales, new_scales, constants_tile = read_only
@@ -158,6 +144,24 @@ def _update_tiles(plan, step, grad, moments, key, constants):
         name: stored[name].like(moment, grad.shape[-1], new_scales.get(name))
         for name, moment in moments.items()
     }
+
+
+def _spanning_scales(plan, stepped, read_only, moments):
+    """The new scales that span tiles, by name of their moment, from a pass over all tiles."""
+    grad, _, old_scales, _ = read_only
+
+    def body(tile, of_tile, scales):
+        del tile
+        _, new = stepped(*of_tile)
+        return {
+            name: merge_scales(scales[name], _scales_like(to_float32(new[name]), moments[name]))
+            for name in old_scales
+        }
+
+    axes = varying_axes(grad)
+    zeros = jax.tree.map(lambda x: as_varying(jnp.zeros_like(x), axes), old_scales)
+    new_scales = tiling.over_tiles(plan, body, read_only, zeros)
+    return {name: exchanged(x, moments[name], grad) for name, x in new_scales.items()}
 
 
 @jax.tree_util.register_dataclass

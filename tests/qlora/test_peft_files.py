@@ -9,26 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optax_lowbit import adapters, qlora
+from optax_lowbit import qlora
 from optax_lowbit.qlora import peft_patterns
+from tests.qlora.peft_cases import pair, write
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy", reason="safetensors is missing")
 
 GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "golden" / "lora_qv"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
-
-
-def pair(rank=2, n=6, m=4, seed=0, **more):
-    rng = np.random.default_rng(seed)
-    arrays = {"a": rng.random((rank, n), np.float32), "b": rng.random((rank, m), np.float32)}
-    return arrays | more
-
-
-def write(folder, matrices, others=None, **config):
-    config = qlora.AdapterConfig(**{"r": 2, **config})
-    adapter = qlora.Adapter(config=config, matrices=matrices, others=others or {})
-    qlora.write_adapter(folder, adapter)
-    return adapter
 
 
 def edit(folder, **fields):
@@ -368,73 +356,3 @@ def test_an_adapter_that_is_there_stays(tmp_path):
     assert [*qlora.read_adapter(tmp_path).matrices] == ["x.q"]
     with pytest.raises(ValueError, match=r"adapter_config\.json: is no file"):
         qlora.read_adapter(tmp_path / "missing")
-
-
-NAMES = {
-    "layers/query/kernel": ["layers.0.q", "layers.1.q", "layers.2.q"],
-    "layers/value/kernel": ["layers.0.v", "layers.1.v", "layers.2.v"],
-    "head/kernel": "head",
-}
-
-
-def test_leaves_of_stacks_and_back(tmp_path):
-    params = {
-        "layers": {
-            "query": {"kernel": jnp.ones((3, 6, 4))},
-            "value": {"kernel": jnp.ones((3, 6, 4))},
-        },
-        "head": {"kernel": jnp.ones((6, 5))},
-    }
-    lora = adapters.LoRA(rank=2, alpha=4, targets="query|head")
-    rng = np.random.default_rng(0)
-    leaves = {
-        "layers/query/kernel": {
-            "a": rng.random((3, 2, 6), np.float32),
-            "b": rng.random((3, 2, 4), np.float32),
-        },
-        "head/kernel": pair(m=5),
-    }
-    matrices = qlora.adapter_matrices(leaves, NAMES)
-    write(tmp_path, matrices, lora_alpha=4)
-    read = qlora.adapter_leaves(qlora.read_adapter(tmp_path).matrices, NAMES)
-    assert jax.tree.structure(read) == jax.tree.structure(leaves)
-    for x, y in zip(jax.tree.leaves(leaves), jax.tree.leaves(read)):
-        np.testing.assert_array_equal(x, y)
-    tensors = safetensors_numpy.load_file(tmp_path / "adapter_model.safetensors")
-    b = leaves["layers/query/kernel"]["b"]
-    np.testing.assert_array_equal(tensors["base_model.model.layers.2.q.lora_B.weight"], b[2].T)
-    lora.attach(params, read)
-
-
-@pytest.mark.parametrize(
-    ("matrices", "complaint"),
-    [
-        ({"layers.0.q": pair(), "layers.2.q": pair()}, r"\['layers.1.q'\] have no adapters"),
-        ({f"layers.{i}.q": pair(rank=1 + i // 2) for i in range(3)}, "differ in their ranks"),
-        ({"head": pair(), "tail": pair()}, r"and not \['tail'\]"),
-    ],
-)
-def test_adapters_that_are_no_leaves(matrices, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        qlora.adapter_leaves(matrices, NAMES)
-
-
-@pytest.mark.parametrize(
-    ("leaves", "complaint"),
-    [
-        ({"body/kernel": pair()}, "and not 'body/kernel'"),
-        (
-            {"layers/query/kernel": {"a": np.ones((2, 2, 6))}},
-            r"'a' must be a stack of 3, got",
-        ),
-    ],
-)
-def test_leaves_that_are_no_modules(leaves, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        qlora.adapter_matrices(leaves, NAMES)
-
-
-def test_no_adapters_at_all(tmp_path):
-    write(tmp_path, {})
-    assert qlora.read_adapter(tmp_path).matrices == {}
-    assert qlora.adapter_leaves({}, NAMES) == {}
