@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 
 from examples.llm.errors import UsageError
-from examples.llm.instructions.formats import Dialogue, Pair
-from examples.llm.models.tokenizer import SpecialTokens, plain_tokens
+from examples.llm.instructions.formats import Dialogue
+from examples.llm.models.tokenizer import SpecialTokens, continuation_tokens, plain_tokens
 
 
 @dataclass(frozen=True)
@@ -40,24 +40,26 @@ def encode_dialogue(
     Raises:
       UsageError: there are too few tokens for one to be predicted.
     """
-    first, *others = (_pair_tokens(pair, tokenizer, special) for pair in dialogue.pairs)
-    source, target = _cut(*first, max_length + 1 - len(special.front))
+
+    def after(text: str) -> list[int]:
+        return continuation_tokens(tokenizer, text)
+
+    end = [] if special.end is None else [special.end]
+    first, *others = dialogue.pairs
+    source, target = _cut(
+        plain_tokens(tokenizer, first.source),
+        after(first.target) + end,
+        max_length + 1 - len(special.front),
+    )
     tokens = [*special.front, *source, *target]
     if len(tokens) < 2 or not target:
-        asked = dialogue.pairs[0].source[:200]
-        raise UsageError(f"--task: nothing is to be written after {asked!r}")
+        raise UsageError(f"--task: nothing is to be written after {first.source[:200]!r}")
     is_target = [False] * (len(special.front) + len(source)) + [True] * len(target)
-    for source, target in others:
+    for pair in others:
+        source, target = after(pair.source), after(pair.target) + end
         tokens += [*source, *target]
         is_target += [False] * len(source) + [True] * len(target)
     return EncodedText(tuple(tokens[: max_length + 1]), tuple(is_target[: max_length + 1]))
-
-
-def _pair_tokens(
-    pair: Pair, tokenizer: Tokenizer, special: SpecialTokens
-) -> tuple[list[int], list[int]]:
-    end = [] if special.end is None else [special.end]
-    return plain_tokens(tokenizer, pair.source), plain_tokens(tokenizer, pair.target) + end
 
 
 def _cut(source: list[int], target: list[int], room: int) -> tuple[list[int], list[int]]:

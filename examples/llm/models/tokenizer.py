@@ -127,3 +127,18 @@ def _read_merges(model: "GGUFModel", vocabulary: dict[str, int]) -> list[tuple[s
 def plain_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
     """Return the tokens of a text alone, whatever the tokenizer would put around it."""
     return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def continuation_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the tokens of a text that stands after another one.
+
+    A tokenizer of SentencePiece's puts a space in front of what it takes for the beginning of a
+    text; one more than a text such as `" great"` has. After a line's end it has its own alone.
+    """
+    line_end = plain_tokens(tokenizer, "\n")
+    tokens = plain_tokens(tokenizer, "\n" + text)
+    if tokens[: len(line_end)] == line_end:
+        return tokens[len(line_end) :]
+    # The line's end has become a part of a token, as two of them do in tables of bytes, which have
+    # no space to put in front.
+    return plain_tokens(tokenizer, text)

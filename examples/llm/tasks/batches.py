@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from examples.llm.errors import UsageError
-from examples.llm.models.tokenizer import SpecialTokens, plain_tokens
+from examples.llm.models.tokenizer import SpecialTokens, continuation_tokens, plain_tokens
 from examples.llm.sampling import shuffled
 from examples.llm.tasks.example import Example
 
@@ -87,7 +87,7 @@ def encode(
     Raises:
       UsageError: an option alone is too long, or has no token.
     """
-    options = tuple(tuple(plain_tokens(tokenizer, option)) for option in example.options)
+    options = tuple(tuple(continuation_tokens(tokenizer, option)) for option in example.options)
     if not all(options):
         raise UsageError(f"--task: an option of {example.options} is empty")
     room = max_length + 1 - max(map(len, options)) - len(special.front)

@@ -63,9 +63,9 @@ def build_problem(
         if not (isinstance(source, FileSource) and source.is_text):
             return _problem_of_rows(settings, tokenizer, special, head, read_data(source))
         texts = texts_of_files(source)
-    check_used(settings, "text")
     if head:
         raise UsageError(f"--task: {settings.task} is text, and an encoder learns from options")
+    check_used(settings, "text")
     if settings.pack:
         return _packed_text_problem(settings, tokenizer, special, texts)
     windows = windows_of(tokenizer, texts, settings.sequence_length, settings.seed)
