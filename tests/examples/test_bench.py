@@ -10,6 +10,7 @@ import pytest
 
 from examples.llm.bench.cells import CALIBRATED, ZERO_SHOT, Bench, Cell, CellResult, Cost, run_cell
 from examples.llm.bench.command import cells_of
+from examples.llm.bench.matrix import matrices
 from examples.llm.bench.report import Results, markdown_table, write_report
 from examples.llm.bench.search import SEARCH_SEED, FinalRun, Trial, best_trial, search
 from examples.llm.bench.settings import BenchSettings
@@ -119,6 +120,18 @@ def test_the_table_has_means_and_deviations(results):
         "1.0", "3", "0.25", "10", "20",
     ]  # fmt: skip
     assert len({len(row) for row in rows}) == 1
+
+
+def test_a_matrix_has_methods_by_tuning(results, tmp_path):
+    adam = Cell("polarity", "full", "adam", BenchSettings(), tmp_path)
+    results.add(adam, CellResult([], RUNS, 1e-3, None, COST))
+    assert matrices(results.cells).splitlines()[2:] == [
+        "| accuracy %, loss | lora | full |",
+        "| --- | ---: | ---: |",
+        "| zero-shot | 50.0, 1.000 | 50.0, 1.000 |",
+        "| mezo | 60.0 ± 10.0, 1.000 |  |",
+        "| adam |  | 60.0 ± 10.0, 1.000 |",
+    ]
 
 
 def test_a_page_has_the_table_and_a_figure_of_each_kind(results, tmp_path):

@@ -4,6 +4,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from examples.llm.bench.cells import UNTRAINED, Cell, run_cell
+from examples.llm.bench.matrix import matrices
 from examples.llm.bench.report import Results, markdown_table, write_report
 from examples.llm.bench.settings import BenchSettings
 from examples.llm.models.opening import named_model
@@ -33,7 +34,7 @@ def benchmark(arguments: list[str]) -> None:
         for cell in cells_of(settings, model.absolute()):
             if cell.name not in results.cells:
                 results.add(cell, run_in_process(run_cell, cell, cell.name, _show))
-    table = markdown_table(results.cells)
+    table = f"{markdown_table(results.cells)}\n{matrices(results.cells)}"
     (settings.output / "results.md").write_text(table)
     write_report(results, settings.output)
     print(table)
