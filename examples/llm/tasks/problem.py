@@ -91,8 +91,8 @@ class OptionProblem:
         )
         loss = sum(float(batch["loss"]) for batch in measured) / float(jnp.sum(weights))
         scores = {"accuracy": accuracy(predictions, labels, weights)}
-        count = len(self.test.subjects)
-        if count > 1:
+        if len(jnp.unique(subjects[weights > 0])) > 1:
+            count = len(self.test.subjects)
             by_subject = accuracy_by_subject(predictions, labels, weights, subjects, count)
             scores["accuracy by subject"] = by_subject
         if self.test.num_options == 2:

@@ -214,9 +214,9 @@ def classes_of(problem: Problem) -> int | None:
 def _encoded_parts(
     task: Task, encode: Callable[[Example], EncodedExample], batch_size: int
 ) -> tuple[Batches, Batches, Batches]:
-    train, dev, test = (
-        Batches([*map(encode, part)], batch_size) for part in (task.train, task.dev, task.test)
-    )
+    parts = (task.train, task.dev, task.test)
+    subjects = tuple(sorted({example.subject for part in parts for example in part}))
+    train, dev, test = (Batches([*map(encode, part)], batch_size, subjects) for part in parts)
     return train, dev, test
 
 
