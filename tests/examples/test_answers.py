@@ -46,6 +46,8 @@ def test_scores_of_squad(written, right, exact, f1, tmp_path):
     [
         ("16 - 3 = <<16-3=13>>13\n#### 26", True),
         ("#### $26.00\nQuestion: 3", True),
+        ("#### 26\n\nQuestion: 1 + 2?\nAnswer: #### 3", True),
+        ("#### 3\n\nQuestion: 13 * 2?\nAnswer: #### 26", False),
         ("#### 1,026", False),
         ("so 16-26", True),
         ("It makes 26.", True),

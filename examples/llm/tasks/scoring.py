@@ -97,7 +97,7 @@ def accuracy_by_subject(
     """
     right = jnp.zeros(count).at[subjects].add(jnp.where(predictions == labels, weights, 0))
     examples = jnp.zeros(count).at[subjects].add(weights)
-    return jnp.sum(right / jnp.maximum(examples, 1)) / jnp.sum(examples > 0)
+    return jnp.mean(right / jnp.maximum(examples, 1), where=examples > 0)
 
 
 def f1(predictions: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -86,7 +85,7 @@ def _problem_of_rows(
         check_used(settings, "instructions")
         return _instruction_problem(settings, tokenizer, special, data.rows, reader)
     format_ = known_format(data)
-    sizes = _sizes(settings, data.rows, settings.train_examples or _TASK_EXAMPLES)
+    sizes = _sizes(settings, settings.train_examples or _TASK_EXAMPLES)
     check_used(settings, "answered freely" if format_.answers else "a choice of options")
     if format_.answers:
         return _answer_problem(settings, tokenizer, special, data, sizes)
@@ -128,7 +127,7 @@ def _instruction_problem(
     reader: Reader,
 ) -> InstructionProblem:
     dialogues = Splits(*([found for row in part for found in reader(row)] for part in rows))
-    sizes = _sizes(settings, dialogues, settings.train_examples or len(dialogues.train))
+    sizes = _sizes(settings, settings.train_examples or len(dialogues.train))
     train, dev, test = (
         _batches(
             settings,
@@ -267,9 +266,7 @@ def answer_problem(
     return kind(questions, parts, answers, tokenizer, special.end, count, batch_size)
 
 
-def _sizes(settings: Settings, parts: Splits[Any], train: int) -> tuple[int, int, int]:
-    """How much there may be in each part; of what is dealt out, a quarter for each of two."""
+def _sizes(settings: Settings, train: int) -> tuple[int, int, int]:
+    """How much there may be in each part."""
     most = _EVAL_EXAMPLES if settings.eval_examples is None else settings.eval_examples
-    quarter = max(len(parts.train) // 4, 1)
-    dev, test = (most if part else min(most, quarter) for part in parts[1:])
-    return train, dev, test
+    return train, most, most
