@@ -88,7 +88,11 @@ def problem(tiny_gguf, tmp_path_factory):
     folder = tmp_path_factory.mktemp("squad")
     for part, letters in (("train", "bcdefghi"), ("dev", "jklmn"), ("test", "opqrs")):
         rows = [
-            {"context": "z" * n, "question": x, "answers": {"text": [chr(ord(x) + 1), f"z {x}"]}}
+            {
+                "context": part[-1] * n,
+                "question": x,
+                "answers": {"text": [chr(ord(x) + 1), f"z {x}"]},
+            }
             for n, x in enumerate(letters, 1)
         ]
         (folder / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))

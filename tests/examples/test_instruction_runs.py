@@ -293,7 +293,11 @@ def test_f1_is_not_accumulated(tiny_gguf, questions):
 def test_all_that_is_not_held_out_is_learnt_from(instructions, tiny_gguf):
     stored = GGUFModel(tiny_gguf)
     settings = dataclasses.replace(DEFAULTS, task=str(instructions), sequence_length=16)
-    problem = build_problem(settings, stored.tokenizer(), stored.special_tokens())
+    told = []
+    problem = build_problem(settings, stored.tokenizer(), stored.special_tokens(), tell=told.append)
+    assert told == [
+        f"{instructions}, read as instructions: 16 to learn from, 7 to make choices by, 7 held out"
+    ]
     parts = (problem.train.all(), problem.held_out("dev"), problem.held_out("test"))
     counts = [sum(int((b.weights.sum(-1) > 0).sum()) for b in batches) for batches in parts]
     assert counts == [16, 7, 7]

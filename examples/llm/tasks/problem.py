@@ -23,6 +23,7 @@ from examples.llm.tasks.scoring import (
     option_scores,
     token_log_likelihoods,
 )
+from examples.llm.tasks.splits import Splits
 from examples.llm.training.judging import Evaluation, Part
 
 
@@ -46,6 +47,11 @@ class OptionProblem:
     objective: str
     seed: int
     offsets: tuple[float, ...] = ()
+
+    @property
+    def parts(self) -> Splits[EncodedExample]:
+        """The examples of each part."""
+        return Splits(*([*part.examples] for part in (self.train, self.dev, self.test)))
 
     @property
     def batches(self) -> grain.MapDataset:

@@ -103,15 +103,17 @@ def fill(given: Splits[AnyRecord], sizes: tuple[int, int, int], seed: int = 0) -
     """
     if not given.train:
         raise UsageError("--task: there is nothing to train on, only what models are judged by")
-    train_size, dev_size, test_size = sizes
     given_dev = _without(
         given.dev, given.test, "--task: all there is for development is in the test, too"
     )
     judged = [*given_dev, *given.test]
     train = _without(given.train, judged, "--task: all there is to train on is judged by, too")
     quarter = max(len(train) // 4, 1)
-    dealt_sizes = (0 if part else min(size, quarter) for part, size in zip(given[1:], sizes[1:]))
-    dealt = split(train, (train_size, *dealt_sizes), seed)
+    dev_size, test_size = (
+        size if part else min(size, quarter) for part, size in zip(given[1:], sizes[1:])
+    )
+    wanted = (sizes[0], 0 if given.dev else dev_size, 0 if given.test else test_size)
+    dealt = split(train, wanted, seed)
     dev = split(given_dev, (0, dev_size, 0), seed).dev if given.dev else dealt.dev
     test = split(given.test, (0, 0, test_size), seed).test if given.test else dealt.test
     return Splits(dealt.train, dev, test)
