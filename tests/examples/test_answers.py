@@ -46,6 +46,8 @@ def test_scores_of_squad(written, right, exact, f1, tmp_path):
     [
         ("16 - 3 = <<16-3=13>>13\n#### 26", True),
         ("#### $26.00\nQuestion: 3", True),
+        ("#### 26\n\nQuestion: 1 + 2?\nAnswer: #### 3", True),
+        ("#### 3\n\nQuestion: 13 * 2?\nAnswer: #### 26", False),
         ("#### 1,026", False),
         ("so 16-26", True),
         ("It makes 26.", True),
@@ -86,7 +88,11 @@ def problem(tiny_gguf, tmp_path_factory):
     folder = tmp_path_factory.mktemp("squad")
     for part, letters in (("train", "bcdefghi"), ("dev", "jklmn"), ("test", "opqrs")):
         rows = [
-            {"context": "z" * n, "question": x, "answers": {"text": [chr(ord(x) + 1), f"z {x}"]}}
+            {
+                "context": part[-1] * n,
+                "question": x,
+                "answers": {"text": [chr(ord(x) + 1), f"z {x}"]},
+            }
             for n, x in enumerate(letters, 1)
         ]
         (folder / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -240,6 +240,17 @@ def test_an_encoder_learns_classes_by_any_method(tiny_bert, messages, tuning, me
         assert result.cost.trainable >= 32 * 32 + 32 + 2 * 32 + 2  # the head, at least
 
 
+def test_what_a_task_is_read_as_is_told_once(tiny_gguf, messages):
+    settings = BenchSettings(dev_examples=8, test_examples=8, batch_size=8, sequence_length=48)
+    told = []
+    for method in (ZERO_SHOT, CALIBRATED):
+        cell = Cell(str(messages), "full", method, settings, tiny_gguf)
+        run_cell(cell, told.append)
+    read, *accuracies = (event.text for event in told)
+    assert read.endswith(": read as sms: 44 to learn from, 8 to make choices by, 8 held out")
+    assert len(accuracies) == 2 and all(": accuracy " in text for text in accuracies)
+
+
 def test_a_head_that_the_encoder_does_not_have_is_refused(tiny_bert, messages):
     settings = BenchSettings(head="masked-lm", sequence_length=16)
     with pytest.raises(UsageError, match="--head: the model was not made to fill masks"):

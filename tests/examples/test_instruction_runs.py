@@ -293,7 +293,11 @@ def test_f1_is_not_accumulated(tiny_gguf, questions):
 def test_all_that_is_not_held_out_is_learnt_from(instructions, tiny_gguf):
     stored = GGUFModel(tiny_gguf)
     settings = dataclasses.replace(DEFAULTS, task=str(instructions), sequence_length=16)
-    problem = build_problem(settings, stored.tokenizer(), stored.special_tokens())
+    told = []
+    problem = build_problem(settings, stored.tokenizer(), stored.special_tokens(), tell=told.append)
+    assert told == [
+        f"{instructions}, read as instructions: 16 to learn from, 7 to make choices by, 7 held out"
+    ]
     parts = (problem.train.all(), problem.held_out("dev"), problem.held_out("test"))
     counts = [sum(int((b.weights.sum(-1) > 0).sum()) for b in batches) for batches in parts]
     assert counts == [16, 7, 7]
@@ -303,3 +307,33 @@ def test_accuracy_by_subject_counts_every_subject_alike():
     predictions, labels = jnp.array([0, 1, 2, 3, 0]), jnp.array([0, 1, 2, 0, 0])
     weights, subjects = jnp.array([1.0, 1, 1, 1, 0]), jnp.array([0, 0, 0, 1, 1])
     assert accuracy_by_subject(predictions, labels, weights, subjects, 2) == 0.5
+    assert accuracy_by_subject(predictions, labels, weights, subjects + 1, 3) == 0.5
+
+
+def test_parts_with_other_subjects_are_judged_by_their_own(tiny_gguf, tmp_path):
+    for name, subjects in (("train", "ab"), ("many", "abcdd"), ("few", "ce"), ("one", "d")):
+        rows = [
+            {"input": f"{name} {n}?\nAnswer:", "output": "B", "subject": subject}
+            for n, subject in enumerate(subjects)
+        ]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    stored = GGUFModel(tiny_gguf)
+
+    def scores(part, **files):
+        settings = dataclasses.replace(
+            DEFAULTS, task=str(tmp_path / "train.json"), sequence_length=32, batch_size=5,
+            **{flag: tmp_path / f"{name}.json" for flag, name in files.items()},
+        )  # fmt: skip
+        problem = build_problem(settings, stored.tokenizer(), stored.special_tokens())
+        (batch,) = problem.held_out(part)
+        subjects = np.array([problem.test.subjects[number] for number in batch.subjects])
+        measured = {name: getattr(batch, name) for name in ("labels", "weights", "subjects")}
+        predictions = np.where(np.isin(subjects, ["c", "d"]), batch.labels, 0)
+        return problem.evaluation([{**measured, "loss": 1.0, "predictions": predictions}]).scores
+
+    for part, other in (("dev", "test"), ("test", "dev")):
+        found = scores(part, **{part: "many", other: "few"})
+        assert (found["accuracy"], found["accuracy by subject"]) == pytest.approx((3 / 5, 2 / 4))
+        found = scores(part, **{part: "few", other: "many"})
+        assert (found["accuracy"], found["accuracy by subject"]) == pytest.approx((1 / 2, 1 / 2))
+    assert "accuracy by subject" not in scores("dev", dev="one", test="few")

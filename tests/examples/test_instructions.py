@@ -22,6 +22,7 @@ from examples.llm.tasks.files import File
 from examples.llm.tasks.loading import read_data
 from examples.llm.tasks.published import read_rows
 from examples.llm.tasks.sources import find_source
+from examples.llm.tasks.splits import Splits, fill
 from examples.llm.text import TokenWindows
 from examples.llm.training.accumulation import AccumulatedLoss, loss_and_gradients
 from optax_lowbit import zo
@@ -119,6 +120,23 @@ def test_a_subject_alone_makes_no_questions_of_instructions(outputs, tmp_path):
     data = read_data(find_source(str(path), tmp_path))
     assert (data.format is None) == ("Because." in outputs)
     assert reader_of(data.any_rows)
+
+
+def test_instances_of_a_seed_task_are_in_one_part(tmp_path):
+    path = tmp_path / "seed_tasks.jsonl"
+    rows = [
+        {"instruction": f"Task {n}", "instances": [{"input": str(i), "output": "x"}] * 2}
+        for i in range(3)
+        for n in range(20)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    parts = fill(Splits(dialogues_in(path), [], []), (90, 30, 30))
+    train, dev, test = ({dialogue.topic for dialogue in part} for part in parts)
+    assert train and dev and test and not (train & dev or train & test or dev & test)
+    # Those of Alpaca's are as general as `Edit this sentence`.
+    path.write_text(json.dumps([{"instruction": "Edit", "input": x, "output": "y"} for x in "ab"]))
+    first, second = dialogues_in(path)
+    assert first.keys != second.keys
 
 
 def test_long_fields_of_csv(tmp_path):

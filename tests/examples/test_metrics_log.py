@@ -1,8 +1,11 @@
 import json
+import math
 
 import pytest
 
+from examples.llm.program.events import RunResult
 from examples.llm.program.metrics_log import MetricsLog, read_metrics
+from examples.llm.program.results import finished_result, write_result
 
 
 @pytest.fixture
@@ -45,3 +48,23 @@ def test_what_is_no_number_is_null(path):
     with MetricsLog(path) as log:
         log.write(1, loss=float("nan"), scores={"perplexity": float("inf")})
     assert json.loads(path.read_text()) == {"step": 1, "loss": None, "scores": {"perplexity": None}}
+
+
+def test_a_result_that_is_no_number_is_null_until_it_is_read(tmp_path):
+    result = RunResult(
+        method="sgd", seed=0, loss_before=1.0, loss_after=math.nan, scores_before={},
+        scores_after={"perplexity": math.inf}, losses=[1.0, math.nan], step_seconds=[0.5, 0.5],
+        state_bytes=0, peak_bytes=0, kept_step=2, continuation="",
+        evaluations=[{"step": 2, "loss": math.nan, "scores": {"perplexity": 3.0}}],
+    )  # fmt: skip
+    write_result(result, {"rank": None}, tmp_path)
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    content = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=refuse)
+    assert content["loss_after"] is None and content["losses"] == [1.0, None]
+    found = finished_result(tmp_path, {"rank": None})
+    assert math.isnan(found.loss_after) and math.isnan(found.losses[1])
+    assert math.isnan(found.scores_after["perplexity"]) and math.isnan(found.evaluations[0]["loss"])
+    assert found.evaluations[0]["scores"] == {"perplexity": 3.0} and found.loss_before == 1.0

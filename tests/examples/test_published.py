@@ -71,6 +71,10 @@ def data_in(path):
     return read_data(find_source(str(path), path.parent))
 
 
+def format_in(path):
+    return known_format(data_in(path)).name
+
+
 def examples(path, *, aligned=True):
     data = data_in(path)
     format_ = known_format(data)
@@ -116,6 +120,52 @@ def test_cb_differs_from_rte_by_its_labels(tmp_path):
     )
     assert found[0] == Example(prompt, ("Yes", "No", "Maybe"), 0)
     assert [example.label for example in found] == [0, 2, 1]
+
+
+PAIR = {"sentence1": "It rained.", "sentence2": "It is wet.", "label": 1, "idx": 0}
+SUPER = {"premise": "It rained.", "hypothesis": "It is wet.", "label": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "expected"),
+    [
+        ("RTE/train.jsonl", PAIR, "rte"),
+        ("RTE/train/0.jsonl", SUPER, "rte"),
+        ("glue/rte_train.jsonl", PAIR, "rte"),
+        ("CB/train.jsonl", SUPER, "cb"),
+        ("rte/CB/train.jsonl", SUPER, "cb"),  # the nearest name tells
+        ("cb_rte/train.jsonl", SUPER, None),
+        ("glue/train.jsonl", PAIR, None),
+        ("MRPC/train.jsonl", PAIR, None),
+    ],
+)
+def test_labels_that_are_numbers_need_a_name(name, row, expected, tmp_path):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True)
+    path.write_text(jsonl(row | {"label": -1}, row))
+    if expected:
+        assert format_in(path) == expected
+        return
+    with pytest.raises(UsageError) as error:
+        format_in(path)
+    assert str(error.value).startswith(f"--task: {path}, line 2: label 1 can be RTE's, CB's, MNLI")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "fine", "label": 1},  # IMDB, AG News
+        {"text": "fine", "label": "positive"},
+        {"prompt": "a", "completion": "b", "label": False},  # KTO's: what not to learn
+        {"question": "q?", "sentence": "s", "label": 1},  # QNLI
+        {"sentence1": "a", "sentence2": "b", "label": 0.5},  # STS-B
+    ],
+)
+def test_labels_are_not_ignored(row, tmp_path):
+    path = written(tmp_path, "train.jsonl", jsonl(row))
+    assert reader_of(data_in(path).any_rows) is None
+    with pytest.raises(UsageError, match=f"line 1: {', '.join(row)}: these are not the fields"):
+        format_in(path)
 
 
 @pytest.mark.parametrize("indent", [None, 2])
@@ -245,7 +295,8 @@ def test_instructions_in_a_table(tmp_path):
     ("name", "content", "message"),
     [
         ("a.jsonl", jsonl(BOOLQ | {"label": 2}), "line 1: label must be False or True, got 2"),
-        ("a.jsonl", jsonl(RTE[0], RTE[1] | {"label": "maybe"}), "line 1: these are not the fields"),
+        ("a.jsonl", jsonl(RTE[0], RTE[1] | {"label": "maybe"}),
+         "line 1: premise, hypothesis, label, idx: these are not the fields and labels of SST-2"),
         ("a.json", {"version": "1.1", "data": [{"title": "x"}]}, "there is no field 'paragraphs'"),
         ("a.json", {"version": "1.1", "data": [3]}, "data: must be a JSON object, got int"),
         ("a.json", '{"version": "1.1",\n"data": [', "line 1: not JSON"),

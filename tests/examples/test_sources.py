@@ -87,7 +87,12 @@ def test_the_identity_is_of_the_content(tmp_path):
         (["train_s.tsv", "train_xs.tsv"], {}, "several parts train_s.tsv, train_xs.tsv: choose"),
         (["readme.md"], {}, "has no file in .csv, .json"),
         (["a/train.tsv"], {}, "has folders none of which is train"),
-        (["train.tsv"], {"test": "x"}, "--test: there is no file .*/x$"),
+        (["train.tsv"], {"test": "x"}, "--test: there is no file or folder .*/x$"),
+        (
+            ["train.tsv", "b/dev.tsv"],
+            {"test": "b"},
+            "--test: .*/b comes in parts, none of them",
+        ),
     ],
 )
 def test_folders_that_do_not_do(names, arguments, message, tmp_path):
@@ -97,6 +102,74 @@ def test_folders_that_do_not_do(names, arguments, message, tmp_path):
     given = {flag: tmp_path / "task" / name for flag, name in arguments.items()}
     with pytest.raises(UsageError, match=message):
         find_source(str(tmp_path / "task"), tmp_path, **given)
+
+
+@pytest.mark.parametrize("part", ["dev", "test"])
+def test_a_file_is_in_one_part_alone(part, tmp_path):
+    train = glue_folder(tmp_path / "a", train=sst2("x", 9)) / "train.tsv"
+    copy = glue_folder(tmp_path / "b", copy=sst2("x", 9)) / "copy.tsv"
+    (tmp_path / "link.tsv").symlink_to(train)
+    for other in (train, copy, tmp_path / "link.tsv"):
+        with pytest.raises(UsageError, match=f"--{part}: {other} has the same .* --task: {train}"):
+            find_source(str(train), tmp_path, **{part: other})
+    (copy.parent / "copy.tsv").rename(copy.parent / f"{part}.tsv")
+    (copy.parent / "train.tsv").write_text(sst2("x", 9))
+    with pytest.raises(UsageError, match=f"--task: .*{part}.tsv has the same content"):
+        find_source(str(copy.parent), tmp_path)
+
+
+def test_what_is_judged_is_not_learnt(tmp_path):
+    folder = tmp_path / "a"
+    rows = {"train": range(20), "dev": range(12, 16), "test": range(15, 18)}
+    contents = {
+        part: "sentence\tlabel\n" + "".join(f"Row {n}\t{n % 2}\n" for n in numbers)
+        for part, numbers in rows.items()
+    }
+    contents["dev"] = contents["dev"].replace("Row ", "row  ")
+    glue_folder(folder, **contents)
+
+    def numbers(**given):
+        task = loaded(find_source(str(folder / "train.tsv"), tmp_path, **given), (30, 9, 9))
+        parts = (task.train, task.dev, task.test)
+        return [sorted(int(x.prompt.split()[1]) for x in part) for part in parts]
+
+    dev, test = folder / "dev.tsv", folder / "test.tsv"
+    learnt = [*range(12), 18, 19]
+    assert numbers(dev=dev, test=test) == [learnt, [12, 13, 14], [15, 16, 17]]
+    train, dealt, given = numbers(test=test)
+    assert sorted(train + dealt) == [*range(15), 18, 19] and len(dealt) == 4
+    assert given == [15, 16, 17]
+    for part in ("dev", "test"):
+        with pytest.raises(UsageError, match="--task: all there is to train on is judged by, too"):
+            (folder / f"{part}.tsv").write_text(contents["train"] + "more\t1\n")
+            numbers(**{part: folder / f"{part}.tsv"})
+
+
+def test_a_folder_of_files_can_be_a_part(tmp_path):
+    for part in ("auxiliary", "dev", "test", "val"):
+        for subject in ("anatomy", "law"):
+            path = tmp_path / "mmlu" / part / f"{subject}.csv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(f"{part} {subject} {n}?,w,x,y,z,C\n" for n in range(10)))
+    mmlu = tmp_path / "mmlu"
+    for test in (mmlu / "test", mmlu):
+        source = find_source(str(mmlu / "auxiliary"), tmp_path, dev=mmlu / "val", test=test)
+        parts = loaded(source, (30, 20, 20))
+        for examples, part in zip((parts.train, parts.dev, parts.test), ("aux", "val", "test")):
+            assert len(examples) == 20 and {x.subject for x in examples} == {"anatomy", "law"}
+            assert all(f"\n\n{part}" in x.prompt for x in examples)
+
+
+def test_a_part_that_is_dealt_out_is_a_quarter_at_most(tmp_path):
+    # COPA's 400 and 100, by the benchmark's settings: 500 to choose by, 1000 to report.
+    folder = tmp_path / "COPA"
+    folder.mkdir()
+    for part, count in (("train", 400), ("val", 100)):
+        row = {"choice1": "It sank.", "choice2": "It swam.", "question": "effect", "label": 0}
+        rows = [{"premise": f"The {part} fell {n}.", **row} for n in range(count)]
+        (folder / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = loaded(find_source(str(folder), tmp_path), (1000, 500, 1000))
+    assert [len(part) for part in (task.train, task.dev, task.test)] == [300, 100, 100]
 
 
 def test_what_is_only_judged_by_cannot_be_learnt_from(tmp_path):

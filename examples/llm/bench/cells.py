@@ -1,6 +1,7 @@
 """One method under one scheme of tuning on one task, in a process of its own."""
 
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from examples.llm.program.events import Stage
 from examples.llm.program.processes import Tell
 from examples.llm.program.settings import check_context
 from examples.llm.tasks.encoders import head_for
-from examples.llm.tasks.loading import known_format, read_data
+from examples.llm.tasks.loading import known_format, read_data, summary
 from examples.llm.tasks.scoring import option_scores
 from examples.llm.tasks.sources import find_source
 from examples.llm.training.judging import Evaluation, Part
@@ -105,7 +106,7 @@ def run_cell(cell: Cell, tell: Tell) -> CellResult:
         tell(Stage(f"{cell.name}: {text}"))
 
     if cell.method in UNTRAINED:
-        run = _untrained(cell)
+        run = _untrained(cell, say)
         say(f"accuracy {100 * run.test.scores['accuracy']:.1f}% on test")
         return CellResult([], [run])
     runs = _Runs(cell)
@@ -117,8 +118,10 @@ def run_cell(cell: Cell, tell: Tell) -> CellResult:
     return CellResult(trials, finals, rate, EPS[cell.tuning], runs.cost())
 
 
-def _untrained(cell: Cell) -> FinalRun:
+def _untrained(cell: Cell, say: Callable[[str], None]) -> FinalRun:
     bench = Bench(cell, "adam")  # it takes no step
+    if cell.method == ZERO_SHOT:  # the first of a task
+        say(bench.summary)
     parameters = bench.trainer.parameters(0)
     if cell.method == CALIBRATED:
         bench.problem = replace(bench.problem, offsets=bench.mean_scores(parameters, "dev"))
@@ -146,6 +149,7 @@ class Bench:
             aligned=settings.template,
             seed=SEARCH_SEED,
         )
+        self.summary = summary(known_format(data).name, self.problem.parts)
         is_backward = METHODS[method].derivative == "backward"
         self.steps = settings.first_order_steps if is_backward else settings.steps
         rate = METHODS[method].learning_rates[cell.tuning]

@@ -11,7 +11,9 @@ from examples.llm.bench.settings import BenchSettings
 from examples.llm.errors import UsageError
 from examples.llm.program import page
 from examples.llm.program.figures import Figure, bars, points
+from examples.llm.program.json_numbers import with_nan
 from examples.llm.program.rendering import write_picture
+from examples.llm.program.results import write_json
 from examples.llm.program.spreads import Spread, spread_of
 
 # What a result is made with; a file made with something else is neither added to nor replaced.
@@ -43,16 +45,17 @@ class Results:
         if path.exists():
             content = json.loads(path.read_text())
             _check_settings(path, content["settings"], self.made_with)
-            self.cells = content["cells"]
+            self.cells = {
+                name: cell | {part: with_nan(cell[part]) for part in ("trials", "runs")}
+                for name, cell in content["cells"].items()
+            }
 
     def add(self, cell: Cell, result: CellResult) -> None:
         """Add a result and write the file."""
         parts = {"task": cell.task, "tuning": cell.tuning, "method": cell.method}
         self.cells[cell.name] = parts | _plain(asdict(result))
         content = {**self.about, "settings": self.made_with, "cells": self.cells}
-        fresh = self.path.with_suffix(".new")
-        fresh.write_text(json.dumps(content, indent=1) + "\n")
-        fresh.replace(self.path)
+        write_json(self.path, content)
 
 
 def _check_settings(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

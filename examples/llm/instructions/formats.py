@@ -52,23 +52,30 @@ class Dialogue:
 
     Attributes:
       pairs: at least one.
+      topic: what it is about; empty where its first source, or else target, tells that.
     """
 
     pairs: tuple[Pair, ...]
+    topic: str = ""
 
     @property
     def keys(self) -> tuple[str, ...]:
         """Dialogues that share one are never split up."""
         first = self.pairs[0]
-        return (text_key(first.source or first.target),)
+        return (text_key(self.topic or first.source or first.target),)
 
 
 Reader = Callable[[Row], Iterator[Dialogue]]
 
 
 def reader_of(rows: Sequence[Row]) -> Reader | None:
-    """Tell how to read rows by the fields of the first; None if it has others."""
+    """Tell how to read rows by the fields of the first; None if it has others.
+
+    Rows with labels are not instructions: a text would be learnt whatever its label says.
+    """
     names = rows[0].values.keys()
+    if "label" in names:
+        return None
     return next((reader for fields, reader in _READERS if fields <= names), None)
 
 
@@ -78,16 +85,20 @@ def one(source: str, target: str) -> Dialogue:
 
 
 def _alpaca(row: Row) -> Iterator[Dialogue]:
-    """Alpaca's, and its cleaned form: an instruction, perhaps its input, an output."""
+    """Alpaca's, and its cleaned form: an instruction, perhaps its input, an output.
+
+    Instructions as general as `Edit this sentence` do not make inputs belong together.
+    """
     context = "" if row.values.get("input") is None else row.text("input")
-    yield _worded(row.text("instruction"), context, row.text("output"))
+    yield one(_worded(row.text("instruction"), context), row.text("output"))
 
 
 def _seeds(row: Row) -> Iterator[Dialogue]:
-    """Self-instruct's seed tasks: an instruction and its instances."""
+    """Self-instruct's seed tasks: an instruction and its instances, which belong together."""
     instruction = row.text("instruction")
     for instance in row.inner("instances"):
-        yield _worded(instruction, instance.text("input"), instance.text("output"))
+        pair = Pair(_worded(instruction, instance.text("input")), instance.text("output"))
+        yield Dialogue((pair,), topic=instruction)
 
 
 def _self_instruct(row: Row) -> Iterator[Dialogue]:
@@ -133,9 +144,9 @@ def _turns(field: str, role: str, content: str) -> Reader:
     return read
 
 
-def _worded(instruction: str, context: str, output: str) -> Dialogue:
+def _worded(instruction: str, context: str) -> str:
     template = _WITH_INPUT if context else _WITHOUT_INPUT
-    return one(template.format(instruction=instruction, input=context), output)
+    return template.format(instruction=instruction, input=context)
 
 
 # By the fields of their records, the more particular first.

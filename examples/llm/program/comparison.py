@@ -4,9 +4,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
-from examples.llm.program.events import Job, Report, RunResult, Stage
+from examples.llm.program.events import DataRead, Job, Report, RunResult, Stage, StepDone
 from examples.llm.program.processes import run_in_process
 from examples.llm.program.settings import Settings
 from examples.llm.program.worker import fine_tune
@@ -35,7 +42,7 @@ def compare(settings: Settings, model: Path, console: Console) -> list[RunResult
         for method in settings.method
         for seed in settings.seeds
     ]
-    results = []
+    results, told = [], set()
     with Progress(*columns, console=console) as progress:
         rows = [
             progress.add_task(job.name, total=settings.steps, status="waiting", start=False)
@@ -43,7 +50,7 @@ def compare(settings: Settings, model: Path, console: Console) -> list[RunResult
         ]
         for job, row in zip(jobs, rows, strict=True):
             progress.start_task(row)
-            result = run_in_process(fine_tune, job, job.name, _show_on(progress, row))
+            result = run_in_process(fine_tune, job, job.name, _show_on(progress, row, told))
             progress.update(
                 row, completed=settings.steps, status=f"held-out loss {result.loss_after:.3f}"
             )
@@ -52,11 +59,16 @@ def compare(settings: Settings, model: Path, console: Console) -> list[RunResult
     return results
 
 
-def _show_on(progress: Progress, row) -> Report:
-    def show(event):
+def _show_on(progress: Progress, row: TaskID, told: set[DataRead]) -> Report:
+    """Show a run on its row; what the data are, which is the same for all runs, above them once."""
+
+    def show(event: Stage | DataRead | StepDone) -> None:
         if isinstance(event, Stage):
             progress.update(row, status=event.text)
-        else:
+        elif isinstance(event, StepDone):
             progress.update(row, completed=event.step, status=f"loss {event.loss:.3f}")
+        elif event not in told:
+            told.add(event)
+            progress.console.print(event.text, markup=False, soft_wrap=True)
 
     return show

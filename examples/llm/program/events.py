@@ -41,6 +41,13 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class DataRead:
+    """The data are read; `text` says as what, and how much is in each part."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class StepDone:
     """A training step has ended; `step` counts from 1."""
 
@@ -84,4 +91,4 @@ class RunResult:
     continuation: str
 
 
-Report = Callable[[Stage | StepDone], None]
+Report = Callable[[Stage | DataRead | StepDone], None]

@@ -1,10 +1,11 @@
 """What a run measures, line by line, while it runs."""
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from examples.llm.program.json_numbers import without_nan
 
 
 class MetricsLog:
@@ -64,10 +65,4 @@ def _key(line: dict[str, Any]) -> tuple[int, str]:
 
 
 def _as_line(measured: dict[str, Any]) -> str:
-    return json.dumps(_finite(measured), allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(without_nan(measured), allow_nan=False) + "\n"

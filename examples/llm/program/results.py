@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from examples.llm.program.events import RunResult
+from examples.llm.program.json_numbers import with_nan, without_nan
 from examples.llm.training.checkpoints import check_same
 
 _FILE = "metrics.json"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a file that is whole or not there."""
+    """Write a file that is whole or not there; NaN is null."""
     fresh = path.with_suffix(".new")
-    fresh.write_text(json.dumps(content, indent=2) + "\n")
+    fresh.write_text(json.dumps(without_nan(content), indent=2, allow_nan=False) + "\n")
     fresh.replace(path)
 
 
@@ -32,7 +33,7 @@ def finished_result(folder: Path, identity: Mapping[str, Any]) -> RunResult | No
     """
     try:
         content = json.loads((folder / _FILE).read_text())
-        saved, result = content.pop("identity"), RunResult(**content)
+        saved, result = content.pop("identity"), RunResult(**with_nan(content))
     except (OSError, ValueError, KeyError, TypeError):
         return None  # there is none
     check_same(saved, identity, folder)

@@ -51,9 +51,9 @@ class Settings:
     (SST-2, COPA, WinoGrande, MultiRC, BoolQ, RTE, CB, MMLU, BBH), one that is answered freely
     (SQuAD, GSM8K), or instructions (Alpaca, self-instruct, ShareGPT, Chip2, OASST1, HH-RLHF)."""
     dev: Path | None = None
-    """A file to make choices by; left out, a part of the task."""
+    """A file, or a folder of files, to make choices by; left out, a part of the task."""
     test: Path | None = None
-    """A file whose scores are reported; left out, a part of the task."""
+    """The same of what is reported."""
     tuning: Literal["full", "lora", "qlora", "prefix", "prompt"] = "full"
     """What is trained: all weights, or a small tree beside them; qlora: adapters of all linear
     layers, whose kernels are frozen in 4 bits."""

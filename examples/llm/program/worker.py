@@ -11,7 +11,7 @@ from examples.llm.errors import UsageError
 from examples.llm.models.generation import continue_text, generate
 from examples.llm.models.opening import open_model
 from examples.llm.models.tokenizer import plain_tokens
-from examples.llm.program.events import Job, Report, RunResult, Stage, StepDone
+from examples.llm.program.events import DataRead, Job, Report, RunResult, Stage, StepDone
 from examples.llm.program.metrics_log import MetricsLog
 from examples.llm.program.processes import StoppedError
 from examples.llm.program.results import finished_result, write_result
@@ -82,7 +82,9 @@ class _Run:
         check_context(self.config, settings.sequence_length)
         self.tokenizer, self.special = model.tokenizer(), model.special_tokens()
         head = settings.head_of(self.config)
-        self.problem = build_problem(settings, self.tokenizer, self.special, head)
+        self.problem = build_problem(
+            settings, self.tokenizer, self.special, head, lambda text: report(DataRead(text))
+        )
         context_length, prompt = self.config.context_length, settings.prompt
         judges = build_judges(settings, self.tokenizer, self.special, context_length)
         self.judges = {"": self.problem, **judges}

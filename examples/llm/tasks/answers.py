@@ -13,7 +13,8 @@ NO_ANSWER = "unanswerable"
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _NUMBER = r"(?:(?<!\d)-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
-# GSM8K marks the result; a model that was not taught to may still end with it.
+# GSM8K marks the result; a model that was not taught to may still end with it, and one that was may
+# go on with the next question.
 _MARKED_NUMBER = re.compile(rf"####\s*({_NUMBER})")
 
 # From what a model wrote and the texts that are right to a score from 0 to 1.
@@ -57,7 +58,7 @@ def f1(written: str, answers: Sequence[str]) -> float:
 
 
 def same_number(written: str, answers: Sequence[str]) -> float:
-    """GSM8K's: whether the number after `####`, or else the last one, is the right one."""
+    """GSM8K's: whether the first number after `####`, or else the last one, is the right one."""
     found = final_number(written)
     return float(found is not None and found in map(final_number, answers))
 
@@ -68,8 +69,8 @@ def same_text(written: str, answers: Sequence[str]) -> float:
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number after `####`, or else the last one; None if there is none."""
-    found = _MARKED_NUMBER.findall(text) or re.findall(_NUMBER, text)
+    """The number after the first `####`, or else the last one; None if there is none."""
+    found = _MARKED_NUMBER.findall(text)[:1] or re.findall(_NUMBER, text)
     return Decimal(re.sub(r"[$,]", "", found[-1])) if found else None
 
 

@@ -106,20 +106,18 @@ class Batches:
     Attributes:
       examples: those with fewer options than others are given some of no tokens.
       size: examples in a batch.
+      subjects: the parts of the task by their numbers, those of the examples among them; the same
+        for all sets of a task.
     """
 
     examples: Sequence[EncodedExample]
     size: int
+    subjects: tuple[str, ...] = ("",)
 
     @property
     def num_options(self) -> int:
         """Options of the example that has most."""
         return max(len(example.options) for example in self.examples)
-
-    @cached_property
-    def subjects(self) -> tuple[str, ...]:
-        """The parts of the task, by their numbers."""
-        return tuple(sorted({example.subject for example in self.examples}))
 
     def random(self, seed: int) -> grain.MapDataset:
         """An endless sequence of `OptionBatch`es of one shape, in an order that `seed` chooses."""

@@ -1,6 +1,7 @@
 """The tasks that are known, and which of them rows belong to."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from examples.llm.tasks import answers, records, templates
@@ -10,6 +11,8 @@ from examples.llm.tasks.files import Row
 from examples.llm.tasks.published import LETTERS
 from examples.llm.tasks.templates import Wording
 
+# Of a path or the name of a data set, so much tells what it is: a file and two folders.
+_TELLING = 3
 # A BBH task whose examples list no options has those that are answers, if they are so few.
 _MOST_OPTIONS = 4
 
@@ -39,36 +42,80 @@ class Format:
         return row.values.get(self.label) not in (None, -1, "")
 
 
-def format_of(rows: Sequence[Row]) -> Format | None:
-    """Tell the task that rows are of by the fields of the first; None if it is none of these."""
+def format_of(rows: Sequence[Row], origins: Iterable[str]) -> Format | None:
+    """Tell the task that rows are of by the fields of the first; None if it is none of these.
+
+    Args:
+      rows: at least one.
+      origins: the paths and names that they come from, by which tasks of the same fields are told
+        where their labels are numbers.
+
+    Raises:
+      UsageError: these do not tell.
+    """
     names = rows[0].values.keys()
-    return next((find(rows) for fields, find in _FORMATS if fields <= names and find(rows)), None)
+    found = (find(rows, origins) for fields, find in _FORMATS if fields <= names)
+    return next(filter(None, found), None)
 
 
-def _always(format_: Format) -> Callable[[Sequence[Row]], Format]:
-    return lambda rows: format_
+_Find = Callable[[Sequence[Row], Iterable[str]], Format | None]
 
 
-def _entailment(rows: Sequence[Row]) -> Format | None:
-    """RTE or CB, whose fields are the same; other pairs of sentences have other labels."""
-    labels = [row.values.get("label") for row in rows]
-    if any(label in ("contradiction", "neutral", 2) for label in labels):
+def _always(format_: Format) -> _Find:
+    return lambda rows, origins: format_
+
+
+def _entailment(rows: Sequence[Row], origins: Iterable[str]) -> Format | None:
+    """RTE or CB, whose fields are the same, and those of other pairs of sentences.
+
+    Words as labels tell which. Numbers do not: 1 is no entailment in RTE, a contradiction in CB,
+    neutral in MNLI, and entailment in WNLI.
+    """
+    labelled = [row for row in rows if RTE.is_labelled(row)]
+    labels = [row.values["label"] for row in labelled]
+    if any(label in ("contradiction", "neutral") for label in labels):
         return CB
-    is_rte = all(label in ("entailment", "not_entailment", 0, 1, -1, None) for label in labels)
-    return RTE if is_rte else None
+    if all(label in ("entailment", "not_entailment") for label in labels):
+        return RTE
+    if not all(type(label) is int for label in labels):
+        return None
+    called = _called(origins, {"rte": RTE, "cb": CB})
+    if called is None:
+        raise labelled[0].place.error(
+            f"label {labels[0]} can be RTE's, CB's, MNLI's, WNLI's or MRPC's: write labels as "
+            "words, such as entailment, or call the file or its folder rte or cb"
+        )
+    return called
 
 
-def _text_with_label(rows: Sequence[Row]) -> Format | None:
+def _called(origins: Iterable[str], known: Mapping[str, Format]) -> Format | None:
+    """The one of `known` that is a word in the name of a file or, else, the nearest folder."""
+    found: set[str] = set()
+    for origin in origins:
+        for name in reversed(re.split("[/:]", origin)[-_TELLING:]):
+            words = known.keys() & set(re.split(r"\W|_", name.lower()))
+            if words:
+                found |= words
+                break
+    return known[found.pop()] if len(found) == 1 else None
+
+
+def _sentence(rows: Sequence[Row], origins: Iterable[str]) -> Format | None:
+    """SST-2; QNLI's sentences come with questions."""
+    return None if "question" in rows[0].values else SST2
+
+
+def _text_with_label(rows: Sequence[Row], origins: Iterable[str]) -> Format | None:
     return POLARITY if rows[0].values["label"] in ("neg", "pos") else None
 
 
-def _letters(rows: Sequence[Row]) -> Format | None:
+def _letters(rows: Sequence[Row], origins: Iterable[str]) -> Format | None:
     """MMLU with letters; other inputs and outputs that have a subject are instructions."""
     is_letter = (str(row.values.get("output")).strip() in LETTERS for row in rows)
     return MMLU_LETTERS if all(is_letter) else None
 
 
-def _bbh(rows: Sequence[Row]) -> Format:
+def _bbh(rows: Sequence[Row], origins: Iterable[str]) -> Format:
     """Examples list their options, or have those of their file, or all are answered freely."""
     found: dict[str, set[str]] = {}
     for row in rows:
@@ -102,7 +149,7 @@ SQUAD = Format("squad", records.squad, templates.SQUAD, "answers", answers=answe
 GSM8K = Format("gsm8k", records.gsm8k, templates.GSM8K, "answer", answers=answers.GSM8K)
 
 # By the fields of their records, the more particular first.
-_FORMATS: tuple[tuple[frozenset[str], Callable[[Sequence[Row]], Format | None]], ...] = (
+_FORMATS: tuple[tuple[frozenset[str], _Find], ...] = (
     (frozenset({"premise", "choice1"}), _always(COPA)),
     (frozenset({"sentence", "option1"}), _always(WINOGRANDE)),
     (frozenset({"paragraph", "question", "answer"}), _always(MULTIRC)),
@@ -117,5 +164,5 @@ _FORMATS: tuple[tuple[frozenset[str], Callable[[Sequence[Row]], Format | None]],
     (frozenset({"input", "target"}), _bbh),
     (frozenset({"sms", "label"}), _always(SMS)),
     (frozenset({"text", "label"}), _text_with_label),
-    (frozenset({"sentence"}), _always(SST2)),
+    (frozenset({"sentence"}), _sentence),
 )

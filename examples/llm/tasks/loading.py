@@ -1,5 +1,6 @@
 """From a source of data to worded examples."""
 
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,11 +13,12 @@ from examples.llm.tasks.sources import Source
 from examples.llm.tasks.splits import Splits, fill, with_test
 
 _UNKNOWN = (
-    "these are not the fields of SST-2 (sentence), COPA (premise, choice1), WinoGrande (sentence, "
-    "option1), MultiRC or BoolQ (passage), RTE or CB (premise, hypothesis), SQuAD (context), GSM8K "
-    "(question, answer), MMLU (question, choices or input, output, subject) or BBH (input, "
-    "target); instructions to fine-tune on have instruction and output or instances, prompt and "
-    "completion, input and output, conversations, messages, chosen, or text"
+    "these are not the fields and labels of SST-2 (sentence), polarity (text, with label neg or "
+    "pos), sms (sms), COPA (premise, choice1), WinoGrande (sentence, option1), MultiRC or BoolQ "
+    "(passage), RTE or CB (premise, hypothesis), SQuAD (context), GSM8K (question, answer), MMLU "
+    "(question, choices or input, output, subject) or BBH (input, target); instructions to "
+    "fine-tune on have no label, but instruction and output or instances, prompt and completion, "
+    "input and output, conversations, messages, chosen, or text"
 )
 
 
@@ -63,11 +65,17 @@ def read_data(source: Source) -> Data:
       UsageError: it can't be read.
     """
     rows = source.rows()
-    format_ = format_of([row for part in rows for row in part])
+    format_ = format_of([row for part in rows for row in part], source.names)
     if format_ is not None:
         labelled = (part if part and format_.is_labelled(part[0]) else [] for part in rows[1:])
         rows = Splits(rows.train, *labelled)
     return Data(format_, with_test(rows, source.dev_is_named))
+
+
+def summary(name: str, parts: Iterable[Sized]) -> str:
+    """What data were read as, and how much is in each part, for the user to see."""
+    train, dev, test = map(len, parts)
+    return f"read as {name}: {train} to learn from, {dev} to make choices by, {test} held out"
 
 
 def load_task(data: Data, sizes: tuple[int, int, int], template: Template) -> Task:
@@ -110,5 +118,6 @@ def known_format(data: Data) -> Format:
       UsageError: it is none that is known.
     """
     if data.format is None:
-        raise data.any_rows[0].place.error(_UNKNOWN)
+        row = data.any_rows[0]
+        raise row.place.error(f"{', '.join(row.values)}: {_UNKNOWN}")
     return data.format

@@ -23,6 +23,7 @@ from examples.llm.tasks.scoring import (
     option_scores,
     token_log_likelihoods,
 )
+from examples.llm.tasks.splits import Splits
 from examples.llm.training.judging import Evaluation, Part
 
 
@@ -46,6 +47,11 @@ class OptionProblem:
     objective: str
     seed: int
     offsets: tuple[float, ...] = ()
+
+    @property
+    def parts(self) -> Splits[EncodedExample]:
+        """The examples of each part."""
+        return Splits(*([*part.examples] for part in (self.train, self.dev, self.test)))
 
     @property
     def batches(self) -> grain.MapDataset:
@@ -91,8 +97,8 @@ class OptionProblem:
         )
         loss = sum(float(batch["loss"]) for batch in measured) / float(jnp.sum(weights))
         scores = {"accuracy": accuracy(predictions, labels, weights)}
-        count = len(self.test.subjects)
-        if count > 1:
+        if len(jnp.unique(subjects[weights > 0])) > 1:
+            count = len(self.test.subjects)
             by_subject = accuracy_by_subject(predictions, labels, weights, subjects, count)
             scores["accuracy by subject"] = by_subject
         if self.test.num_options == 2:

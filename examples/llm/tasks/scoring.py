@@ -91,9 +91,13 @@ def accuracy(predictions: jax.Array, labels: jax.Array, weights: jax.Array) -> j
 def accuracy_by_subject(
     predictions: jax.Array, labels: jax.Array, weights: jax.Array, subjects: jax.Array, count: int
 ) -> jax.Array:
-    """The mean of the accuracies of `count` subjects, float32 `()`: MMLU's."""
+    """The mean of the accuracies of subjects, float32 `()`: MMLU's.
+
+    Of `count` subjects those that have no example, as in a small part of a task, are left out.
+    """
     right = jnp.zeros(count).at[subjects].add(jnp.where(predictions == labels, weights, 0))
-    return jnp.mean(right / jnp.zeros(count).at[subjects].add(weights))
+    examples = jnp.zeros(count).at[subjects].add(weights)
+    return jnp.mean(right / jnp.maximum(examples, 1), where=examples > 0)
 
 
 def f1(predictions: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:

@@ -81,11 +81,11 @@ def find_source(
       data: the folder of `NAMED_FILES`.
       flag: that named the task.
       named: tasks that the user could have named.
-      dev: the file for development; given with `--dev`.
-      test: the file for the test; given with `--test`.
+      dev: the file for development, or a folder; given with `--dev`.
+      test: the file for the test, or a folder; given with `--test`.
 
     Raises:
-      UsageError: there is nothing of that kind, or it comes in parts of its own.
+      UsageError: there is nothing of that kind, it comes in parts of its own, or a file is in two.
     """
     if task.startswith(HUB):
         source = HubSource(task, flag)
@@ -96,11 +96,34 @@ def find_source(
             continue
         if isinstance(source, HubSource) or getattr(source.files, part):
             raise UsageError(f"{given_flag}: {task} comes in parts already")
-        if not path.is_file():
-            raise UsageError(f"{given_flag}: there is no file {path}")
-        files = source.files._replace(**{part: [File(path, given_flag)]})
+        files = source.files._replace(**{part: _files_of_part(path, given_flag, part)})
         source = FileSource(files, source.dev_is_named or part == "dev")
+    if isinstance(source, FileSource):
+        _check_apart(source.files)
     return source
+
+
+def _files_of_part(path: Path, flag: str, part: str) -> list[File]:
+    """A file; the files of a folder, or those of this part if it comes in parts."""
+    if path.is_file():
+        return [File(path, flag)]
+    if not path.is_dir():
+        raise UsageError(f"{flag}: there is no file or folder {path}")
+    found = _folder(path, flag).files
+    files = getattr(found, part) or ([] if found.dev or found.test else found.train)
+    if not files:
+        raise UsageError(f"{flag}: {path} comes in parts, none of them for {part}")
+    return files
+
+
+def _check_apart(files: Splits[File]) -> None:
+    """Raise a `UsageError` if a file is in two parts, or a copy of it."""
+    seen: dict[str, tuple[str, File]] = {}
+    for part, of_part in files._asdict().items():
+        for file in of_part:
+            other_part, other = seen.setdefault(content_hash(file.path), (part, file))
+            if other_part != part:
+                raise file.error(f"has the same content as {other}: parts must share nothing")
 
 
 def _local(task: str, data: Path, flag: str, named: Iterable[str]) -> FileSource:

@@ -89,9 +89,13 @@ def with_test(given: Splits[Item], dev_is_named: bool) -> Splits[Item]:
 def fill(given: Splits[AnyRecord], sizes: tuple[int, int, int], seed: int = 0) -> Splits[AnyRecord]:
     """Deal what there is to train on out to the parts that are not given; see `split`.
 
+    What is judged is not learnt: of records that share a key with one of a given part only that
+    part's are kept, those of the test before those for development.
+
     Args:
       given: parts as they came; those that did not are empty.
-      sizes: at most so many for training, development and test.
+      sizes: at most so many for training, development and test; a part that is dealt out is a
+        quarter of what there is at most.
       seed: of the order in which they are dealt.
 
     Raises:
@@ -99,12 +103,31 @@ def fill(given: Splits[AnyRecord], sizes: tuple[int, int, int], seed: int = 0) -
     """
     if not given.train:
         raise UsageError("--task: there is nothing to train on, only what models are judged by")
-    train_size, dev_size, test_size = sizes
-    wanted = (train_size, 0 if given.dev else dev_size, 0 if given.test else test_size)
-    dealt = split(given.train, wanted, seed)
-    dev = split(given.dev, (0, dev_size, 0), seed).dev if given.dev else dealt.dev
+    given_dev = _without(
+        given.dev, given.test, "--task: all there is for development is in the test, too"
+    )
+    judged = [*given_dev, *given.test]
+    train = _without(given.train, judged, "--task: all there is to train on is judged by, too")
+    quarter = max(len(train) // 4, 1)
+    dev_size, test_size = (
+        size if part else min(size, quarter) for part, size in zip(given[1:], sizes[1:])
+    )
+    wanted = (sizes[0], 0 if given.dev else dev_size, 0 if given.test else test_size)
+    dealt = split(train, wanted, seed)
+    dev = split(given_dev, (0, dev_size, 0), seed).dev if given.dev else dealt.dev
     test = split(given.test, (0, 0, test_size), seed).test if given.test else dealt.test
     return Splits(dealt.train, dev, test)
+
+
+def _without(
+    records: list[AnyRecord], others: Sequence[AnyRecord], problem: str
+) -> list[AnyRecord]:
+    """Records that share no key with others; a `UsageError` of `problem` if there are none."""
+    keys = {key for other in others for key in other.keys}
+    kept = [record for record in records if keys.isdisjoint(record.keys)]
+    if records and not kept:
+        raise UsageError(problem)
+    return kept
 
 
 def names_of_parts(names: Iterable[str], origin: str) -> tuple[str | None, str | None, str | None]:

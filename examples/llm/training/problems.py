@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from examples.llm.errors import UsageError
 from examples.llm.instructions.batches import PairBatches
 from examples.llm.instructions.encoding import EncodedText, encode_dialogue
-from examples.llm.instructions.formats import Reader, reader_of
+from examples.llm.instructions.formats import Dialogue, Reader, reader_of
 from examples.llm.instructions.packing import PackedBatches
 from examples.llm.instructions.problem import InstructionProblem
 from examples.llm.models.tokenizer import SpecialTokens
@@ -21,7 +21,15 @@ from examples.llm.tasks.batches import Batches, EncodedExample
 from examples.llm.tasks.encoders import ClassProblem, Head, class_reading, masked_reading
 from examples.llm.tasks.example import Example
 from examples.llm.tasks.files import Row
-from examples.llm.tasks.loading import Data, Task, known_format, load_task, load_test, read_data
+from examples.llm.tasks.loading import (
+    Data,
+    Task,
+    known_format,
+    load_task,
+    load_test,
+    read_data,
+    summary,
+)
 from examples.llm.tasks.problem import OptionProblem, decoder_reading
 from examples.llm.tasks.questions import AnswerProblem, ScoreProblem, encode_question
 from examples.llm.tasks.scoring import OBJECTIVES
@@ -43,7 +51,11 @@ _EVAL_EXAMPLES = 200
 
 
 def build_problem(
-    settings: Settings, tokenizer: Tokenizer, special: SpecialTokens, head: Head | None = None
+    settings: Settings,
+    tokenizer: Tokenizer,
+    special: SpecialTokens,
+    head: Head | None = None,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Problem:
     """Build what `settings` call the task; it is judged by what is not learnt from.
 
@@ -52,6 +64,7 @@ def build_problem(
       tokenizer: of the model.
       special: of the model.
       head: of an encoder; None for a decoder.
+      tell: is given what rows were read as, in words.
 
     Raises:
       UsageError: the data can't be read, or are not for such a model.
@@ -61,7 +74,11 @@ def build_problem(
     else:
         source = settings.source()
         if not (isinstance(source, FileSource) and source.is_text):
-            return _problem_of_rows(settings, tokenizer, special, head, read_data(source))
+            data = read_data(source)
+            problem, parts = _problem_of_rows(settings, tokenizer, special, head, data)
+            name = data.format.name if data.format else "instructions"
+            tell(f"{settings.task}, {summary(name, parts)}")
+            return problem
         texts = texts_of_files(source)
     if head:
         raise UsageError(f"--task: {settings.task} is text, and an encoder learns from options")
@@ -78,7 +95,8 @@ def _problem_of_rows(
     special: SpecialTokens,
     head: Head | None,
     data: Data,
-) -> Problem:
+) -> tuple[Problem, Splits[Any]]:
+    """What is learnt, and what is in each part."""
     reader = None if data.format else reader_of(data.any_rows)
     if head and (reader or known_format(data).answers):
         raise UsageError(f"--task: {settings.task} has no options, which an encoder learns from")
@@ -86,18 +104,20 @@ def _problem_of_rows(
         check_used(settings, "instructions")
         return _instruction_problem(settings, tokenizer, special, data.rows, reader)
     format_ = known_format(data)
-    sizes = _sizes(settings, data.rows, settings.train_examples or _TASK_EXAMPLES)
+    sizes = _sizes(settings, settings.train_examples or _TASK_EXAMPLES)
     check_used(settings, "answered freely" if format_.answers else "a choice of options")
     if format_.answers:
-        return _answer_problem(settings, tokenizer, special, data, sizes)
+        problem = _answer_problem(settings, tokenizer, special, data, sizes)
+        return problem, problem.parts
     objective = settings.objective or format_.objective
     if settings.accumulate > 1 and OBJECTIVES[objective].weight is None:
         raise UsageError(f"--accumulate: {objective} is of a batch as a whole, so it must be 1")
-    return option_problem(
+    problem = option_problem(
         data, sizes, tokenizer, special, head, sequence_length=settings.sequence_length,
         batch_size=settings.batch_size, objective=objective, aligned=settings.template,
         seed=settings.seed,
     )  # fmt: skip
+    return problem, problem.parts
 
 
 def build_judges(
@@ -126,17 +146,18 @@ def _instruction_problem(
     special: SpecialTokens,
     rows: Splits[Row],
     reader: Reader,
-) -> InstructionProblem:
+) -> tuple[InstructionProblem, Splits[Dialogue]]:
     dialogues = Splits(*([found for row in part for found in reader(row)] for part in rows))
-    sizes = _sizes(settings, dialogues, settings.train_examples or len(dialogues.train))
+    sizes = _sizes(settings, settings.train_examples or len(dialogues.train))
+    parts = fill(dialogues, sizes)
     train, dev, test = (
         _batches(
             settings,
             [encode_dialogue(one, tokenizer, special, settings.sequence_length) for one in part],
         )
-        for part in fill(dialogues, sizes)
+        for part in parts
     )
-    return InstructionProblem(train, dev, test)
+    return InstructionProblem(train, dev, test), parts
 
 
 def _packed_text_problem(
@@ -214,9 +235,9 @@ def classes_of(problem: Problem) -> int | None:
 def _encoded_parts(
     task: Task, encode: Callable[[Example], EncodedExample], batch_size: int
 ) -> tuple[Batches, Batches, Batches]:
-    train, dev, test = (
-        Batches([*map(encode, part)], batch_size) for part in (task.train, task.dev, task.test)
-    )
+    parts = (task.train, task.dev, task.test)
+    subjects = tuple(sorted({example.subject for part in parts for example in part}))
+    train, dev, test = (Batches([*map(encode, part)], batch_size, subjects) for part in parts)
     return train, dev, test
 
 
@@ -267,9 +288,7 @@ def answer_problem(
     return kind(questions, parts, answers, tokenizer, special.end, count, batch_size)
 
 
-def _sizes(settings: Settings, parts: Splits[Any], train: int) -> tuple[int, int, int]:
-    """How much there may be in each part; of what is dealt out, a quarter for each of two."""
+def _sizes(settings: Settings, train: int) -> tuple[int, int, int]:
+    """How much there may be in each part."""
     most = _EVAL_EXAMPLES if settings.eval_examples is None else settings.eval_examples
-    quarter = max(len(parts.train) // 4, 1)
-    dev, test = (most if part else min(most, quarter) for part in parts[1:])
-    return train, dev, test
+    return train, most, most
