@@ -181,6 +181,8 @@ def test_a_mistake_found_by_a_run_is_one_line(tiny_gguf, tmp_path):
     code, _, errors = finish(start(*arguments, folder=tmp_path))
     assert code == 2
     assert errors == "error: --sequence-length: the model takes at most 64 tokens, got 1000\n"
+    # What is in the folder is of the run before, if there was one.
+    assert not (tmp_path / "runs" / "finetune" / "settings.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 from examples.llm.errors import UsageError
 from examples.llm.models.building import abstract_model, build_model
 from examples.llm.models.tiny import TINY
-from examples.llm.program.events import Job, StepDone
+from examples.llm.program.events import Accepted, Job, StepDone
 from examples.llm.program.metrics_log import read_metrics
 from examples.llm.program.settings import Settings
 from examples.llm.program.worker import fine_tune
@@ -139,13 +139,17 @@ def test_every_other_method_steps_with_a_rate_that_is_traced(name):
 
 
 def test_checkpoints_are_not_overwritten_without_resume(saved_run):
+    events = []
     with pytest.raises(UsageError, match="already holds checkpoints: add --resume"):
-        fine_tune(saved_run[0], lambda _: None)
+        fine_tune(saved_run[0], events.append)
+    assert Accepted() not in events
 
 
 def test_resuming_a_finished_run_gives_its_result_again(saved_run):
     job, result = saved_run
-    assert fine_tune(changed(job, resume=True), lambda _: None) == result
+    events = []
+    assert fine_tune(changed(job, resume=True), events.append) == result
+    assert events == [Accepted()]
 
 
 @pytest.mark.parametrize(
@@ -154,6 +158,8 @@ def test_resuming_a_finished_run_gives_its_result_again(saved_run):
         ({"batch_size": 3}, "made with batch-size 2, this run has 3"),
         ({"learning_rate": 2e-3}, "made with learning-rate 0.001, this run has 0.002"),
         ({"steps": 8}, "made with steps 4, this run has 8"),
+        ({"prompt": "We"}, "made with prompt , this run has We"),
+        ({"top_p": 0.5}, "made with top-p 1.0, this run has 0.5"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(saved_run, changes, message):

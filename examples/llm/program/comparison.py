@@ -1,24 +1,28 @@
 """Runs methods and seeds one by one, each in its own process, and shows how far they are."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from examples.llm.program.events import Job, Report, RunResult, Stage
+from examples.llm.program.events import Accepted, Job, Report, RunResult, Stage
 from examples.llm.program.processes import run_in_process
 from examples.llm.program.settings import Settings
 from examples.llm.program.worker import fine_tune
 
 
-def compare(settings: Settings, model: Path, console: Console) -> list[RunResult]:
+def compare(
+    settings: Settings, model: Path, console: Console, accepted: Callable[[], None]
+) -> list[RunResult]:
     """Fine-tune `model` with every method of `settings`, once for each seed.
 
     Args:
       settings: checked settings.
       model: the model's file or folder.
       console: where the progress is shown.
+      accepted: is called when a run has begun that refuses nothing in the settings.
 
     Returns:
       One result per method and seed, in their order; each is also in the run's folder.
@@ -43,7 +47,7 @@ def compare(settings: Settings, model: Path, console: Console) -> list[RunResult
         ]
         for job, row in zip(jobs, rows, strict=True):
             progress.start_task(row)
-            result = run_in_process(fine_tune, job, job.name, _show_on(progress, row))
+            result = run_in_process(fine_tune, job, job.name, _show_on(progress, row, accepted))
             progress.update(
                 row, completed=settings.steps, status=f"held-out loss {result.loss_after:.3f}"
             )
@@ -52,9 +56,11 @@ def compare(settings: Settings, model: Path, console: Console) -> list[RunResult
     return results
 
 
-def _show_on(progress: Progress, row) -> Report:
+def _show_on(progress: Progress, row, accepted: Callable[[], None]) -> Report:
     def show(event):
-        if isinstance(event, Stage):
+        if isinstance(event, Accepted):
+            accepted()
+        elif isinstance(event, Stage):
             progress.update(row, status=event.text)
         else:
             progress.update(row, completed=event.step, status=f"loss {event.loss:.3f}")

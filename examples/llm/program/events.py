@@ -41,6 +41,11 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Accepted:
+    """Nothing in the settings was refused: the model and the data are read and go together."""
+
+
+@dataclass(frozen=True)
 class StepDone:
     """A training step has ended; `step` counts from 1."""
 
@@ -84,4 +89,4 @@ class RunResult:
     continuation: str
 
 
-Report = Callable[[Stage | StepDone], None]
+Report = Callable[[Accepted | Stage | StepDone], None]

@@ -11,13 +11,19 @@ from examples.llm.errors import UsageError
 from examples.llm.models.generation import continue_text, generate
 from examples.llm.models.opening import open_model
 from examples.llm.models.tokenizer import plain_tokens
-from examples.llm.program.events import Job, Report, RunResult, Stage, StepDone
+from examples.llm.program.events import Accepted, Job, Report, RunResult, Stage, StepDone
 from examples.llm.program.metrics_log import MetricsLog
 from examples.llm.program.processes import StoppedError
 from examples.llm.program.results import finished_result, write_result
 from examples.llm.program.settings import check_context
 from examples.llm.program.stopping import StopRequestedError, StopSwitch
-from examples.llm.training.checkpoints import BestParameters, Checkpoints, Progress, run_identity
+from examples.llm.training.checkpoints import (
+    BestParameters,
+    Checkpoints,
+    Progress,
+    result_identity,
+    run_identity,
+)
 from examples.llm.training.judging import Evaluation
 from examples.llm.training.memory import buffer_bytes
 from examples.llm.training.problems import build_judges, build_problem, classes_of
@@ -42,13 +48,13 @@ def fine_tune(job: Job, report: Report) -> RunResult:
 
 
 def _fine_tune(job: Job, report: Report) -> RunResult | StoppedError:
-    identity = run_identity(job)
-    result = finished_result(job.folder, identity) if job.settings.resume else None
+    result = finished_result(job.folder, result_identity(job)) if job.settings.resume else None
     if result is not None:
+        report(Accepted())
         return result
     with (
         StopSwitch() as switch,
-        Checkpoints(job.folder / "checkpoints", identity) as checkpoints,
+        Checkpoints(job.folder / "checkpoints", run_identity(job)) as checkpoints,
     ):
         resume = job.settings.resume and checkpoints.newest_step is not None
         if resume:
@@ -67,7 +73,7 @@ def _fine_tune(job: Job, report: Report) -> RunResult | StoppedError:
         except StopRequestedError:
             return StoppedError(run.save_if_trained())
     if is_first:
-        write_result(result, identity, job.folder)
+        write_result(result, result_identity(job), job.folder)
     return result
 
 
@@ -99,6 +105,7 @@ class _Run:
             self._start()
         else:
             self._restore()
+        self.report(Accepted())
         before = Evaluation(self.progress.loss_before, self.progress.scores_before)
         log.write(0, part="held-out", **before._asdict())
         self._train(log)

@@ -86,6 +86,18 @@ def run_identity(job: Job) -> dict[str, Any]:
     }
 
 
+def result_identity(job: Job) -> dict[str, Any]:
+    """Return everything that decides the result of a run: its numbers, and what it writes."""
+    settings = job.settings
+    written = {
+        "prompt": settings.prompt,
+        "max-new-tokens": settings.max_new_tokens,
+        "temperature": settings.temperature,
+        "top-p": settings.top_p,
+    }
+    return run_identity(job) | written
+
+
 def check_same(saved: Mapping[str, Any], identity: Mapping[str, Any], folder: Path) -> None:
     """Raise a `UsageError` naming the first field in which what was saved is of another run."""
     for name, value in identity.items():
