@@ -198,6 +198,19 @@ def test_a_sequence_longer_than_the_context_is_refused(job):
         fine_tune(changed(job, sequence_length=65), lambda _: None)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sequence_length": 60, "tuning": "prefix"}, "tokens, got 60 and 5 virtual ones of pref"),
+        ({"prompt": "We", "max_new_tokens": 65}, "--max-new-tokens: after the .* at most 6., got"),
+        ({"prompt": "We " * 99}, "--prompt the model takes at most 0, got 24"),
+    ],
+)
+def test_what_does_not_fit_into_the_context_is_refused_before_training(job, changes, message):
+    with pytest.raises(UsageError, match=message):
+        fine_tune(changed(job, **changes), lambda _: None)
+
+
 def test_the_schedule_warms_up_and_decays():
     rates = [float(learning_rate_schedule(1.0, 20)(step)) for step in range(20)]
     assert rates[0] == pytest.approx(0.1)
@@ -271,11 +284,13 @@ except OSError as error:
 
 def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_one_before(mezo_job, tmp_path):
     folder = tmp_path / "run" / "mezo" / "seed-0"
+    mezo_job = changed(mezo_job, tuning="full")  # whose arrays are written at the same time
     found = subprocess.run(
         [sys.executable, "-c", FULL_DISK], input=pickle.dumps(mezo_job), capture_output=True,
         cwd=pathlib.Path(__file__).parents[2], timeout=300,
     )  # fmt: skip
     assert found.stdout.decode() == f"{folder / 'checkpoints'} File too large\n", found.stderr
+    assert b"Traceback" not in found.stderr
     whole = fine_tune(changed(mezo_job, output=tmp_path / "whole"), lambda _: None)
     events = []
     resumed = fine_tune(changed(mezo_job, resume=True), events.append)

@@ -130,7 +130,8 @@ class Bench:
 
     def __init__(self, cell: Cell, method: str):
         settings, model = cell.settings, open_model(cell.model)
-        check_context(model.config, settings.sequence_length)
+        for tuning in settings.tuning:
+            check_context(model.config, settings.sequence_length, tuning)
         data = read_data(find_source(cell.task, settings.data))
         if known_format(data).answers:
             raise UsageError(f"--task: {cell.task} is answered freely, but must have options")

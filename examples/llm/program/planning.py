@@ -23,7 +23,7 @@ from examples.llm.models.huggingface_config import read_config
 from examples.llm.models.json_files import read_object
 from examples.llm.models.opening import NAMED_MODELS, named_model, open_model
 from examples.llm.program.configuration import settings_as_json
-from examples.llm.program.settings import Settings, target_of
+from examples.llm.program.settings import Settings, check_context, target_of
 from examples.llm.text import TokenWindows
 from examples.llm.training.layout import AXES, Layout, mesh_sizes
 from examples.llm.training.methods import METHODS
@@ -73,6 +73,7 @@ class RunPlan:
 def show_plans(settings: Settings, console: Console) -> None:
     """Plan a run of every method, show a table, and write `plan.json` to the output folder."""
     config = read_shape(settings.model, settings.data)
+    check_context(config, settings.sequence_length, settings.tuning)
     plans = []
     for method in settings.method:
         with console.status(f"compiling a step of {method} for {settings.plan_for}"):

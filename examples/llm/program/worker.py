@@ -29,7 +29,7 @@ from examples.llm.training.memory import buffer_bytes
 from examples.llm.training.problems import build_judges, build_problem, classes_of
 from examples.llm.training.steps import TrainState
 from examples.llm.training.trainer import Trainer, abstract
-from examples.llm.training.tuning import save_adapter
+from examples.llm.training.tuning import save_adapter, virtual_tokens
 
 
 def fine_tune(job: Job, report: Report) -> RunResult:
@@ -85,19 +85,33 @@ class _Run:
         self.checkpoints = checkpoints
         model = open_model(job.model)
         self.config = model.config
-        check_context(self.config, settings.sequence_length)
+        check_context(self.config, settings.sequence_length, settings.tuning)
         self.tokenizer, self.special = model.tokenizer(), model.special_tokens()
         head = settings.head_of(self.config)
         self.problem = build_problem(settings, self.tokenizer, self.special, head)
-        context_length, prompt = self.config.context_length, settings.prompt
-        judges = build_judges(settings, self.tokenizer, self.special, context_length)
+        room = self.config.context_length - virtual_tokens(settings.tuning)
+        judges = build_judges(settings, self.tokenizer, self.special, room)
         self.judges = {"": self.problem, **judges}
-        if prompt and self.special.begin is None and not plain_tokens(self.tokenizer, prompt):
-            raise UsageError(f"--prompt: {prompt!r} has no tokens")
+        self._check_prompt(room)
         recipe = replace(settings.recipe_of(job.method), num_classes=classes_of(self.problem))
         self.trainer = Trainer(job.model, recipe, self.problem, settings.layout())
         self.state: TrainState | None = None
         self.progress = Progress()
+
+    def _check_prompt(self, room: int) -> None:
+        """Before anything is trained; `room` is what virtual tokens leave of the context."""
+        settings = self.settings
+        if not settings.prompt:
+            return
+        given = len(self.special.front) + len(plain_tokens(self.tokenizer, settings.prompt))
+        if not given:
+            raise UsageError(f"--prompt: {settings.prompt!r} has no tokens")
+        most = room + 1 - given  # the last one is not read
+        if settings.max_new_tokens > most:
+            raise UsageError(
+                f"--max-new-tokens: after the {given} tokens of --prompt the model takes at most "
+                f"{max(most, 0)}, got {settings.max_new_tokens}"
+            )
 
     def whole(self, log: MetricsLog) -> RunResult:
         """Start or go on, train and judge."""

@@ -14,7 +14,8 @@ from examples.llm.models.tokenizer import SpecialTokens, plain_tokens
 from examples.llm.sampling import shuffled
 from examples.llm.tasks.example import Example
 
-# Rows are as long as a multiple of this, so that lengths, each of which compiles, are few.
+# Rows are as long as a multiple of this but for the longest, so that lengths, each of which
+# compiles, are few.
 _LENGTH_STEP = 16
 
 
@@ -138,7 +139,7 @@ class Batches:
         return max(example.length for example in self.examples)
 
     def _padded(self, chosen: Sequence[int], length: int) -> OptionBatch:
-        length = -(-length // _LENGTH_STEP) * _LENGTH_STEP
+        length = min(-(-length // _LENGTH_STEP) * _LENGTH_STEP, self._longest)
         sizes = [len(option) for example in self.examples for option in example.options]
         width, options = max(sizes), self.num_options
         rows = 1 if width == 1 else options

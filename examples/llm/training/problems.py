@@ -69,7 +69,7 @@ def build_problem(
     if settings.pack:
         return _packed_text_problem(settings, tokenizer, special, texts)
     windows = windows_of(tokenizer, texts, settings.sequence_length, settings.seed)
-    return TextProblem(*windows, settings.batch_size, settings.eval_batches)
+    return TextProblem(*windows, settings.batch_size, settings.text_batches)
 
 
 def _problem_of_rows(
@@ -146,7 +146,7 @@ def _packed_text_problem(
     pieces = Splits(
         *(pieces_of(part, tokenizer, special, settings.sequence_length) for part in texts)
     )
-    judged = settings.eval_batches * settings.batch_size
+    judged = settings.text_batches * settings.batch_size
     return InstructionProblem(
         _batches(settings, pieces.train),
         _batches(settings, pieces.dev[:judged]),
@@ -203,6 +203,9 @@ def option_problem(
         reading = decoder_reading(format_, tokenizer, special, sequence_length, aligned=aligned)
     task = load_task(data, sizes, reading.template)
     parts = _encoded_parts(task, reading.encode, batch_size)
+    if objective == "f1" and any(part.num_options != 2 for part in parts):
+        counts = " or ".join(map(str, sorted({part.num_options for part in parts})))
+        raise UsageError(f"--objective: f1 is of two options, and {format_.name} has {counts}")
     return reading.problem(*parts, objective or format_.objective, seed)
 
 

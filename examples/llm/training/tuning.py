@@ -90,6 +90,12 @@ class Tuning(NamedTuple):
         return model.logits(model.features(tokens))
 
 
+def virtual_tokens(scheme: str) -> int:
+    """Return how many positions in front of a text are taken by what trains under a scheme."""
+    own = {"prefix": PREFIX, "prompt": PROMPT}.get(scheme)
+    return 0 if own is None else own.num_tokens
+
+
 def adapters_of(
     scheme: str, rank: int | None, alpha: float | None, dropout: float
 ) -> adapters.LoRA | None:
