@@ -15,7 +15,6 @@ from examples.llm.errors import UsageError
 from examples.llm.models.opening import open_model
 from examples.llm.program.events import Stage
 from examples.llm.program.processes import Tell
-from examples.llm.program.settings import check_context
 from examples.llm.tasks.encoders import head_for
 from examples.llm.tasks.loading import known_format, read_data
 from examples.llm.tasks.scoring import option_scores
@@ -26,6 +25,7 @@ from examples.llm.training.methods import EPS, METHODS, Hyperparameters
 from examples.llm.training.problems import classes_of, option_problem
 from examples.llm.training.steps import StepMeasurement
 from examples.llm.training.trainer import Recipe, Trainer
+from examples.llm.training.tuning import check_context
 
 # The model as it is; and with each option's mean score on the development examples, whose labels
 # are not looked at, taken away from its score: a bias that training would first of all remove.

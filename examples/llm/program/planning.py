@@ -23,14 +23,14 @@ from examples.llm.models.huggingface_config import read_config
 from examples.llm.models.json_files import read_object
 from examples.llm.models.opening import NAMED_MODELS, named_model, open_model
 from examples.llm.program.configuration import settings_as_json
-from examples.llm.program.settings import Settings, check_context, target_of
+from examples.llm.program.settings import Settings, target_of
 from examples.llm.text import TokenWindows
 from examples.llm.training.layout import AXES, Layout, mesh_sizes
 from examples.llm.training.methods import METHODS
 from examples.llm.training.problems import TextProblem
 from examples.llm.training.steps import TrainState
 from examples.llm.training.trainer import Recipe, Trainer
-from examples.llm.training.tuning import Tuning, base_parameters, tuned
+from examples.llm.training.tuning import Tuning, base_parameters, check_context, tuned
 from optax_lowbit import qlora
 from optax_lowbit.kernels.backends import KERNELS, Backend
 from optax_lowbit.memory import plan

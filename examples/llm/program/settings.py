@@ -24,7 +24,7 @@ from examples.llm.training.methods import (
     check_tuning,
 )
 from examples.llm.training.trainer import Recipe
-from examples.llm.training.tuning import adapters_of, virtual_tokens
+from examples.llm.training.tuning import adapters_of
 from optax_lowbit.memory.targets import TPUS, check_target
 
 QLORA_CLIP_NORM = 0.3  # arXiv 2305.14314, appendix B.3
@@ -339,23 +339,6 @@ class Settings:
 def target_of(name: str) -> str:
     """Return what `optax_lowbit.memory` calls a target: `v5p` is `tpu v5p` there."""
     return f"tpu {name}" if name.partition(":")[0] in TPUS else name
-
-
-def check_context(config: ModelConfig, sequence_length: int, tuning: str) -> None:
-    """Raise a `UsageError` if a model does not take texts of so many tokens.
-
-    Args:
-      config: of the model.
-      sequence_length: tokens of a text.
-      tuning: scheme of tuning, which may put virtual tokens in front.
-    """
-    virtual = virtual_tokens(tuning)
-    if sequence_length + virtual > config.context_length:
-        more = f" and {virtual} virtual ones of {tuning} tuning" if virtual else ""
-        raise UsageError(
-            f"--sequence-length: the model takes at most {config.context_length} "
-            f"tokens, got {sequence_length}{more}"
-        )
 
 
 DEFAULTS = Settings()

@@ -15,7 +15,6 @@ from examples.llm.program.events import Accepted, Job, Report, RunResult, Stage,
 from examples.llm.program.metrics_log import MetricsLog
 from examples.llm.program.processes import StoppedError
 from examples.llm.program.results import finished_result, write_result
-from examples.llm.program.settings import check_context
 from examples.llm.program.stopping import StopRequestedError, StopSwitch
 from examples.llm.training.checkpoints import (
     BestParameters,
@@ -29,7 +28,7 @@ from examples.llm.training.memory import buffer_bytes
 from examples.llm.training.problems import build_judges, build_problem, classes_of
 from examples.llm.training.steps import TrainState
 from examples.llm.training.trainer import Trainer, abstract
-from examples.llm.training.tuning import save_adapter, virtual_tokens
+from examples.llm.training.tuning import check_context, save_adapter, virtual_tokens
 
 
 def fine_tune(job: Job, report: Report) -> RunResult:
