@@ -14,8 +14,7 @@ from examples.llm.models.tokenizer import SpecialTokens, plain_tokens
 from examples.llm.sampling import shuffled
 from examples.llm.tasks.example import Example
 
-# Rows are as long as a multiple of this but for the longest, so that lengths, each of which
-# compiles, are few.
+# Rows are as long as a multiple of this, so that lengths, each of which compiles, are few.
 _LENGTH_STEP = 16
 
 
@@ -107,10 +106,12 @@ class Batches:
     Attributes:
       examples: those with fewer options than others are given some of no tokens.
       size: examples in a batch.
+      max_length: of examples, and of rows, which are padded; None for any.
     """
 
     examples: Sequence[EncodedExample]
     size: int
+    max_length: int | None = None
 
     @property
     def num_options(self) -> int:
@@ -139,7 +140,8 @@ class Batches:
         return max(example.length for example in self.examples)
 
     def _padded(self, chosen: Sequence[int], length: int) -> OptionBatch:
-        length = min(-(-length // _LENGTH_STEP) * _LENGTH_STEP, self._longest)
+        length = -(-length // _LENGTH_STEP) * _LENGTH_STEP
+        length = length if self.max_length is None else min(length, self.max_length)
         sizes = [len(option) for example in self.examples for option in example.options]
         width, options = max(sizes), self.num_options
         rows = 1 if width == 1 else options

@@ -113,7 +113,7 @@ def build_judges(
         if task.format.answers:
             judge = answer_problem(task, tokenizer, special, context_length, size)
         else:
-            parts = _encoded_parts(task, reading.encode, size)
+            parts = _encoded_parts(task, reading.encode, size, context_length)
             judge = OptionProblem(*parts, "classification", settings.seed)
         is_alone = sum(Path(other).stem == Path(name).stem for other in settings.judge) == 1
         judges[Path(name).stem if is_alone else name] = judge
@@ -202,7 +202,7 @@ def option_problem(
     else:
         reading = decoder_reading(format_, tokenizer, special, sequence_length, aligned=aligned)
     task = load_task(data, sizes, reading.template)
-    parts = _encoded_parts(task, reading.encode, batch_size)
+    parts = _encoded_parts(task, reading.encode, batch_size, sequence_length)
     if objective == "f1" and any(part.num_options != 2 for part in parts):
         counts = " or ".join(map(str, sorted({part.num_options for part in parts})))
         raise UsageError(f"--objective: f1 is of two options, and {format_.name} has {counts}")
@@ -215,10 +215,11 @@ def classes_of(problem: Problem) -> int | None:
 
 
 def _encoded_parts(
-    task: Task, encode: Callable[[Example], EncodedExample], batch_size: int
+    task: Task, encode: Callable[[Example], EncodedExample], batch_size: int, max_length: int
 ) -> tuple[Batches, Batches, Batches]:
     train, dev, test = (
-        Batches([*map(encode, part)], batch_size) for part in (task.train, task.dev, task.test)
+        Batches([*map(encode, part)], batch_size, max_length)
+        for part in (task.train, task.dev, task.test)
     )
     return train, dev, test
 
