@@ -208,7 +208,7 @@ def _check_config(config: Mapping[str, Any], quantized: Any, where: str) -> None
     if not isinstance(given, Mapping) or given.get("quant_method", "bitsandbytes") != (
         "bitsandbytes"
     ):
-        raise ValueError(f"{where}: 'quantization_config' must be bitsandbytes', is {given!r:.200}")
+        raise ValueError(f"{where}: 'quantization_config' must be bitsandbytes, is {given!r:.200}")
     if given.get("load_in_4bit", True) is not True:
         raise ValueError(f"{where}: 'load_in_4bit' must be true, is {given['load_in_4bit']!r:.100}")
     _check_skipped(quantized, given, where)

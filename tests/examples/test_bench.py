@@ -11,7 +11,7 @@ import pytest
 from examples.llm.bench.cells import CALIBRATED, ZERO_SHOT, Bench, Cell, CellResult, Cost, run_cell
 from examples.llm.bench.command import cells_of
 from examples.llm.bench.matrix import matrices
-from examples.llm.bench.report import Results, markdown_table, write_report
+from examples.llm.bench.report import Contents, Results, markdown_table, read_contents, write_report
 from examples.llm.bench.search import SEARCH_SEED, FinalRun, Trial, best_trial, search
 from examples.llm.bench.settings import BenchSettings
 from examples.llm.errors import UsageError
@@ -95,13 +95,14 @@ COST = Cost(
     steps=10, trainable=1000, forward_passes=20, derivative="", step_seconds=0.25,
     state_bytes=2**20, peak_bytes=3 * 2**20,
 )  # fmt: skip
+CONTENTS = Contents("a model", {"polarity": "sentences", "sms": "messages"})
 RUNS = [FinalRun(seed, evaluation(0.5), evaluation(0.1 * seed)) for seed in (5, 6, 7)]
 
 
 @pytest.fixture
 def results(tmp_path):
     settings = BenchSettings()
-    results = Results(tmp_path / "results.json", settings, "m.gguf", about_this_run())
+    results = Results(tmp_path / "results.json", settings, "m.gguf", about_this_run(), CONTENTS)
     zero_shot = Cell("polarity", "full", ZERO_SHOT, settings, tmp_path)
     results.add(zero_shot, CellResult([], RUNS[:1]))
     mezo = Cell("polarity", "lora", "mezo", settings, tmp_path)
@@ -142,7 +143,9 @@ def test_a_page_has_the_table_and_a_figure_of_each_kind(results, tmp_path):
 
 
 def test_a_page_of_untrained_models_has_no_figure(tmp_path):
-    results = Results(tmp_path / "results.json", BenchSettings(), "m.gguf", about_this_run())
+    results = Results(
+        tmp_path / "results.json", BenchSettings(), "m.gguf", about_this_run(), CONTENTS
+    )
     zero_shot = Cell("polarity", "full", ZERO_SHOT, BenchSettings(), tmp_path)
     results.add(zero_shot, CellResult([], RUNS[:1]))
     write_report(results, tmp_path)
@@ -152,16 +155,52 @@ def test_a_page_of_untrained_models_has_no_figure(tmp_path):
 
 def test_results_are_gone_on_with_by_the_same_settings_only(results):
     settings = BenchSettings(method=("mezo", "adam"), task=("sms",))
-    again = Results(results.path, settings, "m.gguf", {})
+    again = Results(results.path, settings, "m.gguf", {}, CONTENTS)
     assert again.cells == results.cells
+    assert again.settings["task"] == ["sms"]  # told, and free
     assert again.cells["polarity lora mezo"]["runs"][2]["test"]["scores"]["accuracy"] == 0.1 * 7
     other = dataclasses.replace(settings, batch_size=9)
     before = results.path.read_bytes()
     with pytest.raises(UsageError, match=r"--output: .*\.json .*batch_size is 8 there and 9"):
-        Results(results.path, other, "m.gguf", {})
+        Results(results.path, other, "m.gguf", {}, CONTENTS)
     with pytest.raises(UsageError, match=r"model is m\.gguf there and other\.gguf here"):
-        Results(results.path, settings, "other.gguf", {})
+        Results(results.path, settings, "other.gguf", {}, CONTENTS)
     assert results.path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("contents", "name"),
+    [
+        (dataclasses.replace(CONTENTS, model="another"), "m.gguf"),
+        (dataclasses.replace(CONTENTS, tasks={"polarity": "others"}), "polarity"),
+    ],
+)
+def test_results_of_files_that_have_changed_are_not_added_to(results, contents, name):
+    with pytest.raises(UsageError, match=f"has results of {name} before it was changed"):
+        Results(results.path, BenchSettings(), "m.gguf", {}, contents)
+
+
+def test_a_result_of_which_the_files_are_not_known_is_made_again(results, tmp_path):
+    zero_shot, mezo = (
+        Cell("polarity", tuning, method, BenchSettings(), tmp_path)
+        for tuning, method in (("full", ZERO_SHOT), ("lora", "mezo"))
+    )
+    content = json.loads(results.path.read_text())
+    del content["cells"][zero_shot.name]["identity"]
+    results.path.write_text(json.dumps(content))
+    again = Results(results.path, BenchSettings(), "m.gguf", {}, CONTENTS)
+    assert not again.has(zero_shot) and again.has(mezo)
+
+
+def test_contents_follow_from_the_bytes(messages, tmp_path):
+    settings, model = BenchSettings(task=(str(messages),)), tmp_path / "m.gguf"
+    model.write_bytes(b"1")
+    before = read_contents(settings, model)
+    assert read_contents(settings, model) == before
+    model.write_bytes(b"2")
+    messages.write_text("ham\thello\n")
+    after = read_contents(settings, model)
+    assert after.model != before.model and after.tasks != before.tasks
 
 
 def test_all_cells_are_there(tmp_path):
@@ -206,7 +245,7 @@ def messages(tmp_path):
 def test_a_cell_from_start_to_end(tiny_gguf, messages):
     settings = BenchSettings(
         task=(str(messages),), steps=3, search_steps=2, seeds=(0,), rate_factors=(1.0, 10.0),
-        train_examples=20, dev_examples=8, test_examples=8, batch_size=4, sequence_length=64,
+        train_examples=20, dev_examples=8, test_examples=8, batch_size=4, sequence_length=54,
     )  # fmt: skip
     told = []
     cell = Cell(str(messages), "prompt", "mezo", settings, tiny_gguf)
@@ -257,9 +296,15 @@ def test_a_head_that_the_encoder_does_not_have_is_refused(tiny_bert, messages):
         Bench(Cell(str(messages), "full", "mezo", settings, tiny_bert), "mezo")
 
 
+def test_virtual_tokens_of_any_tuning_have_to_fit(tiny_gguf, messages):
+    settings = BenchSettings(tuning=("full", "prefix"), sequence_length=60)
+    with pytest.raises(UsageError, match="at most 64 tokens, got 60 and 5 virtual ones of prefix"):
+        Bench(Cell(str(messages), "full", ZERO_SHOT, settings, tiny_gguf), "adam")
+
+
 def test_mean_scores_are_those_of_all_examples(tiny_gguf, messages):
     settings = BenchSettings(
-        train_examples=20, dev_examples=7, test_examples=8, batch_size=4, sequence_length=64
+        train_examples=20, dev_examples=7, test_examples=8, batch_size=4, sequence_length=54
     )
     bench = Bench(Cell(str(messages), "full", CALIBRATED, settings, tiny_gguf), "adam")
     parameters = bench.trainer.parameters(0)

@@ -181,6 +181,8 @@ def test_a_mistake_found_by_a_run_is_one_line(tiny_gguf, tmp_path):
     code, _, errors = finish(start(*arguments, folder=tmp_path))
     assert code == 2
     assert errors == "error: --sequence-length: the model takes at most 64 tokens, got 1000\n"
+    # What is in the folder is of the run before, if there was one.
+    assert not (tmp_path / "runs" / "finetune" / "settings.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -195,6 +197,10 @@ def test_a_mistake_found_by_a_run_is_one_line(tiny_gguf, tmp_path):
         (["--checkpoint-every", "-5"], "--checkpoint-every: must be at least 0, got -5"),
         (["--eval-every", "-1"], "--eval-every: must be at least 0, got -1"),
         (["--keep-best"], "--keep-best: needs --eval-every"),
+        (["--top-p", "0.5"], "--top-p: needs --prompt"),
+        (["--top-p", "0.5", "--prompt", "We"], "--top-p: needs --temperature, without which"),
+        (["--plan-for", "h100"], "--plan-for: needs --plan"),
+        (["--method", "adam", "forward-grad", "--eps", "1"], "--eps: adam forward-grad does not"),
         (["--top-p", "0"], "--top-p: must be above 0 and at most 1, got 0.0"),
         (["--temperature", "-1"], "--temperature: must be at least 0, got -1.0"),
         (["--max-new-tokens", "0"], "--max-new-tokens: must be at least 1, got 0"),

@@ -280,13 +280,21 @@ def test_what_is_learnt_from_is_no_judge(questions, capsys):
     assert "--judge: " in capsys.readouterr().err
 
 
-def test_f1_is_not_accumulated(tiny_gguf, questions):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": "f1", "accumulate": 2}, "--accumulate: f1 is of a batch as a whole"),
+        ({"objective": "f1"}, "--objective: f1 is of two options, and mmlu has 4"),
+        ({"eval_batches": 3}, r"--eval-batches: .*\.json is a choice of options, which has no use"),
+    ],
+)
+def test_what_a_choice_of_four_options_does_not_have(changes, message, tiny_gguf, questions):
     stored = GGUFModel(tiny_gguf)
     settings = dataclasses.replace(
-        DEFAULTS, task=str(questions), objective="f1", accumulate=2, train_examples=4,
-        eval_examples=2, sequence_length=32,
+        DEFAULTS, task=str(questions), train_examples=4, eval_examples=2, sequence_length=32,
+        **changes,
     )  # fmt: skip
-    with pytest.raises(UsageError, match="--accumulate: f1 is of a batch as a whole"):
+    with pytest.raises(UsageError, match=message):
         build_problem(settings, stored.tokenizer(), stored.special_tokens())
 
 

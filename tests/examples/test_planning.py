@@ -94,6 +94,10 @@ def test_a_configuration_alone_is_enough(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ["--model", "opt-13b", "--sequence-length", "2040", "--tuning", "prompt"],
+            "--sequence-length: the model takes at most 2048 tokens, got 2040 and 10 virtual ones",
+        ),
         (["--plan-for", "abacus"], "--plan-for: target must be one of cpu, tpu v4"),
         (["--model", "gpt2"], "--model: gpt2 is neither a file, nor a folder, nor one of smollm2"),
         (

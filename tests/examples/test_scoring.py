@@ -90,6 +90,8 @@ def test_options_of_one_token_share_a_row(table):
     expected = [by_hand(table, SINGLE.prompt, option) for option in SINGLE.options]
     np.testing.assert_allclose(scores(Bigrams(table), batch)[0], expected, rtol=1e-5)
     assert one_batch(SINGLE, LONG).tokens.shape == (2, 2, 16)
+    (batch,) = Batches((SINGLE, LONG), 2, max_length=10).all()
+    assert batch.tokens.shape == (2, 2, 10)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import pytest
 from examples.llm.errors import UsageError
 from examples.llm.models.building import abstract_model, build_model
 from examples.llm.models.tiny import TINY
-from examples.llm.program.events import Job, StepDone
+from examples.llm.program.events import Accepted, Job, StepDone
 from examples.llm.program.metrics_log import read_metrics
 from examples.llm.program.settings import Settings
 from examples.llm.program.worker import fine_tune
@@ -139,13 +139,17 @@ def test_every_other_method_steps_with_a_rate_that_is_traced(name):
 
 
 def test_checkpoints_are_not_overwritten_without_resume(saved_run):
+    events = []
     with pytest.raises(UsageError, match="already holds checkpoints: add --resume"):
-        fine_tune(saved_run[0], lambda _: None)
+        fine_tune(saved_run[0], events.append)
+    assert Accepted() not in events
 
 
 def test_resuming_a_finished_run_gives_its_result_again(saved_run):
     job, result = saved_run
-    assert fine_tune(changed(job, resume=True), lambda _: None) == result
+    events = []
+    assert fine_tune(changed(job, resume=True), events.append) == result
+    assert events == [Accepted()]
 
 
 @pytest.mark.parametrize(
@@ -154,6 +158,8 @@ def test_resuming_a_finished_run_gives_its_result_again(saved_run):
         ({"batch_size": 3}, "made with batch-size 2, this run has 3"),
         ({"learning_rate": 2e-3}, "made with learning-rate 0.001, this run has 0.002"),
         ({"steps": 8}, "made with steps 4, this run has 8"),
+        ({"prompt": "We"}, "made with prompt , this run has We"),
+        ({"top_p": 0.5}, "made with top-p 1.0, this run has 0.5"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(saved_run, changes, message):
@@ -190,6 +196,19 @@ def test_the_best_parameters_by_development_data_are_kept(job, tmp_path):
 def test_a_sequence_longer_than_the_context_is_refused(job):
     with pytest.raises(UsageError, match="--sequence-length: the model takes at most 64 tokens"):
         fine_tune(changed(job, sequence_length=65), lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sequence_length": 60, "tuning": "prefix"}, "tokens, got 60 and 5 virtual ones of pref"),
+        ({"prompt": "We", "max_new_tokens": 65}, "--max-new-tokens: after the .* at most 6., got"),
+        ({"prompt": "We " * 99}, "--prompt the model takes at most 0, got 24"),
+    ],
+)
+def test_what_does_not_fit_into_the_context_is_refused_before_training(job, changes, message):
+    with pytest.raises(UsageError, match=message):
+        fine_tune(changed(job, **changes), lambda _: None)
 
 
 def test_the_schedule_warms_up_and_decays():
@@ -265,11 +284,13 @@ except OSError as error:
 
 def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_one_before(mezo_job, tmp_path):
     folder = tmp_path / "run" / "mezo" / "seed-0"
+    mezo_job = changed(mezo_job, tuning="full")  # whose arrays are written at the same time
     found = subprocess.run(
         [sys.executable, "-c", FULL_DISK], input=pickle.dumps(mezo_job), capture_output=True,
         cwd=pathlib.Path(__file__).parents[2], timeout=300,
     )  # fmt: skip
     assert found.stdout.decode() == f"{folder / 'checkpoints'} File too large\n", found.stderr
+    assert b"Traceback" not in found.stderr
     whole = fine_tune(changed(mezo_job, output=tmp_path / "whole"), lambda _: None)
     events = []
     resumed = fine_tune(changed(mezo_job, resume=True), events.append)

@@ -194,7 +194,7 @@ W = matrix((64, 2))
         ({"w": W, "v": matrix((64, 2), spec_of("nf4"))}, {}, "'bnb_4bit_use_double_quant' True"),
         ({"w": W}, {"bnb_4bit_quant_type": "fp4"}, "'bnb_4bit_quant_type' 'fp4', this one has"),
         ({"w": W}, {"load_in_4bit": False}, "'load_in_4bit' must be true"),
-        ({"w": W}, {"quant_method": "gptq"}, "must be bitsandbytes'"),
+        ({"w": W}, {"quant_method": "gptq"}, "must be bitsandbytes, is"),
         ({"w": W}, {"bnb_4bit_quant_storage": "complex64"}, "'bnb_4bit_quant_storage' must be one"),
         ({"w": W}, {"llm_int8_skip_modules": ["w"]}, "names 'w', which is in 4 bits"),
         ({"w": W}, {"llm_int8_skip_modules": "w"}, "must be names, is 'w'"),

@@ -16,7 +16,6 @@ from examples.llm.errors import UsageError
 from examples.llm.models.opening import open_model
 from examples.llm.program.events import Stage
 from examples.llm.program.processes import Tell
-from examples.llm.program.settings import check_context
 from examples.llm.tasks.encoders import head_for
 from examples.llm.tasks.loading import known_format, read_data, summary
 from examples.llm.tasks.scoring import option_scores
@@ -27,6 +26,7 @@ from examples.llm.training.methods import EPS, METHODS, Hyperparameters
 from examples.llm.training.problems import classes_of, option_problem
 from examples.llm.training.steps import StepMeasurement
 from examples.llm.training.trainer import Recipe, Trainer
+from examples.llm.training.tuning import check_context
 
 # The model as it is; and with each option's mean score on the development examples, whose labels
 # are not looked at, taken away from its score: a bias that training would first of all remove.
@@ -133,7 +133,8 @@ class Bench:
 
     def __init__(self, cell: Cell, method: str):
         settings, model = cell.settings, open_model(cell.model)
-        check_context(model.config, settings.sequence_length)
+        for tuning in settings.tuning:
+            check_context(model.config, settings.sequence_length, tuning)
         data = read_data(find_source(cell.task, settings.data))
         if known_format(data).answers:
             raise UsageError(f"--task: {cell.task} is answered freely, but must have options")

@@ -5,7 +5,7 @@ from tempfile import TemporaryDirectory
 
 from examples.llm.bench.cells import UNTRAINED, Cell, run_cell
 from examples.llm.bench.matrix import matrices
-from examples.llm.bench.report import Results, markdown_table, write_report
+from examples.llm.bench.report import Results, markdown_table, read_contents, write_report
 from examples.llm.bench.settings import BenchSettings
 from examples.llm.models.opening import named_model
 from examples.llm.models.tiny import write_tiny_gguf
@@ -13,13 +13,15 @@ from examples.llm.program.about import about_this_run
 from examples.llm.program.configuration import read_settings
 from examples.llm.program.events import Stage
 from examples.llm.program.processes import run_in_process
+from examples.llm.program.report import write_settings
 from examples.llm.program.settings import prepare_output
 from examples.llm.training.methods import METHODS
 
 
 def benchmark(arguments: list[str]) -> None:
     """Run the benchmark that `arguments` ask for; after a stop it goes on after the last result."""
-    settings = read_settings(arguments, BenchSettings()).quickened()
+    asked = read_settings(arguments, BenchSettings())
+    settings = asked.quickened()
     settings.check()
     prepare_output(settings.output)
     with TemporaryDirectory() as folder:
@@ -30,10 +32,13 @@ def benchmark(arguments: list[str]) -> None:
         path = settings.output / "results.json"
         if settings.quick:
             path.unlink(missing_ok=True)
-        results = Results(path, settings, settings.model or model.name, about_this_run())
+        name, contents = settings.model or model.name, read_contents(settings, model)
+        results = Results(path, settings, name, about_this_run(), contents)
         for cell in cells_of(settings, model.absolute()):
-            if cell.name not in results.cells:
+            if not results.has(cell):
                 results.add(cell, run_in_process(run_cell, cell, cell.name, _show))
+                # Once one is accepted: what was refused leaves no trace.
+                write_settings(asked, settings.output / "settings.json")
     table = f"{markdown_table(results.cells)}\n{matrices(results.cells)}"
     (settings.output / "results.md").write_text(table)
     write_report(results, settings.output)

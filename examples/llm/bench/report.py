@@ -2,19 +2,21 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from examples.llm.bench.cells import UNTRAINED, Cell, CellResult
 from examples.llm.bench.settings import BenchSettings
 from examples.llm.errors import UsageError
+from examples.llm.models.opening import content_hash
 from examples.llm.program import page
 from examples.llm.program.figures import Figure, bars, points
 from examples.llm.program.json_numbers import with_nan
 from examples.llm.program.rendering import write_picture
 from examples.llm.program.results import write_json
 from examples.llm.program.spreads import Spread, spread_of
+from examples.llm.tasks.sources import find_source
 
 # What a result is made with; a file made with something else is neither added to nor replaced.
 _SHARED = (
@@ -22,6 +24,8 @@ _SHARED = (
     "sequence_length", "objective", "head", "template", "train_examples", "dev_examples",
     "test_examples",
 )  # fmt: skip
+# What tells which cells there are; another run may ask for others.
+_OF_CELLS = ("task", "tuning", "method", "data")
 _MEBIBYTE = 2**20
 _HEADINGS = (
     "task", "tuning", "method", "learning rate", "eps", "test loss", "test accuracy %", "test F1 %",
@@ -29,40 +33,98 @@ _HEADINGS = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Contents:
+    """Hashes of what results are of.
+
+    Attributes:
+      model: of its file or folder.
+      tasks: of the data of each.
+    """
+
+    model: str
+    tasks: Mapping[str, str]
+
+
+def read_contents(settings: BenchSettings, model: Path) -> Contents:
+    """Read the files of a model and of all tasks.
+
+    Raises:
+      UsageError: they can't be read.
+    """
+    sources = {task: find_source(task, settings.data) for task in settings.task}
+    tasks = {task: source.identity() for task, source in sources.items()}
+    return Contents(content_hash(model), tasks)
+
+
 class Results:
     """Results by cell, kept in a JSON file that is complete after every cell.
 
     Raises:
-      UsageError: there is a file with results of other settings.
+      UsageError: there is a file with results of other settings, or of files that have changed.
     """
 
-    def __init__(self, path: Path, settings: BenchSettings, model: str, about: Mapping[str, Any]):
+    def __init__(
+        self,
+        path: Path,
+        settings: BenchSettings,
+        model: str,
+        about: Mapping[str, Any],
+        contents: Contents,
+    ):
         self.path = path
-        made_with = {"model": model, **{name: getattr(settings, name) for name in _SHARED}}
-        self.made_with = json.loads(json.dumps(made_with))
-        self.about = dict(about)
+        shared = {name: getattr(settings, name) for name in (*_SHARED, *_OF_CELLS)}
+        self.settings = json.loads(json.dumps({"model": model, **shared}, default=str))
+        self.about, self.contents = dict(about), contents
         self.cells: dict[str, dict[str, Any]] = {}
         if path.exists():
             content = json.loads(path.read_text())
-            _check_settings(path, content["settings"], self.made_with)
+            _check_settings(path, content["settings"], self.settings)
+            _check_contents(path, content["cells"].values(), model, contents)
             self.cells = {
                 name: cell | {part: with_nan(cell[part]) for part in ("trials", "runs")}
                 for name, cell in content["cells"].items()
             }
 
+    def has(self, cell: Cell) -> bool:
+        """Whether there is a result of a cell, and it is known of which files."""
+        return "identity" in self.cells.get(cell.name, ())
+
     def add(self, cell: Cell, result: CellResult) -> None:
         """Add a result and write the file."""
-        parts = {"task": cell.task, "tuning": cell.tuning, "method": cell.method}
+        parts = {
+            "task": cell.task,
+            "tuning": cell.tuning,
+            "method": cell.method,
+            "identity": {"model": self.contents.model, "task": self.contents.tasks[cell.task]},
+        }
         self.cells[cell.name] = parts | _plain(asdict(result))
-        content = {**self.about, "settings": self.made_with, "cells": self.cells}
-        write_json(self.path, content)
+        write_json(self.path, {**self.about, "settings": self.settings, "cells": self.cells})
+
+
+def _check_contents(
+    path: Path, cells: Iterable[Mapping[str, Any]], model: str, ours: Contents
+) -> None:
+    for cell in cells:
+        theirs, task = cell.get("identity"), cell["task"]
+        if theirs is None:
+            continue
+        for name, there, here in (
+            (model, theirs["model"], ours.model),
+            (task, theirs["task"], ours.tasks.get(task, theirs["task"])),
+        ):
+            if there != here:
+                raise UsageError(
+                    f"--output: {path} has results of {name} before it was changed, give another "
+                    "folder"
+                )
 
 
 def _check_settings(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     differences = [
         f"{name} is {theirs.get(name)} there and {ours.get(name)} here"
         for name in {**theirs, **ours}
-        if theirs.get(name) != ours.get(name)
+        if name not in _OF_CELLS and theirs.get(name) != ours.get(name)
     ]
     if differences:
         raise UsageError(
@@ -146,10 +208,10 @@ def write_report(results: Results, folder: Path) -> None:
             for task, of_task in figures.items()
         ),
         page.Section("Command", page.preformatted(about["command"])),
-        page.Section("Settings", page.pairs(results.made_with)),
+        page.Section("Settings", page.pairs(results.settings)),
         page.Section("Versions", page.pairs(about["versions"])),
     ]
-    title = f"Fine-tuning {results.made_with['model']} without backpropagation"
+    title = f"Fine-tuning {results.settings['model']} without backpropagation"
     whole = page.page(title, f"{about['date']} · {about['machine']}", sections)
     (folder / "report.html").write_text(whole)
 

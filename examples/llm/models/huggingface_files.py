@@ -50,6 +50,8 @@ class HuggingFaceModel:
             files = qlora.read_bitsandbytes(folder)
         except (OSError, ValueError) as error:
             raise UsageError(f"--model: cannot read {folder}: {error}") from error
+        if not (folder / "config.json").exists():
+            raise UsageError(f"--model: {folder} has no config.json")
         self._tensors = files if tensors is None else tensors
         self._fields = ConfigFields(folder / "config.json", files.config)
         self.config: Any = read_config(self._fields)

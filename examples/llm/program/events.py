@@ -48,6 +48,11 @@ class DataRead:
 
 
 @dataclass(frozen=True)
+class Accepted:
+    """Nothing in the settings was refused: the model and the data are read and go together."""
+
+
+@dataclass(frozen=True)
 class StepDone:
     """A training step has ended; `step` counts from 1."""
 
@@ -91,4 +96,4 @@ class RunResult:
     continuation: str
 
 
-Report = Callable[[Stage | DataRead | StepDone], None]
+Report = Callable[[Accepted | Stage | DataRead | StepDone], None]

@@ -1,6 +1,7 @@
 """Fine-tuning by several methods, from the command line to the report."""
 
 import importlib.util
+from functools import partial
 
 from rich.console import Console
 
@@ -38,10 +39,10 @@ def finetune(arguments: list[str], recipe: Settings) -> None:
     prepare_output(settings.output)
     console = Console()
     if not settings.cluster.is_first:
-        compare(settings, model, console)
+        compare(settings, model, console, lambda: None)
         return
-    write_settings(settings, settings.output / "settings.json")
-    results = compare(settings, model, console)
+    keep = partial(write_settings, settings, settings.output / "settings.json")
+    results = compare(settings, model, console, keep)
     write_metrics(settings, results, settings.output / "metrics.json")
     write_report(settings, results, settings.output)
     console.print(comparison_table(results))

@@ -30,7 +30,7 @@ from examples.llm.training.methods import METHODS
 from examples.llm.training.problems import TextProblem
 from examples.llm.training.steps import TrainState
 from examples.llm.training.trainer import Recipe, Trainer
-from examples.llm.training.tuning import Tuning, base_parameters, tuned
+from examples.llm.training.tuning import Tuning, base_parameters, check_context, tuned
 from optax_lowbit import qlora
 from optax_lowbit.kernels.backends import KERNELS, Backend
 from optax_lowbit.memory import plan
@@ -73,6 +73,7 @@ class RunPlan:
 def show_plans(settings: Settings, console: Console) -> None:
     """Plan a run of every method, show a table, and write `plan.json` to the output folder."""
     config = read_shape(settings.model, settings.data)
+    check_context(config, settings.sequence_length, settings.tuning)
     plans = []
     for method in settings.method:
         with console.status(f"compiling a step of {method} for {settings.plan_for}"):

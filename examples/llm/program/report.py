@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.table import Table
@@ -18,6 +18,9 @@ from examples.llm.program.rendering import write_picture
 from examples.llm.program.results import write_json
 from examples.llm.program.settings import Settings
 from examples.llm.program.spreads import Spread, spread_of
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 _MEBIBYTE = 2**20
 _TITLE = "Held-out loss, optimizer state, peak memory, time of a step"
@@ -170,6 +173,6 @@ def write_metrics(settings: Settings, results: Sequence[RunResult], path: Path) 
     write_json(path, {"settings": settings_as_json(settings), **about_this_run(), "runs": runs})
 
 
-def write_settings(settings: Settings, path: Path) -> None:
+def write_settings(settings: "DataclassInstance", path: Path) -> None:
     """Write what `--config` takes."""
     write_json(path, settings_as_json(settings))

@@ -123,8 +123,8 @@ class Settings:
     """How many there are; left out, what Slurm or Open MPI say, or JAX_NUM_PROCESSES."""
     process_id: int | None = None
     """Which one this is, from 0; left out, the same, or JAX_PROCESS_ID."""
-    eval_batches: int = 4
-    """Batches of held-out text on which the loss is measured."""
+    eval_batches: int | None = None
+    """Batches of held-out text on which the loss is measured; left out, 4, and 16 for qlora."""
     eval_every: int = 0
     """Steps between evaluations by development data, the last step included; 0 for none."""
     keep_best: bool = False
@@ -172,23 +172,28 @@ class Settings:
         check_at_least("--accumulate", self.accumulate, 1)
         check_at_least("--sequence-length", self.sequence_length, 2)
         check_seeds(self.seeds)
-        check_at_least("--eval-batches", self.eval_batches, 1)
+        if self.eval_batches is not None:
+            check_at_least("--eval-batches", self.eval_batches, 1)
         check_at_least("--eval-every", self.eval_every, 0)
         if self.keep_best and not self.eval_every:
             raise UsageError("--keep-best: needs --eval-every")
         check_at_least("--checkpoint-every", self.checkpoint_every, 0)
         check_above_zero("--learning-rate", self.learning_rate)
-        check_above_zero("--eps", self.eps)
-        self._check_first_order()
+        self._check_methods()
         self._check_adapters()
         self._check_mesh()
         self._check_continuation()
         if self.plan:
             self._check_target()
-        else:
-            named_model(self.model, self.data)
+            return
+        if self.plan_for != DEFAULTS.plan_for:
+            raise UsageError("--plan-for: needs --plan")
+        named_model(self.model, self.data)
 
-    def _check_first_order(self) -> None:
+    def _check_methods(self) -> None:
+        check_above_zero("--eps", self.eps)
+        if self.eps is not None and not any(METHODS[method].probes for method in self.method):
+            raise UsageError(f"--eps: {' '.join(self.method)} does not probe")
         check_above_zero("--clip-norm", self.clip_norm)
         for method in self.method:
             if METHODS[method].derivative != "backward":
@@ -203,6 +208,11 @@ class Settings:
             raise UsageError(f"--temperature: must be at least 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"--top-p: must be above 0 and at most 1, got {self.top_p}")
+        for name in ("max_new_tokens", "temperature", "top_p"):
+            if not self.prompt and getattr(self, name) != getattr(DEFAULTS, name):
+                raise UsageError(f"--{name.replace('_', '-')}: needs --prompt")
+        if self.top_p < 1 and not self.temperature:
+            raise UsageError("--top-p: needs --temperature, without which no token is drawn")
 
     def _check_target(self) -> None:
         try:
@@ -307,6 +317,13 @@ class Settings:
             self.accumulate,
         )
 
+    @property
+    def text_batches(self) -> int:
+        """Batches of held-out text on which the loss is measured."""
+        if self.eval_batches is not None:
+            return self.eval_batches
+        return 16 if self.tuning == "qlora" else 4
+
     def checkpoint_due(self, step: int) -> bool:
         """Return whether the run is saved after `step` steps."""
         return self._is_due(step, self.checkpoint_every)
@@ -324,15 +341,6 @@ def target_of(name: str) -> str:
     return f"tpu {name}" if name.partition(":")[0] in TPUS else name
 
 
-def check_context(config: ModelConfig, sequence_length: int) -> None:
-    """Raise a `UsageError` if a model does not take texts of so many tokens."""
-    if sequence_length > config.context_length:
-        raise UsageError(
-            f"--sequence-length: the model takes at most {config.context_length} "
-            f"tokens, got {sequence_length}"
-        )
-
-
 DEFAULTS = Settings()
 
 # What arXiv 2305.14314, appendix B, has for models of up to 13B parameters; few steps, for a look.
@@ -343,7 +351,6 @@ QLORA_RECIPE = Settings(
     batch_size=1,
     accumulate=16,
     lora_dropout=0.1,
-    eval_batches=16,
     output=Path("runs/qlora"),
 )
 

@@ -12,9 +12,9 @@ Kind = Literal["text", "a choice of options", "answered freely", "instructions"]
 
 _UNUSED: dict[Kind, tuple[str, ...]] = {
     "text": ("objective", "template", "train_on_source", "train_examples", "eval_examples"),
-    "a choice of options": ("train_on_source", "pack"),
-    "answered freely": ("train_on_source",),
-    "instructions": ("objective", "template"),
+    "a choice of options": ("train_on_source", "pack", "eval_batches"),
+    "answered freely": ("train_on_source", "eval_batches"),
+    "instructions": ("objective", "template", "eval_batches"),
 }
 
 

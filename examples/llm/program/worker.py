@@ -11,19 +11,24 @@ from examples.llm.errors import UsageError
 from examples.llm.models.generation import continue_text, generate
 from examples.llm.models.opening import open_model
 from examples.llm.models.tokenizer import plain_tokens
-from examples.llm.program.events import DataRead, Job, Report, RunResult, Stage, StepDone
+from examples.llm.program.events import Accepted, DataRead, Job, Report, RunResult, Stage, StepDone
 from examples.llm.program.metrics_log import MetricsLog
 from examples.llm.program.processes import StoppedError
 from examples.llm.program.results import finished_result, write_result
-from examples.llm.program.settings import check_context
 from examples.llm.program.stopping import StopRequestedError, StopSwitch
-from examples.llm.training.checkpoints import BestParameters, Checkpoints, Progress, run_identity
+from examples.llm.training.checkpoints import (
+    BestParameters,
+    Checkpoints,
+    Progress,
+    result_identity,
+    run_identity,
+)
 from examples.llm.training.judging import Evaluation
 from examples.llm.training.memory import buffer_bytes
 from examples.llm.training.problems import build_judges, build_problem, classes_of
 from examples.llm.training.steps import TrainState
 from examples.llm.training.trainer import Trainer, abstract
-from examples.llm.training.tuning import save_adapter
+from examples.llm.training.tuning import check_context, save_adapter, virtual_tokens
 
 
 def fine_tune(job: Job, report: Report) -> RunResult:
@@ -42,13 +47,13 @@ def fine_tune(job: Job, report: Report) -> RunResult:
 
 
 def _fine_tune(job: Job, report: Report) -> RunResult | StoppedError:
-    identity = run_identity(job)
-    result = finished_result(job.folder, identity) if job.settings.resume else None
+    result = finished_result(job.folder, result_identity(job)) if job.settings.resume else None
     if result is not None:
+        report(Accepted())
         return result
     with (
         StopSwitch() as switch,
-        Checkpoints(job.folder / "checkpoints", identity) as checkpoints,
+        Checkpoints(job.folder / "checkpoints", run_identity(job)) as checkpoints,
     ):
         resume = job.settings.resume and checkpoints.newest_step is not None
         if resume:
@@ -67,7 +72,7 @@ def _fine_tune(job: Job, report: Report) -> RunResult | StoppedError:
         except StopRequestedError:
             return StoppedError(run.save_if_trained())
     if is_first:
-        write_result(result, identity, job.folder)
+        write_result(result, result_identity(job), job.folder)
     return result
 
 
@@ -79,21 +84,35 @@ class _Run:
         self.checkpoints = checkpoints
         model = open_model(job.model)
         self.config = model.config
-        check_context(self.config, settings.sequence_length)
+        check_context(self.config, settings.sequence_length, settings.tuning)
         self.tokenizer, self.special = model.tokenizer(), model.special_tokens()
         head = settings.head_of(self.config)
         self.problem = build_problem(
             settings, self.tokenizer, self.special, head, lambda text: report(DataRead(text))
         )
-        context_length, prompt = self.config.context_length, settings.prompt
-        judges = build_judges(settings, self.tokenizer, self.special, context_length)
+        room = self.config.context_length - virtual_tokens(settings.tuning)
+        judges = build_judges(settings, self.tokenizer, self.special, room)
         self.judges = {"": self.problem, **judges}
-        if prompt and self.special.begin is None and not plain_tokens(self.tokenizer, prompt):
-            raise UsageError(f"--prompt: {prompt!r} has no tokens")
+        self._check_prompt(room)
         recipe = replace(settings.recipe_of(job.method), num_classes=classes_of(self.problem))
         self.trainer = Trainer(job.model, recipe, self.problem, settings.layout())
         self.state: TrainState | None = None
         self.progress = Progress()
+
+    def _check_prompt(self, room: int) -> None:
+        """Before anything is trained; `room` is what virtual tokens leave of the context."""
+        settings = self.settings
+        if not settings.prompt:
+            return
+        given = len(self.special.front) + len(plain_tokens(self.tokenizer, settings.prompt))
+        if not given:
+            raise UsageError(f"--prompt: {settings.prompt!r} has no tokens")
+        most = room + 1 - given  # the last one is not read
+        if settings.max_new_tokens > most:
+            raise UsageError(
+                f"--max-new-tokens: after the {given} tokens of --prompt the model takes at most "
+                f"{max(most, 0)}, got {settings.max_new_tokens}"
+            )
 
     def whole(self, log: MetricsLog) -> RunResult:
         """Start or go on, train and judge."""
@@ -101,6 +120,7 @@ class _Run:
             self._start()
         else:
             self._restore()
+        self.report(Accepted())
         before = Evaluation(self.progress.loss_before, self.progress.scores_before)
         log.write(0, part="held-out", **before._asdict())
         self._train(log)

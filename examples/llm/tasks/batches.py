@@ -106,12 +106,14 @@ class Batches:
     Attributes:
       examples: those with fewer options than others are given some of no tokens.
       size: examples in a batch.
+      max_length: of examples, and of rows, which are padded; None for any.
       subjects: the parts of the task by their numbers, those of the examples among them; the same
         for all sets of a task.
     """
 
     examples: Sequence[EncodedExample]
     size: int
+    max_length: int | None = None
     subjects: tuple[str, ...] = ("",)
 
     @property
@@ -137,6 +139,7 @@ class Batches:
 
     def _padded(self, chosen: Sequence[int], length: int) -> OptionBatch:
         length = -(-length // _LENGTH_STEP) * _LENGTH_STEP
+        length = length if self.max_length is None else min(length, self.max_length)
         sizes = [len(option) for example in self.examples for option in example.options]
         width, options = max(sizes), self.num_options
         rows = 1 if width == 1 else options

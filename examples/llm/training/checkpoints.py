@@ -4,9 +4,11 @@ import logging
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +82,22 @@ def run_identity(job: Job) -> dict[str, Any]:
         "learning-rate": hyperparameters.learning_rate,
         "eps": hyperparameters.eps,
         "seed": settings.seed,
-        "eval-batches": settings.eval_batches,
+        "eval-batches": settings.text_batches,
         "eval-every": settings.eval_every,
         "keep-best": settings.keep_best,
     }
+
+
+def result_identity(job: Job) -> dict[str, Any]:
+    """Return everything that decides the result of a run: its numbers, and what it writes."""
+    settings = job.settings
+    written = {
+        "prompt": settings.prompt,
+        "max-new-tokens": settings.max_new_tokens,
+        "temperature": settings.temperature,
+        "top-p": settings.top_p,
+    }
+    return run_identity(job) | written
 
 
 def check_same(saved: Mapping[str, Any], identity: Mapping[str, Any], folder: Path) -> None:
@@ -188,7 +202,7 @@ class BestParameters:
 
 
 def _manager(folder: Path, *items: str, max_to_keep: int) -> ocp.CheckpointManager:
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # what Orbax logs it raises, too
+    _silence_what_is_raised()
     return ocp.CheckpointManager(
         folder,
         options=ocp.CheckpointManagerOptions(
@@ -196,6 +210,21 @@ def _manager(folder: Path, *items: str, max_to_keep: int) -> ocp.CheckpointManag
         ),
         item_names=items,
     )
+
+
+@cache
+def _silence_what_is_raised() -> None:
+    """Have nothing said of errors in Orbax, which raises the first, too."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    former = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        # Writes that were under way when another failed find that nobody waits for them.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            former(unraisable)
+
+    sys.unraisablehook = hook
 
 
 @contextmanager

@@ -100,6 +100,11 @@ class Method:
     forward_passes: Mapping[str, int]
     derivative: str = ""
 
+    @property
+    def probes(self) -> bool:
+        """Whether steps of a length `eps` tell how the loss changes, somewhere in the model."""
+        return self.derivative not in ("backward", "jvp")
+
 
 # How far zeroth-order methods probe, by scheme: MeZO's (arXiv 2305.17333, appendix E.3).
 EPS = {"full": 1e-3, "lora": 1e-2, "qlora": 1e-2, "prefix": 1e-1, "prompt": 1e-1}

@@ -86,7 +86,7 @@ def build_problem(
     if settings.pack:
         return _packed_text_problem(settings, tokenizer, special, texts)
     windows = windows_of(tokenizer, texts, settings.sequence_length, settings.seed)
-    return TextProblem(*windows, settings.batch_size, settings.eval_batches)
+    return TextProblem(*windows, settings.batch_size, settings.text_batches)
 
 
 def _problem_of_rows(
@@ -133,7 +133,7 @@ def build_judges(
         if task.format.answers:
             judge = answer_problem(task, tokenizer, special, context_length, size)
         else:
-            parts = _encoded_parts(task, reading.encode, size)
+            parts = _encoded_parts(task, reading.encode, size, context_length)
             judge = OptionProblem(*parts, "classification", settings.seed)
         is_alone = sum(Path(other).stem == Path(name).stem for other in settings.judge) == 1
         judges[Path(name).stem if is_alone else name] = judge
@@ -167,7 +167,7 @@ def _packed_text_problem(
     pieces = Splits(
         *(pieces_of(part, tokenizer, special, settings.sequence_length) for part in texts)
     )
-    judged = settings.eval_batches * settings.batch_size
+    judged = settings.text_batches * settings.batch_size
     return InstructionProblem(
         _batches(settings, pieces.train),
         _batches(settings, pieces.dev[:judged]),
@@ -223,7 +223,10 @@ def option_problem(
     else:
         reading = decoder_reading(format_, tokenizer, special, sequence_length, aligned=aligned)
     task = load_task(data, sizes, reading.template)
-    parts = _encoded_parts(task, reading.encode, batch_size)
+    parts = _encoded_parts(task, reading.encode, batch_size, sequence_length)
+    if objective == "f1" and any(part.num_options != 2 for part in parts):
+        counts = " or ".join(map(str, sorted({part.num_options for part in parts})))
+        raise UsageError(f"--objective: f1 is of two options, and {format_.name} has {counts}")
     return reading.problem(*parts, objective or format_.objective, seed)
 
 
@@ -233,11 +236,13 @@ def classes_of(problem: Problem) -> int | None:
 
 
 def _encoded_parts(
-    task: Task, encode: Callable[[Example], EncodedExample], batch_size: int
+    task: Task, encode: Callable[[Example], EncodedExample], batch_size: int, max_length: int
 ) -> tuple[Batches, Batches, Batches]:
     parts = (task.train, task.dev, task.test)
     subjects = tuple(sorted({example.subject for part in parts for example in part}))
-    train, dev, test = (Batches([*map(encode, part)], batch_size, subjects) for part in parts)
+    train, dev, test = (
+        Batches([*map(encode, part)], batch_size, max_length, subjects) for part in parts
+    )
     return train, dev, test
 
 

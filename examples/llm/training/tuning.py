@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from examples.llm.errors import UsageError
 from examples.llm.models.building import build_model
-from examples.llm.models.config import EncoderConfig
+from examples.llm.models.config import EncoderConfig, ModelConfig
 from examples.llm.models.decoder import Cache, Decoder, Generator
 from examples.llm.models.encoder import Classifier
 from examples.llm.models.huggingface_names import CLASS_MODULES, module_names, names_of
@@ -88,6 +88,29 @@ class Tuning(NamedTuple):
         """Map int32 `(batch, length)` to float32 `(batch, length, vocabulary_size)`."""
         model = self.model(trainable, frozen)
         return model.logits(model.features(tokens))
+
+
+def virtual_tokens(scheme: str) -> int:
+    """Return how many positions in front of a text are taken by what trains under a scheme."""
+    own = {"prefix": PREFIX, "prompt": PROMPT}.get(scheme)
+    return 0 if own is None else own.num_tokens
+
+
+def check_context(config: ModelConfig, sequence_length: int, scheme: str) -> None:
+    """Raise a `UsageError` if a model does not take texts of so many tokens.
+
+    Args:
+      config: of the model.
+      sequence_length: tokens of a text.
+      scheme: one of `SCHEMES`, which may put virtual tokens in front.
+    """
+    virtual = virtual_tokens(scheme)
+    if sequence_length + virtual > config.context_length:
+        more = f" and {virtual} virtual ones of {scheme} tuning" if virtual else ""
+        raise UsageError(
+            f"--sequence-length: the model takes at most {config.context_length} "
+            f"tokens, got {sequence_length}{more}"
+        )
 
 
 def adapters_of(

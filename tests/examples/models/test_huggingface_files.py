@@ -232,7 +232,7 @@ def test_a_folder_that_is_no_model(tmp_path):
     with pytest.raises(UsageError, match="must be a JSON object"):
         HuggingFaceModel(tmp_path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(UsageError, match="model_type must be"):
+    with pytest.raises(UsageError, match=r"has no config\.json"):
         HuggingFaceModel(tmp_path)
 
 
