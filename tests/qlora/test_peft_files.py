@@ -356,3 +356,11 @@ def test_an_adapter_that_is_there_stays(tmp_path):
     assert [*qlora.read_adapter(tmp_path).matrices] == ["x.q"]
     with pytest.raises(ValueError, match=r"adapter_config\.json: is no file"):
         qlora.read_adapter(tmp_path / "missing")
+
+
+def test_a_file_that_cannot_be_written_is_the_systems_error(tmp_path):
+    adapter = qlora.Adapter(config=qlora.AdapterConfig(r=2), matrices={"x.q": pair()})
+    (tmp_path / "adapter_model.safetensors").symlink_to(tmp_path / "missing" / "file")
+    with pytest.raises(OSError, match="No such file or directory") as error:
+        qlora.write_adapter(tmp_path, adapter)
+    assert error.value.filename == str(tmp_path / "adapter_model.safetensors")
