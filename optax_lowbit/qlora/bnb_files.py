@@ -123,6 +123,7 @@ def write_bitsandbytes(
       TypeError: If ``max_shard_bytes`` is no int, or ``config`` can't be written as JSON.
       ValueError: If a matrix is a stack, or bitsandbytes has nothing like it; if ``config`` says
         otherwise than the matrices do; if the folder holds a model.
+      OSError: If a file can't be written.
       ImportError: Without safetensors.
 
     Examples:

@@ -125,6 +125,7 @@ def write_adapter(folder: Any, adapter: Adapter) -> None:
     Raises:
       ValueError: If shapes or ``config`` do not fit the matrices, or adapters are there.
       TypeError: If ``config`` has what can't be written as JSON.
+      OSError: If a file can't be written.
       ImportError: Without safetensors.
 
     Examples:

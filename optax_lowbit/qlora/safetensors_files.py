@@ -8,7 +8,9 @@ JSON. Whatever is wrong is a ValueError that names the file.
 import contextlib
 import json
 import math
+import os
 import pathlib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -154,8 +156,12 @@ def write_tensors(
 
 
 def write_file(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes one safetensors file; how depends on names and arrays, not on their order."""
-    _library()
+    """Writes one safetensors file; how depends on names and arrays, not on their order.
+
+    Raises:
+      OSError: It can't be written; the library has an error of its own for that.
+    """
+    error_type = _library().SafetensorError
     from safetensors.numpy import save_file
 
     for name, tensor in tensors.items():
@@ -163,7 +169,15 @@ def write_file(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
             raise ValueError(f"{name!r} is of {tensor.dtype}, which safetensors files do not have")
     # It would write the memory of an array that is not contiguous, in the wrong order. And
     # `np.ascontiguousarray` gives a scalar an axis.
-    save_file({k: np.asarray(x, order="C") for k, x in tensors.items()}, path, {"format": "pt"})
+    ordered = {k: np.asarray(x, order="C") for k, x in tensors.items()}
+    try:
+        save_file(ordered, path, {"format": "pt"})
+    except error_type as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def new_folder(folder: Any) -> pathlib.Path:

@@ -84,7 +84,7 @@ def final_state(folder, method, steps):
 @pytest.mark.slow
 def test_a_comparison_from_start_to_end(tiny_gguf, tmp_path):
     arguments = tiny_run(tiny_gguf, "--method", "adamw", "sgd", "--steps", 5, "--prompt", "We")
-    code, output, errors = finish(start(*arguments, folder=tmp_path))
+    code, output, errors = finish(start(*arguments, "--save-model", folder=tmp_path))
     assert (code, errors) == (0, "")
     assert "adamw" in output and "method" in output and "MiB" in output
 
@@ -97,6 +97,14 @@ def test_a_comparison_from_start_to_end(tiny_gguf, tmp_path):
     run = json.loads((results / "sgd" / "seed-0" / "metrics.json").read_text())
     assert run.pop("identity")["method"] == "sgd" and run == sgd
     assert (results / "report.html").read_text().startswith("<!DOCTYPE html>")
+
+    assert "runs/finetune/METHOD/seed-N/model" in output
+    folder = results / "sgd" / "seed-0" / "model"
+    more = tiny_run(folder, "--method", "sgd", "--steps", 1, "--output", tmp_path / "more")
+    code, _, errors = finish(start(*more, folder=tmp_path))
+    assert (code, errors) == (0, "")
+    (run,) = json.loads((tmp_path / "more" / "metrics.json").read_text())["runs"]
+    assert run["loss_before"] == sgd["loss_after"]
 
 
 @pytest.mark.slow
@@ -206,6 +214,10 @@ def test_a_mistake_found_by_a_run_is_one_line(tiny_gguf, tmp_path):
         (["--max-new-tokens", "0"], "--max-new-tokens: must be at least 1, got 0"),
         (["--seeds", "-1"], "--seeds: must be at least 0, got -1"),
         (["--seeds", "1", "1"], "--seeds: give at least one, and none twice, got (1, 1)"),
+        (
+            ["--save-model", "--tuning", "qlora"],
+            "--save-model: is for full and lora tuning, got qlora",
+        ),
         (["--rank", "4"], "--rank: full tuning has no adapters"),
         (["--tuning", "lora", "--rank", "0"], "--rank: must be at least 1, got 0"),
         (

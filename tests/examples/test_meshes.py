@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -15,6 +16,9 @@ from jax.sharding import PartitionSpec as P
 
 from examples.llm.errors import UsageError
 from examples.llm.models.building import abstract_model
+from examples.llm.models.gguf_files import GGUFModel
+from examples.llm.models.huggingface_files import HuggingFaceModel
+from examples.llm.models.huggingface_names import module_names
 from examples.llm.models.tiny import TINY, write_tiny_gguf
 from examples.llm.program.command import main
 from examples.llm.program.events import Job, StepDone
@@ -119,7 +123,7 @@ def test_two_processes_have_the_losses_of_one(text, tiny_gguf, tmp_path):
         "--method", "adamw4bit", "mezo", "--tuning", "lora", "--steps", 3, "--batch-size", 8,
         "--sequence-length", 16, "--eval-batches", 1, "--learning-rate", 1e-3,
         "--mesh", "data=2,model=2", "--checkpoint-every", 2, "--output", tmp_path / "two",
-        "--coordinator", f"127.0.0.1:{port}", "--num-processes", 2,
+        "--coordinator", f"127.0.0.1:{port}", "--num-processes", 2, "--save-model",
     ]  # fmt: skip
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -148,7 +152,11 @@ def test_two_processes_have_the_losses_of_one(text, tiny_gguf, tmp_path):
         for name in ("loss_before", "losses", "loss_after"):
             np.testing.assert_allclose(run[name], getattr(expected, name), rtol=2e-6)
         folder = tmp_path / "two" / run["method"] / "seed-0"
-        assert (folder / "adapter" / "adapter_config.json").is_file()
+        names = module_names(TINY)
+        lora, leaves = qlora.from_peft(qlora.read_adapter(folder / "adapter"), names)
+        merged = lora.merge(GGUFModel(tiny_gguf).parameters(), leaves)
+        found = HuggingFaceModel(folder / "model").parameters()
+        chex.assert_trees_all_close(found, merged, rtol=1e-6, atol=1e-7)
         assert len((folder / "metrics.jsonl").read_text().splitlines()) == 5
 
 

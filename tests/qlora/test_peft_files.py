@@ -2,6 +2,7 @@ import json
 import pathlib
 import random
 import re
+import resource
 import time
 
 import jax
@@ -356,3 +357,15 @@ def test_an_adapter_that_is_there_stays(tmp_path):
     assert [*qlora.read_adapter(tmp_path).matrices] == ["x.q"]
     with pytest.raises(ValueError, match=r"adapter_config\.json: is no file"):
         qlora.read_adapter(tmp_path / "missing")
+
+
+def test_a_file_that_cannot_be_written_is_the_systems_error(tmp_path):
+    adapter = qlora.Adapter(config=qlora.AdapterConfig(r=2), matrices={"x.q": pair()})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            qlora.write_adapter(tmp_path, adapter)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.filename == str(tmp_path / "adapter_model.safetensors")

@@ -13,6 +13,23 @@ from examples.llm.models.families import BERT, LLAMA, MISTRAL, OPT, ROBERTA
 from examples.llm.models.rotary import UNSCALED, DynamicNTK, Linear, Llama3, RotaryScaling
 
 _ROTARY = ("default", "linear", "dynamic", "llama3")
+# The classes that models are saved from, and what an encoder is asked for by each, by `model_type`.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {"LlamaForCausalLM": None},
+    "mistral": {"MistralForCausalLM": None},
+    "opt": {"OPTForCausalLM": None},
+    "roberta": {
+        "RobertaModel": None,
+        "RobertaForMaskedLM": "masked-lm",
+        "RobertaForSequenceClassification": "classes",
+    },
+    "bert": {
+        "BertModel": None,
+        "BertForMaskedLM": "masked-lm",
+        "BertForPreTraining": "masked-lm",
+        "BertForSequenceClassification": "classes",
+    },
+}
 _OPT_OFFSET = 2  # rows of OPT's table of positions that are in front of the first
 
 
@@ -45,7 +62,7 @@ def _sizes(fields: ConfigFields, context_length: int) -> dict[str, Any]:
 
 
 def _llama(fields: ConfigFields) -> DecoderConfig:
-    _head(fields, {"LlamaForCausalLM": None})
+    _head(fields, "llama")
     return DecoderConfig(
         **_llama_sizes(fields, 2048),
         family=LLAMA,
@@ -55,7 +72,7 @@ def _llama(fields: ConfigFields) -> DecoderConfig:
 
 
 def _mistral(fields: ConfigFields) -> DecoderConfig:
-    _head(fields, {"MistralForCausalLM": None})
+    _head(fields, "mistral")
     fields.only("layer_types", None)  # layers that differ in what they see
     fields.integer("num_key_value_heads")  # other than in a LLaMA, not num_attention_heads
     # Null is no window, and a file without the field means transformers' default.
@@ -111,7 +128,7 @@ def _llama3(fields: ConfigFields, rope: ConfigFields, factor: float, length: int
 
 
 def _opt(fields: ConfigFields) -> DecoderConfig:
-    _head(fields, {"OPTForCausalLM": None})
+    _head(fields, "opt")
     fields.only("activation_function", "relu")
     fields.only("layer_norm_elementwise_affine", True)
     sizes, has_bias = _sizes(fields, 2048), fields.flag("enable_bias", True)
@@ -133,23 +150,12 @@ def _opt(fields: ConfigFields) -> DecoderConfig:
 
 
 def _roberta(fields: ConfigFields) -> EncoderConfig:
-    heads = {
-        "RobertaModel": None,
-        "RobertaForMaskedLM": "masked-lm",
-        "RobertaForSequenceClassification": "classes",
-    }
-    offset = fields.integer("pad_token_id", 1, least=0) + 1
-    return _encoder(fields, family=ROBERTA, position_offset=offset, head=_head(fields, heads))
+    offset, head = fields.integer("pad_token_id", 1, least=0) + 1, _head(fields, "roberta")
+    return _encoder(fields, family=ROBERTA, position_offset=offset, head=head)
 
 
 def _bert(fields: ConfigFields) -> EncoderConfig:
-    heads = {
-        "BertModel": None,
-        "BertForMaskedLM": "masked-lm",
-        "BertForPreTraining": "masked-lm",
-        "BertForSequenceClassification": "classes",
-    }
-    return _encoder(fields, family=BERT, position_offset=0, head=_head(fields, heads))
+    return _encoder(fields, family=BERT, position_offset=0, head=_head(fields, "bert"))
 
 
 def _encoder(fields: ConfigFields, *, position_offset: int, **others: Any) -> EncoderConfig:
@@ -184,8 +190,9 @@ def _check_heads(fields: ConfigFields, sizes: Mapping[str, Any]) -> None:
         raise fields.wrong("num_attention_heads", f"a divisor of {sizes['hidden_size']}")
 
 
-def _head(fields: ConfigFields, heads: Mapping[str, Any]) -> Any:
+def _head(fields: ConfigFields, family: str) -> Any:
     """What a model is asked for, by the class that it was saved from."""
+    heads = ARCHITECTURES[family]
     classes = fields.get("architectures", [next(iter(heads))])
     if not isinstance(classes, list) or len(classes) != 1 or classes[0] not in heads:
         raise fields.wrong("architectures", f"one of {', '.join(heads)} in a list")

@@ -1,4 +1,4 @@
-"""The parameters of a model, put together from the tensors of a file."""
+"""From the tensors of a file to the parameters of a model, and back."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from examples.llm.errors import UsageError
 from examples.llm.models.building import abstract_model
@@ -52,6 +53,30 @@ def read_parameters(
         return stacked(name.format("*"), layers, count)
 
     return jax.tree_util.tree_map_with_path(parameter, abstract_model(config)[1])
+
+
+def tensors_of(names: Mapping[str, str], parameters: Any) -> dict[str, np.ndarray]:
+    """Return the tensors that `read_parameters` has made parameters of, in their dtypes.
+
+    Args:
+      names: as there.
+      parameters: all of a model, or some.
+
+    Returns:
+      By their names, one for each layer: matrices `(out, in)`, tables `(rows, size)`. Views, where
+      parameters are on the host.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    flat: dict[str, Any] = flatten_dict(parameters, sep="/")
+    for path, parameter in flat.items():
+        name, tensor = tensor_name(names, path), np.asarray(parameter)
+        if path.endswith("/kernel"):
+            tensor = tensor.swapaxes(-1, -2)
+        if "{}" in name:
+            tensors |= {name.format(layer): part for layer, part in enumerate(tensor)}
+        else:
+            tensors[name] = tensor
+    return tensors
 
 
 def stacked(name: str, layers: Iterable[Any], count: int) -> Any:

@@ -51,9 +51,11 @@ def finetune(arguments: list[str], recipe: Settings) -> None:
         if run.continuation:
             told = f"{run.method} seed {run.seed}: {settings.prompt}{run.continuation}"
             console.print(told, markup=False)
+    run_folder = settings.output / "METHOD" / "seed-N"
     if settings.tuning in ("lora", "qlora"):
-        where = settings.output / "METHOD" / "seed-N" / "adapter"
-        console.print(f"Adapters, in PEFT's files, in {where}", soft_wrap=True)
+        console.print(f"Adapters, in PEFT's files, in {run_folder / 'adapter'}", soft_wrap=True)
+    if settings.save_model:
+        console.print(f"Models, for --model, in {run_folder / 'model'}", soft_wrap=True)
     files = (
         f"Report in {settings.output / 'report.html'}; its figures, report.png, and numbers, "
         "metrics.json, beside it"

@@ -131,6 +131,9 @@ class Settings:
     """In the end keep the parameters that did best there, not the last ones."""
     checkpoint_every: int = 0
     """Steps between checkpoints, the last step included; 0 for none."""
+    save_model: bool = False
+    """Write what full or lora tuning has made of the model, adapters merged, as a folder that
+    --model and transformers open."""
     resume: bool = False
     """Go on from the newest checkpoint in the output folder."""
     plan: bool = False
@@ -245,6 +248,8 @@ class Settings:
         return make_layout(sizes, self.fsdp) if sizes else None
 
     def _check_adapters(self) -> None:
+        if self.save_model and self.tuning not in ("full", "lora"):
+            raise UsageError(f"--save-model: is for full and lora tuning, got {self.tuning}")
         given = {"--rank": self.rank, "--alpha": self.alpha, "--lora-dropout": self.lora_dropout}
         for flag, value in given.items():
             if value and self.tuning not in ("lora", "qlora"):

@@ -5,16 +5,18 @@ from functools import partial
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.experimental import multihost_utils
 
 from examples.llm.errors import UsageError
 from examples.llm.models.generation import continue_text, generate
+from examples.llm.models.huggingface_writing import FolderWriter
 from examples.llm.models.opening import open_model
 from examples.llm.models.tokenizer import plain_tokens
 from examples.llm.program.events import Accepted, DataRead, Job, Report, RunResult, Stage, StepDone
 from examples.llm.program.metrics_log import MetricsLog
 from examples.llm.program.processes import StoppedError
-from examples.llm.program.results import finished_result, write_result
+from examples.llm.program.results import finished_result, whole_folder, write_result
 from examples.llm.program.stopping import StopRequestedError, StopSwitch
 from examples.llm.training.checkpoints import (
     BestParameters,
@@ -28,7 +30,9 @@ from examples.llm.training.memory import buffer_bytes
 from examples.llm.training.problems import build_judges, build_problem, classes_of
 from examples.llm.training.steps import TrainState
 from examples.llm.training.trainer import Trainer, abstract
-from examples.llm.training.tuning import check_context, save_adapter, virtual_tokens
+from examples.llm.training.tuning import check_context, save_adapter, virtual_tokens, whole_model
+
+_MODEL = "model"  # what the folder of a whole model is called
 
 
 def fine_tune(job: Job, report: Report) -> RunResult:
@@ -48,7 +52,8 @@ def fine_tune(job: Job, report: Report) -> RunResult:
 
 def _fine_tune(job: Job, report: Report) -> RunResult | StoppedError:
     result = finished_result(job.folder, result_identity(job)) if job.settings.resume else None
-    if result is not None:
+    model_is_due = job.settings.save_model and not (job.folder / _MODEL).exists()
+    if result is not None and not model_is_due:
         report(Accepted())
         return result
     with (
@@ -56,6 +61,11 @@ def _fine_tune(job: Job, report: Report) -> RunResult | StoppedError:
         Checkpoints(job.folder / "checkpoints", run_identity(job)) as checkpoints,
     ):
         resume = job.settings.resume and checkpoints.newest_step is not None
+        if result is not None and not resume:
+            raise UsageError(
+                f"--save-model: {job.folder} has ended without it, and has no checkpoint to go on "
+                "from: choose another folder"
+            )
         if resume:
             checkpoints.check_identity()
         elif checkpoints.newest_step is not None:
@@ -94,6 +104,7 @@ class _Run:
         judges = build_judges(settings, self.tokenizer, self.special, room)
         self.judges = {"": self.problem, **judges}
         self._check_prompt(room)
+        self.writer = FolderWriter(job.model) if settings.save_model else None
         recipe = replace(settings.recipe_of(job.method), num_classes=classes_of(self.problem))
         self.trainer = Trainer(job.model, recipe, self.problem, settings.layout())
         self.state: TrainState | None = None
@@ -201,6 +212,7 @@ class _Run:
         kept_step, parameters = self._kept()
         after = self._evaluate(parameters)
         self._save_adapter(parameters)
+        self._save_model(parameters)
         return RunResult(
             method=self.job.method,
             seed=self.settings.seed,
@@ -218,10 +230,22 @@ class _Run:
         )
 
     def _save_adapter(self, parameters: Any) -> None:
-        if jax.process_count() > 1:
-            parameters = multihost_utils.process_allgather(parameters, tiled=True)
+        if self.trainer.tuning.lora is None:
+            return
+        parameters = _gathered(parameters)
         if self.settings.cluster.is_first:
-            save_adapter(self.job.folder / "adapter", self.trainer.tuning, parameters)
+            with whole_folder(self.job.folder / "adapter") as folder:
+                save_adapter(folder, self.trainer.tuning, parameters)
+
+    def _save_model(self, parameters: Any) -> None:
+        if self.writer is None:
+            return
+        self.report(Stage("saving the model"))
+        model = whole_model(self.trainer.tuning, parameters)
+        whole = _gathered(nnx.to_pure_dict(nnx.state(model)))
+        if self.settings.cluster.is_first:
+            with whole_folder(self.job.folder / _MODEL) as folder:
+                self.writer.write(folder, model.config, whole)
 
     def _evaluate(self, parameters: Any) -> Evaluation:
         self.report(Stage("judging by held-out data"))
@@ -259,3 +283,10 @@ class _Run:
 
         run = partial(continued, trainable, tuning.frozen)
         return continue_text(run, self.tokenizer, prompt, special)
+
+
+def _gathered(tree: Any) -> Any:
+    """All of the arrays that processes have parts of, for each of these."""
+    if jax.process_count() == 1:
+        return tree
+    return multihost_utils.process_allgather(tree, tiled=True)

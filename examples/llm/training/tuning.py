@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.traverse_util import flatten_dict
 
 from examples.llm.errors import UsageError
 from examples.llm.models.building import build_model
@@ -18,7 +17,7 @@ from examples.llm.models.config import EncoderConfig, ModelConfig
 from examples.llm.models.decoder import Cache, Decoder, Generator
 from examples.llm.models.encoder import Classifier
 from examples.llm.models.huggingface_names import CLASS_MODULES, module_names, names_of
-from examples.llm.models.parameters import Keep, tensor_name
+from examples.llm.models.parameters import Keep, tensors_of
 from optax_lowbit import adapters, qlora
 
 SCHEMES = ("full", "lora", "qlora", "prefix", "prompt")
@@ -219,15 +218,14 @@ def base_dtype(scheme: str, dtype: str | None) -> str:
 
 
 def save_adapter(folder: Path, tuning: Tuning, trainable: Any) -> None:
-    """Write adapters in PEFT's files, for the same model in PyTorch; without, nothing.
+    """Write adapters in PEFT's files, for the same model in PyTorch.
 
     Args:
       folder: is created.
-      tuning: of the model.
+      tuning: of the model, with adapters.
       trainable: what `Tuning.trainable` has become.
     """
-    if tuning.lora is None:
-        return
+    assert tuning.lora is not None
     model: Any = tuning.model(trainable, tuning.frozen)
     leaves = tuning.lora.extract(model)
     names = {path: m for path, m in module_names(model.config).items() if path in leaves}
@@ -237,12 +235,15 @@ def save_adapter(folder: Path, tuning: Tuning, trainable: Any) -> None:
     qlora.write_adapter(folder, adapter)
 
 
+def whole_model(tuning: Tuning, trainable: Any) -> Any:
+    """Return the decoder or encoder that was trained, adapters merged into their matrices."""
+    model = tuning.model(trainable, tuning.frozen)
+    return model if tuning.lora is None else tuning.lora.unwrap(model)
+
+
 def _with_trained_head(adapter: qlora.Adapter, config: EncoderConfig, head: Any) -> qlora.Adapter:
     """The files' tensors of a head that was trained whole."""
-    names, others = names_of(config), {}
-    flat: dict[str, Any] = flatten_dict({"head": head}, sep="/")
-    for path, x in flat.items():
-        others[tensor_name(names, path)] = x.T if path.endswith("/kernel") else x
+    others = tensors_of(names_of(config), {"head": head})
     modules = CLASS_MODULES[config.family.name]
     return replace(adapter, config=replace(adapter.config, modules_to_save=modules), others=others)
 
