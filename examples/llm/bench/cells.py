@@ -150,7 +150,9 @@ class Bench:
             aligned=settings.template,
             seed=SEARCH_SEED,
         )
-        self.summary = summary(known_format(data).name, self.problem.parts)
+        self.summary = summary(
+            known_format(data).name, self.problem.parts, settings.sequence_length
+        )
         is_backward = METHODS[method].derivative == "backward"
         self.steps = settings.first_order_steps if is_backward else settings.steps
         rate = METHODS[method].learning_rates[cell.tuning]

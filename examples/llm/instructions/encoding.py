@@ -16,10 +16,12 @@ class EncodedText:
     Attributes:
       tokens: at least two.
       is_target: of each token, whether it belongs to what the model is to write.
+      is_cut: whether it was longer.
     """
 
     tokens: tuple[int, ...]
     is_target: tuple[bool, ...]
+    is_cut: bool = False
 
 
 def encode_dialogue(
@@ -46,11 +48,9 @@ def encode_dialogue(
 
     end = [] if special.end is None else [special.end]
     first, *others = dialogue.pairs
-    source, target = _cut(
-        plain_tokens(tokenizer, first.source),
-        after(first.target) + end,
-        max_length + 1 - len(special.front),
-    )
+    whole = plain_tokens(tokenizer, first.source), after(first.target) + end
+    room = max_length + 1 - len(special.front)
+    source, target = _cut(*whole, room)
     tokens = [*special.front, *source, *target]
     if len(tokens) < 2 or not target:
         raise UsageError(f"--task: nothing is to be written after {first.source[:200]!r}")
@@ -59,7 +59,8 @@ def encode_dialogue(
         source, target = after(pair.source), after(pair.target) + end
         tokens += [*source, *target]
         is_target += [False] * len(source) + [True] * len(target)
-    return EncodedText(tuple(tokens[: max_length + 1]), tuple(is_target[: max_length + 1]))
+    is_cut = sum(map(len, whole)) > room or len(tokens) > max_length + 1
+    return EncodedText(tuple(tokens[: max_length + 1]), tuple(is_target[: max_length + 1]), is_cut)
 
 
 def _cut(source: list[int], target: list[int], room: int) -> tuple[list[int], list[int]]:

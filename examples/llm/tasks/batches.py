@@ -59,6 +59,7 @@ class EncodedExample:
       subject: the part of the task that it belongs to.
       place: where in the prompt an option of a single token stands, of a model that sees what is
         after it; None: after the prompt.
+      is_cut: whether the prompt was longer.
     """
 
     prompt: tuple[int, ...]
@@ -66,6 +67,7 @@ class EncodedExample:
     label: int
     subject: str = ""
     place: int | None = None
+    is_cut: bool = False
 
     @property
     def length(self) -> int:
@@ -95,8 +97,10 @@ def encode(
         raise UsageError(
             f"--sequence-length: {max_length} tokens are too few for the options {example.options}"
         )
-    prompt = [*special.front, *plain_tokens(tokenizer, example.prompt)[-room:]] or [0]
-    return EncodedExample(tuple(prompt), options, example.label, example.subject)
+    tokens = plain_tokens(tokenizer, example.prompt)
+    prompt = tuple([*special.front, *tokens[-room:]] or [0])
+    is_cut = len(tokens) > room
+    return EncodedExample(prompt, options, example.label, example.subject, is_cut=is_cut)
 
 
 @dataclass(frozen=True)

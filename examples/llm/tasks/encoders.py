@@ -126,13 +126,15 @@ def _masked(example: Example, tokenizer: Tokenizer, mask: int) -> EncodedExample
     for text, option in zip(example.options, options, strict=True):
         if len(option) != 1:
             raise UsageError(f"--task: {text!r} is {len(option)} tokens of the model, must be one")
-    tokens = tokenizer.encode(example.prompt).ids
+    encoded = tokenizer.encode(example.prompt)
+    tokens = tuple(encoded.ids)
     if tokens.count(mask) != 1:
         raise UsageError(f"--sequence-length: {len(tokens)} tokens must hold one mask")
-    place = tokens.index(mask)
-    return EncodedExample(tuple(tokens), options, example.label, example.subject, place)
+    place, is_cut = tokens.index(mask), bool(encoded.overflowing)
+    return EncodedExample(tokens, options, example.label, example.subject, place, is_cut)
 
 
 def _labelled(example: Example, tokenizer: Tokenizer) -> EncodedExample:
-    tokens, classes = tokenizer.encode(example.prompt).ids, ((0,),) * len(example.options)
-    return EncodedExample(tuple(tokens), classes, example.label, example.subject, 0)
+    encoded, classes = tokenizer.encode(example.prompt), ((0,),) * len(example.options)
+    tokens, is_cut = tuple(encoded.ids), bool(encoded.overflowing)
+    return EncodedExample(tokens, classes, example.label, example.subject, 0, is_cut)

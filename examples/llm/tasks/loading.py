@@ -1,11 +1,12 @@
 """From a source of data to worded examples."""
 
-from collections.abc import Iterable, Sized
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from examples.llm.instructions.encoding import EncodedText
+from examples.llm.tasks.batches import EncodedExample
 from examples.llm.tasks.example import Example, Template
 from examples.llm.tasks.files import Row
 from examples.llm.tasks.formats import Format, format_of
@@ -72,10 +73,14 @@ def read_data(source: Source) -> Data:
     return Data(format_, with_test(rows, source.dev_is_named))
 
 
-def summary(name: str, parts: Iterable[Sized]) -> str:
+def summary(
+    name: str, parts: Splits[EncodedExample] | Splits[EncodedText], sequence_length: int
+) -> str:
     """What data were read as, and how much is in each part, for the user to see."""
     train, dev, test = map(len, parts)
-    return f"read as {name}: {train} to learn from, {dev} to make choices by, {test} held out"
+    read = f"read as {name}: {train} to learn from, {dev} to make choices by, {test} held out"
+    cut = sum(text.is_cut for part in parts for text in part)
+    return f"{read}; {cut} are cut to --sequence-length {sequence_length}" if cut else read
 
 
 def load_task(data: Data, sizes: tuple[int, int, int], template: Template) -> Task:

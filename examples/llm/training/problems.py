@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from examples.llm.errors import UsageError
 from examples.llm.instructions.batches import PairBatches
 from examples.llm.instructions.encoding import EncodedText, encode_dialogue
-from examples.llm.instructions.formats import Dialogue, Reader, reader_of
+from examples.llm.instructions.formats import Reader, reader_of
 from examples.llm.instructions.packing import PackedBatches
 from examples.llm.instructions.problem import InstructionProblem
 from examples.llm.models.tokenizer import SpecialTokens
@@ -77,7 +77,7 @@ def build_problem(
             data = read_data(source)
             problem, parts = _problem_of_rows(settings, tokenizer, special, head, data)
             name = data.format.name if data.format else "instructions"
-            tell(f"{settings.task}, {summary(name, parts)}")
+            tell(f"{settings.task}, {summary(name, parts, settings.sequence_length)}")
             return problem
         texts = texts_of_files(source)
     if head:
@@ -108,7 +108,8 @@ def _problem_of_rows(
     check_used(settings, "answered freely" if format_.answers else "a choice of options")
     if format_.answers:
         problem = _answer_problem(settings, tokenizer, special, data, sizes)
-        return problem, problem.parts
+        texts = ([problem.questions[number].text for number in part] for part in problem.parts)
+        return problem, Splits(*texts)
     objective = settings.objective or format_.objective
     if settings.accumulate > 1 and OBJECTIVES[objective].weight is None:
         raise UsageError(f"--accumulate: {objective} is of a batch as a whole, so it must be 1")
@@ -146,18 +147,16 @@ def _instruction_problem(
     special: SpecialTokens,
     rows: Splits[Row],
     reader: Reader,
-) -> tuple[InstructionProblem, Splits[Dialogue]]:
+) -> tuple[InstructionProblem, Splits[EncodedText]]:
     dialogues = Splits(*([found for row in part for found in reader(row)] for part in rows))
     sizes = _sizes(settings, settings.train_examples or len(dialogues.train))
-    parts = fill(dialogues, sizes)
-    train, dev, test = (
-        _batches(
-            settings,
-            [encode_dialogue(one, tokenizer, special, settings.sequence_length) for one in part],
+    texts = Splits(
+        *(
+            [encode_dialogue(one, tokenizer, special, settings.sequence_length) for one in part]
+            for part in fill(dialogues, sizes)
         )
-        for part in parts
     )
-    return InstructionProblem(train, dev, test), parts
+    return InstructionProblem(*(_batches(settings, part) for part in texts)), texts
 
 
 def _packed_text_problem(
