@@ -80,9 +80,9 @@ def build_problem(
             tell(f"{settings.task}, {summary(name, parts)}")
             return problem
         texts = texts_of_files(source)
-    check_used(settings, "text")
     if head:
         raise UsageError(f"--task: {settings.task} is text, and an encoder learns from options")
+    check_used(settings, "text")
     if settings.pack:
         return _packed_text_problem(settings, tokenizer, special, texts)
     windows = windows_of(tokenizer, texts, settings.sequence_length, settings.seed)
