@@ -91,12 +91,12 @@ class FolderWriter:
 def _llama_fields(config: DecoderConfig, special: SpecialTokens) -> dict[str, Any]:
     """The `config.json` of a LLaMA that comes from a file of another kind."""
     scaling = config.rotary_scaling
-    if scaling != UNSCALED and not isinstance(scaling, Linear):
+    is_linear = isinstance(scaling, Linear)
+    if not is_linear and scaling != UNSCALED:
         raise UsageError(
             "--save-model: the model divides each rotary frequency by a number of its own, for "
             "which config.json has no field"
         )
-    linear = {"rope_type": "linear", "factor": scaling.factor} if scaling != UNSCALED else None
     return {
         "model_type": "llama",
         "hidden_act": "silu",
@@ -110,7 +110,7 @@ def _llama_fields(config: DecoderConfig, special: SpecialTokens) -> dict[str, An
         "max_position_embeddings": config.context_length,
         "rms_norm_eps": config.norm_epsilon,
         "rope_theta": config.rotary_base,
-        "rope_scaling": linear,
+        "rope_scaling": {"rope_type": "linear", "factor": scaling.factor} if is_linear else None,
         "attention_bias": config.attention_bias,
         "mlp_bias": config.feed_forward_bias,
         "tie_word_embeddings": config.tied_embeddings,
@@ -122,7 +122,7 @@ def _llama_fields(config: DecoderConfig, special: SpecialTokens) -> dict[str, An
 
 def _tokenizer_files(tokenizer: Tokenizer, special: SpecialTokens) -> dict[str, bytes]:
     """A tokenizer that puts the first special token in front of a text itself."""
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for name, token in (("bos", special.begin), ("eos", special.end), ("pad", special.pad)):
         if token is not None:
             settings[f"{name}_token"] = tokenizer.id_to_token(token)
