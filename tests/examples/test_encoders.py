@@ -130,6 +130,8 @@ def test_long_texts_lose_their_beginning(build):
         tokens = np.concatenate([batch.tokens[:, 0] for batch in problem.held_out()])
         seen = np.concatenate([batch.seen[:, 0] for batch in problem.held_out()])
         assert seen.sum(-1).max() == length and (tokens[:, 0] == BEGIN).all()
+        assert any(example.is_cut for example in problem.test.examples)
+        assert not any(example.is_cut for example in build(head).test.examples)
 
 
 def rte(folder):

@@ -205,6 +205,8 @@ def test_a_text_is_cut_to_its_length(pairs, kept, tokenizer):
     dialogue = Dialogue(tuple(map(Pair, pairs[::2], pairs[1::2])))
     encoded = encode_dialogue(dialogue, tokenizer, SpecialTokens(1, 2), max_length=9)
     assert shown(encoded, tokenizer) == kept
+    begin_and_ends = 1 + len(pairs) // 2
+    assert encoded.is_cut == (begin_and_ends + sum(map(len, pairs)) > 10)
 
 
 def test_without_special_tokens_nothing_may_be_left_to_write(tokenizer):

@@ -242,6 +242,7 @@ def test_encoding_cuts_the_beginning_of_a_prompt(tiny_gguf):
     cut = encode(example, tokenizer, NO_SPECIAL_TOKENS, 6)
     assert tokenizer.decode(cut.prompt) == "two"
     assert cut.length == 6 and cut.options == whole.options
+    assert cut.is_cut and not whole.is_cut
     with pytest.raises(UsageError, match="--sequence-length: 3 tokens are too few"):
         encode(example, tokenizer, NO_SPECIAL_TOKENS, 3)
     assert encode(Example("", ("a",), 0), tokenizer, SpecialTokens(5, None), 8).prompt == (5,)
