@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
@@ -19,6 +20,13 @@ TINY_BERT = EncoderConfig(
     num_key_value_heads=2, head_size=16, context_length=32, norm_epsilon=1e-5, family=BERT,
     num_token_types=2,
 )  # fmt: skip
+
+
+@pytest.fixture
+def standard_promotion():
+    """Optax's own optimizers raise a float to an integer power."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import chex
-import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -45,11 +44,7 @@ WIDE = dataclasses.replace(
 )
 
 
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Optax's own optimizers raise a float to an integer power."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,7 @@ from examples.llm.training.trainer import Trainer
 SETTINGS = Settings(plan=True, method=("adamw4bit",), sequence_length=16, dtype="float32")
 
 
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Optax's own optimizers raise a float to an integer power."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def nbytes(tree):

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 
-import jax
 import pytest
 
 from examples.llm.errors import UsageError
@@ -19,11 +18,7 @@ from examples.llm.training.trainer import Trainer
 pytest.importorskip("safetensors", reason="safetensors is missing")
 
 
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Optax's own optimizers raise a float to an integer power."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @pytest.fixture(scope="module")

@@ -29,12 +29,7 @@ from examples.llm.training.methods import (
 )
 from examples.llm.training.steps import TrainState, next_token_loss, take_step
 
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Optax's own optimizers raise a float to an integer power."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def tiny_job(model, output):

@@ -12,7 +12,9 @@ import optax
 import pytest
 
 import optax_lowbit
-from optax_lowbit import is_quantized
+from optax_lowbit import QuantSpec, is_quantized
+
+FOUR = QuantSpec(codebook="dynamic_exponent", bits=4, signed=True, scaling="block")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import optax_lowbit
 from optax_lowbit import Policy, QuantSpec, dequantize, is_quantized
 from tests.optimizers.cases import (
+    FOUR,
     assert_bit_equal,
     assert_same_types,
     normal_tree,
@@ -21,7 +22,6 @@ from tests.optimizers.cases import (
     standard_promotion,
 )
 
-FOUR = QuantSpec(codebook="dynamic_exponent", bits=4, signed=True, scaling="block")
 EIGHT = QuantSpec(
     codebook="dynamic_exponent", bits=8, signed=False, scaling="block", block_size=256
 )

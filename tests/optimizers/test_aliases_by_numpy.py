@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 import optax_lowbit
-from optax_lowbit import QuantSpec, dequantize
-
-FOUR = QuantSpec(codebook="dynamic_exponent", bits=4, signed=True, scaling="block")
+from optax_lowbit import dequantize
+from tests.optimizers.cases import FOUR
 
 
 def numpy_rounded(x, spec):

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from examples.llm.bench.report import test_score
-from examples.llm.program.spreads import spread_of
+from examples.llm.bench.report import test_loss, test_score
 
 
 def matrices(cells: Mapping[str, Mapping[str, Any]]) -> str:
@@ -35,5 +34,4 @@ def _matrix(cells: list[Mapping[str, Any]]) -> str:
 
 
 def _reached(cell: Mapping[str, Any]) -> str:
-    loss = spread_of(run["test"]["loss"] for run in cell["runs"])
-    return f"{test_score(cell, 'accuracy').words('.1f')}, {loss.words('.3f')}"
+    return f"{test_score(cell, 'accuracy').words('.1f')}, {test_loss(cell).words('.3f')}"

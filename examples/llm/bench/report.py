@@ -148,6 +148,11 @@ def test_score(cell: Mapping[str, Any], score: str) -> Spread:
     return spread_of(100 * run["test"]["scores"][score] for run in cell["runs"])
 
 
+def test_loss(cell: Mapping[str, Any]) -> Spread:
+    """The test loss over the runs."""
+    return spread_of(run["test"]["loss"] for run in cell["runs"])
+
+
 def markdown_table(cells: Mapping[str, Mapping[str, Any]]) -> str:
     """Return one row per cell."""
     lines = [_row(_HEADINGS), _row("---" if n < 3 else "---:" for n in range(len(_HEADINGS)))]
@@ -161,9 +166,8 @@ def _row(fields) -> str:
 def _fields(cell: Mapping[str, Any]) -> list[str]:
     name = Path(cell["task"]).stem
     known = cell["runs"][0]["test"]["scores"]
-    losses = spread_of(run["test"]["loss"] for run in cell["runs"])
     reached = [
-        losses.words(".3f"),
+        test_loss(cell).words(".3f"),
         *(
             test_score(cell, score).words(".1f") if score in known else ""
             for score in ("accuracy", "f1")

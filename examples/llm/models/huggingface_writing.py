@@ -8,10 +8,12 @@ from tokenizers import Tokenizer, processors
 
 from examples.llm.errors import UsageError
 from examples.llm.models.config import DecoderConfig, EncoderConfig, ModelConfig
+from examples.llm.models.gguf_files import GGUFModel
 from examples.llm.models.huggingface_config import ARCHITECTURES
+from examples.llm.models.huggingface_files import HuggingFaceModel
 from examples.llm.models.huggingface_names import names_of
 from examples.llm.models.json_files import read_object
-from examples.llm.models.opening import open_model
+from examples.llm.models.llama2c_files import Llama2cModel
 from examples.llm.models.parameters import tensors_of
 from examples.llm.models.rotary import UNSCALED, Linear
 from examples.llm.models.tokenizer import SpecialTokens
@@ -36,13 +38,16 @@ _COPIED = (
 class FolderWriter:
     """Writes models that were trained of the one in a file or folder."""
 
-    def __init__(self, source: Path):
+    def __init__(self, source: Path, stored: GGUFModel | HuggingFaceModel | Llama2cModel):
         """Reads, of the file or folder, whatever is not weights.
+
+        Args:
+          source: the file or folder.
+          stored: the model in it, as it was before training.
 
         Raises:
           UsageError: it can't be read, or no `config.json` could describe the model.
         """
-        stored = open_model(source)
         self._config: ModelConfig = stored.config
         if source.is_dir():
             self._fields = read_object(source / _CONFIG)

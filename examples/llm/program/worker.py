@@ -104,7 +104,7 @@ class _Run:
         judges = build_judges(settings, self.tokenizer, self.special, room)
         self.judges = {"": self.problem, **judges}
         self._check_prompt(room)
-        self.writer = FolderWriter(job.model) if settings.save_model else None
+        self.writer = FolderWriter(job.model, model) if settings.save_model else None
         recipe = replace(settings.recipe_of(job.method), num_classes=classes_of(self.problem))
         self.trainer = Trainer(job.model, recipe, self.problem, settings.layout())
         self.state: TrainState | None = None

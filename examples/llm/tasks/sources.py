@@ -118,9 +118,13 @@ def _files_of_part(path: Path, flag: str, part: str) -> list[File]:
 
 def _check_apart(files: Splits[File]) -> None:
     """Raise a `UsageError` if a file is in two parts, or a copy of it."""
+    parts = files._asdict()
+    sizes = {name: {file.path.stat().st_size for file in part} for name, part in parts.items()}
     seen: dict[str, tuple[str, File]] = {}
-    for part, of_part in files._asdict().items():
-        for file in of_part:
+    for part, of_part in parts.items():
+        elsewhere = set().union(*(sizes[other] for other in parts if other != part))
+        # Only files of one size can be the same; the others, however large, are not read for it.
+        for file in (file for file in of_part if file.path.stat().st_size in elsewhere):
             other_part, other = seen.setdefault(content_hash(file.path), (part, file))
             if other_part != part:
                 raise file.error(f"has the same content as {other}: parts must share nothing")

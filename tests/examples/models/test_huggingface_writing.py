@@ -27,7 +27,7 @@ RECORDED = Recorded()
 def write(source, folder, stored):
     """What `stored`, of `source`, has; written to a folder."""
     parameters = stored.parameters()
-    FolderWriter(source).write(folder, stored.config, parameters)
+    FolderWriter(source, open_model(source)).write(folder, stored.config, parameters)
     return parameters
 
 
@@ -58,7 +58,7 @@ def test_parameters_in_16_bits_stay_so(tmp_path):
     source = RECORDED.write("opt", tmp_path / "source", dtype=np.float16)
     stored = HuggingFaceModel(source)
     parameters = jax.tree.map(lambda x: x.astype(jnp.bfloat16), stored.parameters())
-    FolderWriter(source).write(tmp_path / "written", stored.config, parameters)
+    FolderWriter(source, stored).write(tmp_path / "written", stored.config, parameters)
     tensors = qlora.read_bitsandbytes(tmp_path / "written")
     assert {str(tensor.dtype) for tensor in tensors.values()} == {"bfloat16"}
     assert tensors.config["torch_dtype"] == "bfloat16"
@@ -122,4 +122,4 @@ def test_frequencies_that_no_field_is_for(tiny_gguf, monkeypatch):
     )
     monkeypatch.setattr(GGUFModel, "config", divided)
     with pytest.raises(UsageError, match="--save-model: the model divides each rotary frequency"):
-        FolderWriter(tiny_gguf)
+        FolderWriter(tiny_gguf, GGUFModel(tiny_gguf))
